@@ -1,0 +1,320 @@
+"""What a weight matrix can be, and what it costs: the closed set that every other part agrees on.
+
+A linear layer computes ``y = x W`` with ``W`` of shape (in, out); torch stores the transpose. Everything
+here keeps (in, out). A matrix is one of three things, and code that treats them differently matches on the
+type and ends in ``assert_never``::
+
+    Matrix = Dense | Quantized | Factorized        Leaf = Dense | Quantized
+
+    Dense        weight (in, out), floating point
+    Quantized    integers (in, out) on a symmetric grid, one float16 scale per group of inputs and output
+    Factorized   Σ_p dictionary_p (in, k_p) @ codes_p (k_p, out), each factor a Leaf
+
+The exporters never quantize: error enters before them, in one place, and what they write is exactly these
+numbers. Nothing in this module knows a file format, a runtime or a model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from jaxtyping import Float, Float16, Int8
+from torch import Tensor
+
+from compot_deploy.architectures import Architecture
+from compot_deploy.errors import RecipeError
+
+SCALE_BITS = 16
+"""A scale is a float16 in every format that is written."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A symmetric integer grid: ``value = integer · scale``, zero is exactly representable.
+
+    Attributes:
+        bits: Bits of one integer, 2, 3, 4 or 8. Integers run from ``-2**(bits-1)`` to ``2**(bits-1) - 1``.
+        group: How many consecutive inputs (rows) of one output share a scale. The last group of a column
+            may be shorter.
+    """
+
+    bits: int
+    group: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 3, 4, 8):
+            raise RecipeError(f"A grid of {self.bits} bits does not exist here: use 2, 3, 4 or 8.")
+        if self.group < 1:
+            raise RecipeError(f"A group of {self.group} inputs is impossible: use 32, 64 or 128.")
+
+    @property
+    def lowest(self) -> int:
+        """The smallest integer of the grid."""
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def highest(self) -> int:
+        """The largest integer of the grid."""
+        return 2 ** (self.bits - 1) - 1
+
+    def groups(self, rows: int) -> int:
+        """Number of scales of one column of ``rows`` inputs, a last partial group included."""
+        return math.ceil(rows / self.group)
+
+    def __str__(self) -> str:
+        return f"int{self.bits}/g{self.group}"
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which entries of a code matrix may be non-zero: ``kept`` of every ``of`` neighbouring atoms.
+
+    One description covers all of them: ``Pattern(1, 1)`` is dense, ``Pattern(s, k)`` keeps the s strongest
+    of all k atoms in each column (the paper's rule), ``Pattern(2, 4)`` and ``Pattern(4, 8)`` are the
+    patterns that fast kernels want. Neighbouring means consecutive rows of the codes.
+    """
+
+    kept: int = 1
+    of: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.kept <= self.of:
+            raise RecipeError(f"A pattern cannot keep {self.kept} of {self.of} atoms.")
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every entry may be non-zero."""
+        return self.kept == self.of
+
+    @property
+    def density(self) -> float:
+        """Fraction of entries that may be non-zero."""
+        return self.kept / self.of
+
+    def __str__(self) -> str:
+        return "dense" if self.is_dense else f"{self.kept}:{self.of}"
+
+
+DENSE = Pattern()
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A plain floating-point matrix.
+
+    Attributes:
+        weight: shape (in, out).
+    """
+
+    weight: Float[Tensor, "inputs outputs"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(in, out)."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def dequantize(self) -> Float[Tensor, "inputs outputs"]:
+        """The values as float32."""
+        return self.weight.float()
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Integers on a symmetric grid with a float16 scale per group of inputs and output.
+
+    Attributes:
+        integers: shape (in, out), within ``grid.lowest … grid.highest``; 0 is exactly zero.
+        scales: shape (groups, out); row g scales inputs ``g·group … (g+1)·group - 1``.
+        grid: bits and group.
+    """
+
+    integers: Int8[Tensor, "inputs outputs"]
+    scales: Float16[Tensor, "groups outputs"]
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        rows = self.integers.shape[0]
+        if self.scales.shape[0] != self.grid.groups(rows):
+            raise ValueError(
+                f"{rows} inputs in groups of {self.grid.group} have {self.grid.groups(rows)} scales per "
+                f"output, not {self.scales.shape[0]}."
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(in, out)."""
+        return self.integers.shape[0], self.integers.shape[1]
+
+    def dequantize(self) -> Float[Tensor, "inputs outputs"]:
+        """``integers · scales`` as float32, what every runtime computes from the same file."""
+        scales = self.scales.float().repeat_interleave(self.grid.group, dim=0)[: self.shape[0]]
+        return self.integers.float() * scales
+
+
+Leaf: TypeAlias = Dense | Quantized
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One dictionary and its codes: ``x @ dictionary @ codes``.
+
+    Attributes:
+        dictionary: shape (in, k).
+        codes: shape (k, out); entries outside ``pattern`` are exactly zero.
+        dictionary_name: Pairs with one name hold the same dictionary, and a file stores it once. For a
+            matrix that shares nothing it is the matrix's own name.
+        pattern: which codes may be non-zero.
+    """
+
+    dictionary: Leaf
+    codes: Leaf
+    dictionary_name: str
+    pattern: Pattern = DENSE
+
+    def __post_init__(self) -> None:
+        if self.dictionary.shape[1] != self.codes.shape[0]:
+            raise ValueError(
+                f"{self.dictionary_name}: a dictionary of {self.dictionary.shape[1]} atoms does not fit codes "
+                f"of {self.codes.shape[0]} atoms."
+            )
+
+    @property
+    def atoms(self) -> int:
+        """k, the number of atoms."""
+        return self.dictionary.shape[1]
+
+
+@dataclass(frozen=True)
+class Factorized:
+    """A sum of pairs. One pair is COMPOT; a second one holds the strongest atoms at a higher precision."""
+
+    pairs: tuple[Pair, ...]
+
+    def __post_init__(self) -> None:
+        if not self.pairs:
+            raise ValueError("A factorized matrix needs at least one pair.")
+        if any(
+            p.dictionary.shape[0] != self.shape[0] or p.codes.shape[1] != self.shape[1] for p in self.pairs
+        ):
+            raise ValueError("The pairs of a factorized matrix disagree about its shape.")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(in, out)."""
+        return self.pairs[0].dictionary.shape[0], self.pairs[0].codes.shape[1]
+
+    def dequantize(self) -> Float[Tensor, "inputs outputs"]:
+        """The product multiplied out in float64 and rounded once to float32."""
+        product = sum(p.dictionary.dequantize().double() @ p.codes.dequantize().double() for p in self.pairs)
+        assert isinstance(product, Tensor)
+        return product.float()
+
+
+Matrix: TypeAlias = Dense | Quantized | Factorized
+
+
+class Storage(Protocol):
+    """What a target format really needs for a leaf; each exporter publishes one. Numbers, no tensors."""
+
+    def leaf_bytes(self, rows: int, columns: int, grid: Grid | None, pattern: Pattern = DENSE) -> int:
+        """Bytes of an (rows, columns) leaf in the file: integers, scales, masks and padding.
+
+        Args:
+            rows: inputs of the leaf.
+            columns: outputs of the leaf.
+            grid: None for floating point.
+            pattern: sparsity of the leaf; DENSE for dictionaries and plain matrices.
+        """
+        ...
+
+
+def leaves(matrix: Matrix) -> tuple[Leaf, ...]:
+    """All leaves of a matrix, in a fixed order (dictionary, codes, dictionary, codes …)."""
+    if isinstance(matrix, Factorized):
+        return tuple(leaf for pair in matrix.pairs for leaf in (pair.dictionary, pair.codes))
+    return (matrix,)
+
+
+def matrix_bytes(matrices: Mapping[str, Matrix], storage: Storage) -> dict[str, int]:
+    """Bytes of each matrix in a file; a shared dictionary is counted once, with the first that uses it."""
+    seen: set[tuple[str, int]] = set()
+    result: dict[str, int] = {}
+    for name, matrix in matrices.items():
+        total = 0
+        if isinstance(matrix, Factorized):
+            for position, pair in enumerate(matrix.pairs):
+                if (pair.dictionary_name, position) not in seen:
+                    seen.add((pair.dictionary_name, position))
+                    total += _leaf_bytes(pair.dictionary, DENSE, storage)
+                total += _leaf_bytes(pair.codes, pair.pattern, storage)
+        else:
+            total = _leaf_bytes(matrix, DENSE, storage)
+        result[name] = total
+    return result
+
+
+def _leaf_bytes(leaf: Leaf, pattern: Pattern, storage: Storage) -> int:
+    grid = leaf.grid if isinstance(leaf, Quantized) else None
+    return storage.leaf_bytes(*leaf.shape, grid, pattern)
+
+
+@dataclass(frozen=True)
+class CompressedModel:
+    """A model ready to be exported: every matrix in its final form, everything else as it was.
+
+    Both mappings may read lazily from disk, so iterating them holds one entry in memory, not the model.
+
+    Attributes:
+        architecture: names and structure.
+        config: the transformers configuration, as read from config.json.
+        matrices: every linear weight by module path (``model.layers.0.self_attn.q_proj``), the token
+            embedding as ``architecture.embedding`` with shape (hidden, vocabulary), and, where the model
+            does not tie them, the output head as ``architecture.head``. In block order.
+        tensors: the remaining tensors (norms, biases) by checkpoint name, in their checkpoint shapes.
+        tied: the head is the embedding; it is stored once.
+        source: folder of the original model, for tokenizer and configuration files.
+    """
+
+    architecture: Architecture
+    config: Mapping[str, Any]
+    matrices: Mapping[str, Matrix]
+    tensors: Mapping[str, Tensor]
+    tied: bool
+    source: str
+
+    @property
+    def layers(self) -> int:
+        """Number of transformer blocks."""
+        return int(self.config["num_hidden_layers"])
+
+    def bias(self, linear: str) -> Tensor | None:
+        """Bias of a linear, or None."""
+        name = f"{linear}.bias"
+        return self.tensors[name] if name in self.tensors else None  # noqa: SIM401 - reads lazily
+
+
+def same_matrix(first: Matrix, second: Matrix) -> bool:
+    """Whether two matrices are equal bit for bit, structure included."""
+    if type(first) is not type(second) or first.shape != second.shape:
+        return False
+    one, two = leaves(first), leaves(second)
+    if len(one) != len(two):
+        return False
+    for a, b in zip(one, two, strict=True):
+        if isinstance(a, Dense) and isinstance(b, Dense):
+            if not torch.equal(a.weight, b.weight):
+                return False
+        elif isinstance(a, Quantized) and isinstance(b, Quantized):
+            if (
+                a.grid != b.grid
+                or not torch.equal(a.integers, b.integers)
+                or not torch.equal(a.scales, b.scales)
+            ):
+                return False
+        else:
+            return False
+    return True

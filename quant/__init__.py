@@ -1,0 +1,1 @@
+"""Quantizers: matrix in, matrix out. torch only; they know nothing of models, files or formats."""
