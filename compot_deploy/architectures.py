@@ -125,7 +125,8 @@ def find_architecture(config: Mapping[str, Any]) -> Architecture:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"The model type {model_type!r} is not supported. Supported are: {', '.join(sorted(ARCHITECTURES))}."
+            f"The model type {model_type!r} is not supported. "
+            f"Supported are: {', '.join(sorted(ARCHITECTURES))}."
         )
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):

@@ -178,8 +178,8 @@ class Pair:
     def __post_init__(self) -> None:
         if self.dictionary.shape[1] != self.codes.shape[0]:
             raise ValueError(
-                f"{self.dictionary_name}: a dictionary of {self.dictionary.shape[1]} atoms does not fit codes "
-                f"of {self.codes.shape[0]} atoms."
+                f"{self.dictionary_name}: a dictionary of {self.dictionary.shape[1]} atoms "
+                f"does not fit codes of {self.codes.shape[0]} atoms."
             )
 
     @property
