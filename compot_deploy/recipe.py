@@ -1,0 +1,343 @@
+"""Every knob in one place: default, unit, reason. The command line, `deploy()` and recipe files share it.
+
+A `Recipe` is frozen. A flag ``--code-bits 4``, the keyword ``code_bits=4`` and the TOML line
+``code_bits = 4`` are the same knob, generated from the one field below, so they cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
+
+from compot_deploy.errors import InputError, RecipeError
+from compot_deploy.weights import Grid
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover - Python 3.10 only
+    import tomli as tomllib
+
+Quant = Literal["none", "int8", "int4"]
+Precision = Literal["none", "int8", "int4"]
+
+
+def _knob(default: Any, text: str, *, unit: str = "", group: str = "method") -> Any:
+    return field(default=default, metadata={"help": text, "unit": unit, "group": group})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do to which model; see each field. `validate` has run on every instance."""
+
+    # What and where
+    model: str | None = _knob(
+        None, "local folder or hub id; none takes the small model that ships with the package", group="model"
+    )
+    out: str | None = _knob(None, "output folder (default: named after model and settings)", group="model")
+    format: tuple[str, ...] = _knob(("onnx",), "what to write; may be given several times", group="model")
+    force: bool = _knob(False, "replace an existing output folder", group="model")
+    allow_pickle: bool = _knob(
+        False,
+        "read .bin checkpoints with torch's weights-only unpickler when there are no safetensors",
+        group="model",
+    )
+
+    # Size
+    quant: Quant = _knob("int4", "precision of dictionaries and codes", group="size")
+    ratio: float = _knob(
+        0.2,
+        "how much smaller the linears become than the same linears stored dense at the same precision",
+        unit="fraction of bytes",
+        group="size",
+    )
+    embeddings: Precision = _knob(
+        "int8", "precision of the token embedding (and of a tied head)", group="size"
+    )
+    head: Precision = _knob("int8", "precision of an untied output head", group="size")
+    dictionary_bits: int | None = _knob(
+        None, "bits of dictionaries (default: --quant)", unit="bits", group="size"
+    )
+    code_bits: int | None = _knob(None, "bits of codes (default: --quant)", unit="bits", group="size")
+    dictionary_group: int | None = _knob(
+        None, "inputs that share a scale in dictionaries (default: 32)", unit="inputs", group="size"
+    )
+    code_group: int | None = _knob(
+        None,
+        "atoms that share a scale in codes; k is a multiple of it (default: 32)",
+        unit="atoms",
+        group="size",
+    )
+
+    # Method
+    method: Literal["compot", "svd-llm"] = _knob("compot", "how a matrix is factorised")
+    allocation: Literal["uniform", "spectral"] = _knob(
+        "spectral", "how the budget is spread over the matrices"
+    )
+    quantizer: Literal["gptq", "rtn"] = _knob("gptq", "how factors are quantized")
+    atoms_per_nonzero: float = _knob(
+        2.0, "k/s: atoms in a dictionary per non-zero in a column of the codes (paper: 2)", unit="ratio"
+    )
+    rounds: int = _knob(20, "alternations of coding and dictionary update (paper: 20)", unit="rounds")
+    paper_exact: bool = _knob(
+        False, "stop where the paper stops: no least-squares dictionary, no re-fit of the codes"
+    )
+
+    # Calibration
+    calibration: str | None = _knob(
+        None,
+        "text file, JSON lines, a datasets name, or 'self' for text sampled from the model "
+        "(default: the shipped model's own text; otherwise self)",
+        group="calibration",
+    )
+    samples: int = _knob(128, "calibration windows", unit="windows", group="calibration")
+    length: int = _knob(
+        256, "tokens of a window, at most what the model was made for", unit="tokens", group="calibration"
+    )
+    seed: int = _knob(0, "seed of everything that is drawn at random", group="calibration")
+    device: str = _knob("auto", "where to compute: auto, cpu, cuda, cuda:1, mps", group="calibration")
+    dtype: Literal["float32", "bfloat16", "float16"] = _knob(
+        "float32", "precision of the forward pass while calibrating", group="calibration"
+    )
+
+    # Output
+    onnx_ops: Literal["matmulnbits", "qdq"] = _knob(
+        "matmulnbits", "ONNX linears as MatMulNBits, or as standard DequantizeLinear + MatMul", group="output"
+    )
+
+    # Check and gate
+    evaluation: str | None = _knob(
+        None,
+        "text to judge on (default: the shipped model's held-out text; otherwise held-out calibration text)",
+        group="gate",
+    )
+    evaluation_tokens: int = _knob(4096, "tokens to judge on", unit="tokens", group="gate")
+    max_perplexity_ratio: float | None = _knob(
+        None, "gate: perplexity of the shipped model over the original's", unit="ratio", group="gate"
+    )
+    max_kl: float | None = _knob(
+        None, "gate: mean Kullback-Leibler divergence from the original", unit="nats per token", group="gate"
+    )
+    min_top1: float | None = _knob(
+        None, "gate: share of positions with the original's most likely token", unit="fraction", group="gate"
+    )
+    max_export_nmse: float = _knob(
+        1e-4,
+        "gate, always on: normalised squared error that the export itself may add",
+        unit="ratio",
+        group="gate",
+    )
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    # -- grids ---------------------------------------------------------------------------------------
+
+    @property
+    def dictionary_grid(self) -> Grid | None:
+        """Grid of dictionaries and plain matrices, None for floating point."""
+        return self._grid(self.dictionary_bits, self.dictionary_group)
+
+    @property
+    def code_grid(self) -> Grid | None:
+        """Grid of codes, None for floating point."""
+        return self._grid(self.code_bits, self.code_group)
+
+    def _grid(self, bits: int | None, group: int | None) -> Grid | None:
+        if self.quant == "none":
+            return None
+        return Grid(bits or int(self.quant.removeprefix("int")), group or DEFAULT_GROUP)
+
+    # -- validation ----------------------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Refuse values outside their range.
+
+        Raises:
+            RecipeError: names the knob, its value and its range.
+        """
+        hints = _hints()
+        for knob in fields(self):
+            choices = _choices(hints[knob.name])
+            value = getattr(self, knob.name)
+            if choices and value not in choices:
+                raise RecipeError(f"{_flag(knob)} {value}: choose one of {', '.join(map(str, choices))}.")
+        if not 0 < self.ratio < 1:
+            raise RecipeError(
+                f"--ratio {self.ratio:g}: give a fraction between 0 and 1; 0.2 makes the linears 20 % smaller."
+            )
+        for name in ("samples", "length", "rounds", "evaluation_tokens"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"--{name.replace('_', '-')} {getattr(self, name)}: give at least 1.")
+        if self.length < 2:
+            raise RecipeError("--length 1: a window needs at least 2 tokens, one to read and one to predict.")
+        if self.atoms_per_nonzero < 1:
+            raise RecipeError(
+                f"--atoms-per-nonzero {self.atoms_per_nonzero:g}: a column cannot use more atoms than there are; "
+                "give 1 (dense codes) or more."
+            )
+        for name in ("dictionary_bits", "code_bits"):
+            bits = getattr(self, name)
+            if bits is not None and bits not in (2, 4, 8):
+                raise RecipeError(f"--{name.replace('_', '-')} {bits}: runtimes execute 2, 4 or 8 bits.")
+            if bits is not None and self.quant == "none":
+                raise RecipeError(
+                    f"--{name.replace('_', '-')} {bits} contradicts --quant none: leave one out."
+                )
+        for name in ("dictionary_group", "code_group"):
+            group = getattr(self, name)
+            if group is not None and (group < 16 or group > 256 or group & (group - 1)):
+                raise RecipeError(f"--{name.replace('_', '-')} {group}: use 16, 32, 64, 128 or 256.")
+        for name in ("max_perplexity_ratio", "max_kl", "max_export_nmse"):
+            limit = getattr(self, name)
+            if limit is not None and not limit >= 0:
+                raise RecipeError(f"--{name.replace('_', '-')} {limit}: a limit cannot be negative or NaN.")
+        if self.min_top1 is not None and not 0 <= self.min_top1 <= 1:
+            raise RecipeError(f"--min-top1 {self.min_top1}: give a fraction between 0 and 1.")
+        if not self.format:
+            raise RecipeError("--format: give at least one format.")
+
+    # -- TOML ----------------------------------------------------------------------------------------
+
+    def to_toml(self) -> str:
+        """The recipe as TOML, one commented knob a line; knobs left unset are commented out."""
+        lines = ["# A compot-deploy recipe: use it with --recipe FILE."]
+        group = None
+        for knob in fields(self):
+            if knob.metadata["group"] != group:
+                group = knob.metadata["group"]
+                lines += ["", f"# {group}"]
+            value = getattr(self, knob.name)
+            unit = f" [{knob.metadata['unit']}]" if knob.metadata["unit"] else ""
+            line = f"{knob.name} = {_toml_value(value)}" if value is not None else f"# {knob.name} ="
+            lines.append(f"{line}  # {knob.metadata['help']}{unit}")
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def from_toml(cls, path: Path, **overrides: Any) -> Recipe:
+        """Read a recipe file; `overrides` win over the file.
+
+        Raises:
+            InputError: the file is missing or is not TOML.
+            RecipeError: an unknown key, or a value of the wrong type.
+        """
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"The recipe {path} does not exist.") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise InputError(f"The recipe {path} cannot be read: {error}.") from None
+        return recipe_from_mapping({**values, **overrides}, origin=str(path))
+
+
+DEFAULT_GROUP: Final = 32
+"""Inputs per scale: the finest that every runtime runs fast, 0.5 bit per weight."""
+
+
+def recipe_from_mapping(values: Mapping[str, Any], origin: str) -> Recipe:
+    """A recipe from parsed values, each checked against its knob's type.
+
+    Args:
+        values: knob to value; lists are taken for tuples, integers for floats.
+        origin: where the values come from, for the error message.
+
+    Raises:
+        RecipeError: an unknown knob, or a value of the wrong type.
+    """
+    hints = _hints()
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise RecipeError(f"{origin}: unknown key {unknown[0]!r}. Known keys: {', '.join(sorted(hints))}.")
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        kind = hints[name]
+        converted = tuple(value) if isinstance(value, list) else value
+        if isinstance(converted, str) and name == "format":
+            converted = (converted,)
+        if isinstance(converted, int) and not isinstance(converted, bool) and _accepts(kind, float):
+            converted = float(converted) if not _accepts(kind, int) else converted
+        if not _fits(converted, kind):
+            raise RecipeError(f"{origin}: {name} = {value!r} is not {_describe(kind)}.")
+        checked[name] = converted
+    return Recipe(**checked)
+
+
+def override(recipe: Recipe, **values: Any) -> Recipe:
+    """A copy with some knobs changed, validated again."""
+    return replace(recipe, **values)
+
+
+def knobs() -> Sequence[Field[Any]]:
+    """The fields of `Recipe`, for building a command line."""
+    return fields(Recipe)
+
+
+def knob_type(name: str) -> tuple[type, tuple[Any, ...], bool]:
+    """(scalar type, choices, repeatable) of a knob, for building a command line."""
+    kind = _hints()[name]
+    choices = _choices(kind)
+    if choices:
+        return str, choices, False
+    if get_origin(kind) is tuple:
+        return str, (), True
+    for candidate in (bool, int, float, str):
+        if _accepts(kind, candidate):
+            return candidate, (), False
+    raise TypeError(name)  # unreachable: every knob has one of these types
+
+
+def default_of(knob: Field[Any]) -> Any:
+    """A knob's default."""
+    return None if knob.default is MISSING else knob.default
+
+
+def _flag(knob: Field[Any]) -> str:
+    return "--" + knob.name.replace("_", "-")
+
+
+def _hints() -> dict[str, Any]:
+    return get_type_hints(Recipe)
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) not in (None, Literal, tuple) else (kind,)
+
+
+def _accepts(kind: Any, candidate: type) -> bool:
+    return candidate in _members(kind)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if _choices(kind):
+        return isinstance(value, str)  # the range is checked by Recipe.validate
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    if isinstance(value, bool):
+        return _accepts(kind, bool)
+    return any((member is type(None) and value is None) or member is type(value) for member in _members(kind))
+
+
+def _describe(kind: Any) -> str:
+    names = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", type(None): ""}
+    if _choices(kind):
+        return "one of " + ", ".join(_choices(kind))
+    if get_origin(kind) is tuple:
+        return "a list of strings"
+    return " or ".join(filter(None, (names.get(member, str(member)) for member in _members(kind))))
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in escaped) + '"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return repr(value)
