@@ -1,0 +1,293 @@
+"""Text to windows of token ids: what a model is calibrated and judged on, and where it came from.
+
+Sources: a UTF-8 text file, JSON lines, a data set by name (where the hub answers), or text sampled from the
+model itself. Windows are drawn with a seed, so the same inputs give the same windows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from compot_deploy.checkpoint import Checkpoint
+from compot_deploy.errors import InputError, MissingDependencyError
+
+SELF: Final = "self"
+HELD_OUT_SHARE: Final = 0.1
+"""Share at the end of a calibration text that is kept for judging when no other text is given."""
+
+_CHARACTERS_PER_TOKEN: Final = 32  # more than any tokenizer needs; bounds how much of a long file is read
+
+
+@dataclass(frozen=True)
+class TokenWindows:
+    """Windows of token ids with their origin.
+
+    Attributes:
+        windows: each of shape (tokens,), int64; lengths may differ.
+        source: where the text came from, in words.
+        digest: sha256 of the token ids, window boundaries included.
+        notes: facts that a report must state (fewer windows than asked for, text shared with calibration …).
+    """
+
+    windows: tuple[Int64[Tensor, _], ...]
+    source: str
+    digest: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Total number of tokens."""
+        return sum(len(window) for window in self.windows)
+
+
+def make_windows(
+    windows: Sequence[Sequence[int] | Tensor], source: str, vocabulary: int, notes: Sequence[str] = ()
+) -> TokenWindows:
+    """Bundle windows, checking that every id is one the model knows.
+
+    Raises:
+        InputError: a token id is negative or not below `vocabulary`.
+    """
+    tensors = tuple(torch.as_tensor(window, dtype=torch.int64).clone() for window in windows)
+    digest = hashlib.sha256()
+    for number, window in enumerate(tensors):
+        if len(window) and not 0 <= int(window.min()) <= int(window.max()) < vocabulary:
+            bad = int(window.max()) if int(window.max()) >= vocabulary else int(window.min())
+            raise InputError(
+                f"{source}: window {number} holds the token id {bad}, but the model knows ids 0 to "
+                f"{vocabulary - 1}. The tokenizer does not belong to this model."
+            )
+        digest.update(len(window).to_bytes(8, "little"))
+        digest.update(window.numpy().tobytes())
+    return TokenWindows(tensors, source, digest.hexdigest(), tuple(notes))
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The few things that are needed of a transformers tokenizer.
+
+    Attributes:
+        encode: text to ids, without special tokens.
+        decode: ids to text, special tokens kept out.
+        first: ids put before every window (the begin-of-sequence token, where the tokenizer adds one).
+        chat: messages to text, None where the tokenizer has no chat template.
+    """
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+    first: tuple[int, ...]
+    chat: Callable[[Sequence[Mapping[str, str]]], str] | None
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer in a model folder; code of its own is not run.
+
+    Raises:
+        InputError: the folder has none that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{checkpoint.folder} holds no tokenizer that can be read ({reason}). "
+            "Save one with tokenizer.save_pretrained(folder)."
+        ) from None
+    bare, special = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    prefix = tuple(special[: len(special) - len(bare)]) if special[-len(bare) :] == bare else ()
+    if not prefix and tokenizer.bos_token_id is not None and special[:1] == [tokenizer.bos_token_id]:
+        prefix = (tokenizer.bos_token_id,)
+    return Tokenizer(
+        encode=lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids),
+        decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+        first=prefix,
+        chat=(lambda messages: str(tokenizer.apply_chat_template(list(messages), tokenize=False)))
+        if getattr(tokenizer, "chat_template", None)
+        else None,
+    )
+
+
+def read_text(path: Path) -> str:
+    """Text of a UTF-8 file.
+
+    Raises:
+        InputError: missing, empty, or not text.
+    """
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"The text {path} does not exist.") from None
+    except OSError as error:
+        raise InputError(f"The text {path} cannot be read: {error.strerror}.") from None
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 text (byte {error.start}). Give a plain text or JSON lines file."
+        ) from None
+    if "\0" in text:
+        raise InputError(f"{path} is binary, not text. Give a plain text or JSON lines file.")
+    if not text.strip():
+        raise InputError(f"{path} is empty. Give a text that resembles what the model will read.")
+    return text
+
+
+def windows_of_text(
+    text: str,
+    tokenizer: Tokenizer,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    source: str,
+    vocabulary: int,
+    notes: Sequence[str] = (),
+) -> TokenWindows:
+    """Up to `samples` windows of `length` tokens, drawn without overlap.
+
+    Raises:
+        InputError: the text is shorter than one window.
+    """
+    body = length - len(tokenizer.first)
+    generator = torch.Generator().manual_seed(seed)
+    budget = samples * length * _CHARACTERS_PER_TOKEN
+    if len(text) > budget:
+        # A long text: take slices spread over all of it rather than tokenizing everything.
+        step = len(text) // samples
+        size = length * _CHARACTERS_PER_TOKEN
+        pieces = [tokenizer.encode(text[start : start + size]) for start in range(0, step * samples, step)]
+        starts = [piece[:body] for piece in pieces if len(piece) >= body]
+    else:
+        ids = tokenizer.encode(text)
+        starts = [ids[start : start + body] for start in range(0, len(ids) - body + 1, body)]
+        if not starts:
+            raise InputError(
+                f"{source} has {len(ids)} tokens, fewer than one window of {length}. "
+                "Give a longer text or a smaller --length."
+            )
+    order = torch.randperm(len(starts), generator=generator)[:samples].sort().values.tolist()
+    found = list(notes)
+    if len(starts) < samples:
+        found.append(f"{source} holds {len(starts)} windows of {length} tokens; {samples} were asked for")
+    return make_windows([[*tokenizer.first, *starts[i]] for i in order], source, vocabulary, found)
+
+
+def windows_of_jsonl(
+    text: str, tokenizer: Tokenizer, *, samples: int, length: int, seed: int, source: str, vocabulary: int
+) -> TokenWindows:
+    """One window a line of ``{"text": …}`` or ``{"messages": […]}``, cut to `length` tokens.
+
+    Raises:
+        InputError: a line that is not such an object, or no line with two tokens.
+    """
+    samples_ids: list[list[int]] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        ids = tokenizer.encode(_text_of_record(line, f"{source}, line {number}", tokenizer))
+        window = [*tokenizer.first, *ids][:length]
+        if len(window) >= 2:
+            samples_ids.append(window)
+    if not samples_ids:
+        raise InputError(f"{source} holds no sample of two tokens or more.")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(samples_ids), generator=generator)[:samples].sort().values.tolist()
+    notes = (
+        [f"{source} holds {len(samples_ids)} samples; {samples} were asked for"]
+        if len(samples_ids) < samples
+        else []
+    )
+    return make_windows([samples_ids[i] for i in order], source, vocabulary, notes)
+
+
+def _text_of_record(line: str, where: str, tokenizer: Tokenizer) -> str:
+    try:
+        record: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is not JSON: {error.msg}.") from None
+    if isinstance(record, dict) and isinstance(record.get("text"), str):
+        return str(record["text"])
+    if isinstance(record, dict) and isinstance(record.get("messages"), list):
+        if tokenizer.chat is None:
+            raise InputError(f"{where} has messages, but the model has no chat template. Give text instead.")
+        return tokenizer.chat(record["messages"])
+    raise InputError(f'{where} has neither "text" nor "messages".')
+
+
+def text_of_dataset(name: str) -> str:
+    """Text of a data set given as ``name``, ``name:configuration`` or ``name:configuration:split``.
+
+    Raises:
+        MissingDependencyError: the package datasets is not installed.
+        InputError: no such data set, or no hub.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise MissingDependencyError("datasets", "datasets", f"Calibrating on the data set {name}") from None
+    parts = name.split(":")
+    try:
+        rows = datasets.load_dataset(
+            parts[0], parts[1] if len(parts) > 1 else None, split=parts[2] if len(parts) > 2 else "train"
+        )
+        return "\n".join(str(row["text"]) for row in rows.select(range(min(len(rows), 20_000))))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{name} is neither a file nor a data set with a text column that can be had here ({reason})."
+        ) from None
+
+
+def sample_from_model(
+    model: Any,
+    tokenizer: Tokenizer,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    vocabulary: int,
+    batch: int = 16,
+) -> TokenWindows:
+    """Windows that the model writes itself, by sampling at temperature 1 from its own distribution.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: for the first token; without one, first tokens are drawn at random.
+        samples: windows.
+        length: tokens of a window.
+        seed: of every draw; the global generator is left as it was.
+        vocabulary: number of ids.
+        batch: windows sampled at once.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    windows: list[Tensor] = []
+    with torch.no_grad():
+        while len(windows) < samples:
+            rows = min(batch, samples - len(windows))
+            if tokenizer.first:
+                ids = torch.tensor([list(tokenizer.first)] * rows)
+            else:
+                ids = torch.randint(vocabulary, (rows, 1), generator=generator)
+            ids = ids.to(model.device)
+            step, cache = ids, None
+            while ids.shape[1] < length:
+                out = model(input_ids=step, past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                probabilities = torch.softmax(out.logits[:, -1].double().cpu(), dim=-1)
+                step = torch.multinomial(probabilities, 1, generator=generator).to(model.device)
+                ids = torch.cat([ids, step], dim=1)
+            windows += list(ids[:, :length].cpu())
+    return make_windows(windows, "text sampled from the model itself", vocabulary)
