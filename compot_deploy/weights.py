@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float16, Int8
@@ -217,6 +217,7 @@ class Factorized:
 Matrix: TypeAlias = Dense | Quantized | Factorized
 
 
+@runtime_checkable
 class Storage(Protocol):
     """What a target format really needs for a leaf; each exporter publishes one. Numbers, no tensors."""
 
