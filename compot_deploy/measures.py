@@ -1,0 +1,311 @@
+"""How far one model's next-token distributions are from another's, position by position.
+
+Two models read the same tokens and each gives logits of shape (positions, vocabulary) and the token that
+really came next. `predict` turns the logits of one model into log-probabilities once; `compare` puts two
+models side by side and keeps a handful of numbers per position; `concatenate` joins what was streamed in
+chunks, in any order of sizes; `summarize` makes the figures of a report. No logits are kept.
+
+With r and c the logits of the reference and of the candidate at one position, p and q their softmax, t the
+token that came next:
+
+    negative log-likelihood   −log p[t]  and  −log q[t], natural logarithm
+    KL divergence             Σ_v p (log p − log q), in nats, never below 0
+    top-1 agreement           argmax r == argmax c, the first of equal maxima
+    squared error             Σ_v (c − r)²
+    reference power           Σ_v (r − mean_v r)²
+    largest difference        max_v |c − r|
+
+All of it in float64: the logits of two correct implementations differ by 1e-6, and the KL divergence of such
+a pair is 1e-12, which float32 cannot hold.
+
+The NMSE is Σ squared error / Σ reference power over all positions. Softmax does not see a constant added to
+all logits of a position, so the *power* leaves it out (otherwise a large common offset would hide any error);
+the *error* keeps it in, because a faithful export reproduces the offset too. That is the strictest of the
+usual definitions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+METRICS_VERSION: Final = 1
+"""Raised whenever a figure of this module changes its meaning; figures of two versions do not compare."""
+
+KL_EDGES: Final = tuple(10.0 ** (exponent / 4) for exponent in range(-40, 9))
+"""Edges of the KL histogram in nats: four bins per decade, from 1e-10 to 100."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one model says at some positions, prepared once and compared with any number of others.
+
+    Attributes:
+        logits: in float64.
+        log_probabilities: log-softmax of the logits.
+        surprise: −log-probability of the token that came next, in nats.
+        choice: the most likely token, the first of equals.
+        finite: whether every logit of the position is finite.
+        nonfinite: how many single logits are NaN or infinite.
+    """
+
+    logits: Float[Tensor, "positions vocabulary"]
+    log_probabilities: Float[Tensor, "positions vocabulary"]
+    surprise: Float[Tensor, " positions"]
+    choice: Int64[Tensor, " positions"]
+    finite: Bool[Tensor, " positions"]
+    nonfinite: int
+
+
+def predict(
+    logits: Float[Tensor, "positions vocabulary"], targets: Int64[Tensor, " positions"]
+) -> Prediction:
+    """Log-probabilities of one model in float64.
+
+    Takes about 16 bytes per logit, so hand it a chunk, not a whole text.
+
+    Args:
+        logits: of any floating type.
+        targets: the token that came next at each position.
+    """
+    exact = logits.double()
+    bad = ~torch.isfinite(exact)
+    nonfinite = int(bad.sum())
+    # Positions with a bad logit are left out by `compare`; zeros keep NaN out of the arithmetic until then.
+    safe = exact.masked_fill(bad, 0.0) if nonfinite else exact
+    log_probabilities = torch.log_softmax(safe, dim=-1)
+    return Prediction(
+        logits=safe,
+        log_probabilities=log_probabilities,
+        surprise=-log_probabilities.gather(-1, targets[:, None]).squeeze(-1),
+        choice=safe.argmax(dim=-1),
+        finite=~bad.any(dim=-1),
+        nonfinite=nonfinite,
+    )
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The comparison at every position that could be compared: 49 bytes each, whatever the vocabulary.
+
+    Attributes:
+        reference_surprise: −log p of the token that came next, in nats.
+        candidate_surprise: −log q of it, in nats.
+        divergence: KL(p‖q) in nats.
+        agreement: both choose the same token.
+        squared_error: Σ_v (c − r)².
+        reference_power: Σ_v (r − mean r)².
+        largest_difference: max_v |c − r|.
+        skipped: positions left out because a logit of one of the two models is not finite.
+        nonfinite_reference: single logits of the reference that are NaN or infinite.
+        nonfinite_candidate: single logits of the candidate that are NaN or infinite.
+    """
+
+    reference_surprise: Float[Tensor, " positions"]
+    candidate_surprise: Float[Tensor, " positions"]
+    divergence: Float[Tensor, " positions"]
+    agreement: Bool[Tensor, " positions"]
+    squared_error: Float[Tensor, " positions"]
+    reference_power: Float[Tensor, " positions"]
+    largest_difference: Float[Tensor, " positions"]
+    skipped: int
+    nonfinite_reference: int
+    nonfinite_candidate: int
+
+
+def compare(reference: Prediction, candidate: Prediction) -> Positions:
+    """Two models at the same positions.
+
+    Raises:
+        ValueError: the two differ in positions or vocabulary.
+    """
+    if reference.logits.shape != candidate.logits.shape:
+        raise ValueError(
+            f"Logits of shape {tuple(reference.logits.shape)} and {tuple(candidate.logits.shape)} "
+            "(positions, vocabulary) cannot be compared."
+        )
+    usable = reference.finite & candidate.finite
+    log_p, log_q = reference.log_probabilities, candidate.log_probabilities
+    p = log_p.exp()
+    # Σ (q − p) is zero, and adding it term by term cancels the rounding error of the two normalisations, so
+    # each term is ≥ 0 up to the last bit: divergences down to 1e-16 are resolved, not drowned.
+    divergence = (p * (log_p - log_q) + (log_q.exp() - p)).sum(-1).clamp(min=0.0)
+    difference = candidate.logits - reference.logits
+    centred = reference.logits - reference.logits.mean(-1, keepdim=True)
+    return Positions(
+        reference_surprise=reference.surprise[usable],
+        candidate_surprise=candidate.surprise[usable],
+        divergence=divergence[usable],
+        agreement=(reference.choice == candidate.choice)[usable],
+        squared_error=difference.square().sum(-1)[usable],
+        reference_power=centred.square().sum(-1)[usable],
+        largest_difference=difference.abs().amax(-1)[usable],
+        skipped=int((~usable).sum()),
+        nonfinite_reference=reference.nonfinite,
+        nonfinite_candidate=candidate.nonfinite,
+    )
+
+
+def concatenate(parts: Sequence[Positions]) -> Positions:
+    """Chunks of positions as one. How a text was cut into chunks does not change any figure.
+
+    Raises:
+        ValueError: there is nothing to join.
+    """
+    if not parts:
+        raise ValueError("No position was compared.")
+    return Positions(
+        reference_surprise=torch.cat([part.reference_surprise for part in parts]),
+        candidate_surprise=torch.cat([part.candidate_surprise for part in parts]),
+        divergence=torch.cat([part.divergence for part in parts]),
+        agreement=torch.cat([part.agreement for part in parts]),
+        squared_error=torch.cat([part.squared_error for part in parts]),
+        reference_power=torch.cat([part.reference_power for part in parts]),
+        largest_difference=torch.cat([part.largest_difference for part in parts]),
+        skipped=sum(part.skipped for part in parts),
+        nonfinite_reference=sum(part.nonfinite_reference for part in parts),
+        nonfinite_candidate=sum(part.nonfinite_candidate for part in parts),
+    )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and how far chance alone may have moved it.
+
+    Attributes:
+        value: the figure.
+        standard_error: one standard deviation of the figure over samples of as many tokens. Tokens are taken
+            as independent, which neighbours in a text are not quite: read it as a lower bound.
+    """
+
+    value: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL(reference‖candidate) over positions, in nats.
+
+    Attributes:
+        mean: with its standard error.
+        median: half of the positions are below.
+        p90: 90 % of the positions are below.
+        p99: 99 % of the positions are below.
+        maximum: the worst position.
+        histogram: positions per bin of `KL_EDGES`; one more bin below the first edge, one above the last.
+    """
+
+    mean: Estimate
+    median: float
+    p90: float
+    p99: float
+    maximum: float
+    histogram: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All figures of one pair of models. With no position left to compare they are NaN, never 0.
+
+    Attributes:
+        positions: compared positions.
+        skipped: positions left out because a logit was not finite.
+        nonfinite_reference: logits of the reference that are NaN or infinite.
+        nonfinite_candidate: logits of the candidate that are NaN or infinite.
+        reference_perplexity: exp of the mean surprise.
+        candidate_perplexity: exp of the mean surprise.
+        perplexity_ratio: candidate over reference, its error from the *paired* differences, which is far
+            smaller than the two errors suggest.
+        divergence: KL(reference‖candidate).
+        top1_agreement: fraction of positions where both choose the same token.
+        nmse: Σ(c − r)² / Σ(r − mean r)²; 0 only for equal logits.
+        largest_difference: of any logit at any position.
+    """
+
+    positions: int
+    skipped: int
+    nonfinite_reference: int
+    nonfinite_candidate: int
+    reference_perplexity: Estimate
+    candidate_perplexity: Estimate
+    perplexity_ratio: Estimate
+    divergence: Divergence
+    top1_agreement: Estimate
+    nmse: float
+    largest_difference: float
+
+
+def summarize(positions: Positions) -> Comparison:
+    """The figures of a comparison.
+
+    Standard errors: of a mean, s/√n; of an exponential of a mean, that times the exponential (delta method).
+    """
+    count = len(positions.divergence)
+    error, power = float(positions.squared_error.sum()), float(positions.reference_power.sum())
+    return Comparison(
+        positions=count,
+        skipped=positions.skipped,
+        nonfinite_reference=positions.nonfinite_reference,
+        nonfinite_candidate=positions.nonfinite_candidate,
+        reference_perplexity=_exponential(_mean(positions.reference_surprise)),
+        candidate_perplexity=_exponential(_mean(positions.candidate_surprise)),
+        perplexity_ratio=_exponential(_mean(positions.candidate_surprise - positions.reference_surprise)),
+        divergence=_divergence(positions.divergence),
+        top1_agreement=_mean(positions.agreement.double()),
+        nmse=math.nan if count == 0 else error / power if power > 0 else 0.0 if error == 0 else math.inf,
+        largest_difference=float(positions.largest_difference.max()) if count else math.nan,
+    )
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of tokens from the start that two sequences share."""
+    for position, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return position
+    return min(len(first), len(second))
+
+
+def _mean(values: Float[Tensor, " positions"]) -> Estimate:
+    if len(values) == 0:
+        return Estimate(math.nan, math.nan)
+    deviation = float(values.std(correction=1)) if len(values) > 1 else math.nan
+    return Estimate(float(values.mean()), deviation / math.sqrt(len(values)))
+
+
+def _exponential(mean: Estimate) -> Estimate:
+    try:
+        value = math.exp(mean.value)
+    except OverflowError:
+        return Estimate(math.inf, math.inf)
+    return Estimate(value, value * mean.standard_error)
+
+
+def _divergence(values: Float[Tensor, " positions"]) -> Divergence:
+    if len(values) == 0:
+        return Divergence(
+            Estimate(math.nan, math.nan), *(math.nan,) * 4, histogram=(0,) * (len(KL_EDGES) + 1)
+        )
+    ordered = values.sort().values
+    bins = torch.bucketize(values, torch.tensor(KL_EDGES, dtype=torch.float64), right=True)
+    return Divergence(
+        mean=_mean(values),
+        median=_quantile(ordered, 0.5),
+        p90=_quantile(ordered, 0.9),
+        p99=_quantile(ordered, 0.99),
+        maximum=float(ordered[-1]),
+        histogram=tuple(torch.bincount(bins, minlength=len(KL_EDGES) + 1).tolist()),
+    )
+
+
+def _quantile(ordered: Float[Tensor, " positions"], fraction: float) -> float:
+    """Linear interpolation between neighbours, as numpy's default; torch.quantile stops at 16M values."""
+    place = fraction * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return float(ordered[below] + (ordered[above] - ordered[below]) * (place - below))
