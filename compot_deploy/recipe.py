@@ -315,7 +315,7 @@ def _accepts(kind: Any, candidate: type) -> bool:
 
 def _fits(value: Any, kind: Any) -> bool:
     if _choices(kind):
-        return isinstance(value, str)  # the range is checked by Recipe.validate
+        return value in _choices(kind)
     if get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     if isinstance(value, bool):

@@ -38,7 +38,7 @@ class TokenWindows:
         notes: facts that a report must state (fewer windows than asked for, text shared with calibration …).
     """
 
-    windows: tuple[Int64[Tensor, _], ...]
+    windows: tuple[Int64[Tensor, "..."], ...]  # noqa: UP037
     source: str
     digest: str
     notes: tuple[str, ...] = ()
