@@ -165,11 +165,11 @@ def windows_of_text(
     generator = torch.Generator().manual_seed(seed)
     budget = samples * length * _CHARACTERS_PER_TOKEN
     if len(text) > budget:
-        # A long text: take slices spread over all of it rather than tokenizing everything.
-        step = len(text) // samples
-        size = length * _CHARACTERS_PER_TOKEN
-        pieces = [tokenizer.encode(text[start : start + size]) for start in range(0, step * samples, step)]
-        starts = [piece[:body] for piece in pieces if len(piece) >= body]
+        # A long text: read one slice from each of `samples` equal parts rather than tokenizing everything.
+        part, size = len(text) // samples, length * _CHARACTERS_PER_TOKEN
+        offsets = torch.randint(max(1, part - size), (samples,), generator=generator).tolist()
+        slices = [text[i * part + offset :][:size] for i, offset in enumerate(offsets)]
+        starts = [ids[:body] for ids in map(tokenizer.encode, slices) if len(ids) >= body]
     else:
         ids = tokenizer.encode(text)
         starts = [ids[start : start + body] for start in range(0, len(ids) - body + 1, body)]
