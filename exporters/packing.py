@@ -202,7 +202,7 @@ class OnnxStorage:
 
     Attributes:
         ops: how quantized linears are written.
-        float_bytes: bytes of one floating-point weight.
+        float_bytes: bytes of one floating-point weight, 4 or 2.
     """
 
     ops: OnnxOps = "matmulnbits"

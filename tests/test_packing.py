@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_onnx import reference_blocked_bytes, reference_nbits_bytes
 
 from compot_deploy.exporters.packing import (
     BLOCKS,
@@ -20,7 +21,6 @@ from compot_deploy.exporters.packing import (
     unsupported_grid,
 )
 from compot_deploy.weights import Grid, Quantized, Storage, same_matrix
-from tests.reference_onnx import reference_blocked_bytes, reference_nbits_bytes
 
 
 def random_matrix(rows: int, outputs: int, grid: Grid, seed: int = 0) -> Quantized:
