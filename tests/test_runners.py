@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import builtins
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,16 @@ from compot_deploy.runners import (
     torch_runner,
 )
 from compot_deploy.weights import CompressedModel, Dense, Factorized, Grid, Matrix, Pair, Quantized
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    # Thousands of tiny operations: a second thread only waits, for long where the machine is busy.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 # A window of 8 is shorter than the test's texts, so that it matters.
 MODELS: list[tuple[str, dict[str, Any]]] = [
