@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -19,6 +20,15 @@ from compot_deploy.measures import (
     predict,
     summarize,
 )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    # Thousands of tiny operations: a second thread only waits, for long where the machine is busy.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def positions_of(reference: torch.Tensor, candidate: torch.Tensor, targets: torch.Tensor) -> Positions:
