@@ -115,7 +115,10 @@ class Recipe:
     )
     evaluation_tokens: int = _knob(4096, "tokens to judge on", unit="tokens", group="gate")
     max_perplexity_ratio: float | None = _knob(
-        None, "gate: perplexity of the shipped model over the original's", unit="ratio", group="gate"
+        2.0,
+        "gate: perplexity of the shipped model over the original's; the default only catches collapse",
+        unit="ratio",
+        group="gate",
     )
     max_kl: float | None = _knob(
         None, "gate: mean Kullback-Leibler divergence from the original", unit="nats per token", group="gate"

@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from compot_deploy.checkpoint import Checkpoint
 from compot_deploy.errors import InputError, MissingDependencyError
 
 SELF: Final = "self"
@@ -88,7 +87,7 @@ class Tokenizer:
     chat: Callable[[Sequence[Mapping[str, str]]], str] | None
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a model folder; code of its own is not run.
 
     Raises:
@@ -97,13 +96,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.folder, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{checkpoint.folder} holds no tokenizer that can be read ({reason}). "
+            f"{folder} holds no tokenizer that can be read ({reason}). "
             "Save one with tokenizer.save_pretrained(folder)."
         ) from None
     bare, special = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids

@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def test_the_same_seed_draws_the_same_windows(checkpoint: Checkpoint) -> None:
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint.folder)
     text = "".join(f"{tiny.WORDS}{number} " for number in range(20))
     first, second = (windows_of_text(text, tokenizer, source="t", **COMMON) for _ in range(2))
     other = windows_of_text(text, tokenizer, source="t", **(COMMON | {"seed": 1}))
@@ -38,7 +38,7 @@ def test_the_same_seed_draws_the_same_windows(checkpoint: Checkpoint) -> None:
 
 
 def test_windows_start_as_the_model_expects(checkpoint: Checkpoint) -> None:
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint.folder)
     assert tokenizer.first == (1,)
     windows = windows_of_text(tiny.WORDS * 20, tokenizer, source="t", **COMMON)
     assert all(int(window[0]) == 1 for window in windows.windows)
@@ -46,14 +46,14 @@ def test_windows_start_as_the_model_expects(checkpoint: Checkpoint) -> None:
 
 def test_fewer_windows_than_asked_for_are_noted(checkpoint: Checkpoint) -> None:
     windows = windows_of_text(
-        tiny.WORDS, load_tokenizer(checkpoint), source="t", **(COMMON | {"samples": 1000})
+        tiny.WORDS, load_tokenizer(checkpoint.folder), source="t", **(COMMON | {"samples": 1000})
     )
     assert "1000 were asked for" in windows.notes[0]
 
 
 def test_a_long_text_is_sampled_from_all_over(checkpoint: Checkpoint) -> None:
     text = "a" * 200_000 + tiny.WORDS * 3000
-    windows = windows_of_text(text, load_tokenizer(checkpoint), source="t", **COMMON)
+    windows = windows_of_text(text, load_tokenizer(checkpoint.folder), source="t", **COMMON)
     assert len(windows.windows) == 4
     assert len({tuple(window.tolist()) for window in windows.windows}) > 1
 
@@ -81,7 +81,7 @@ def test_a_missing_text_is_named(tmp_path: Path) -> None:
 
 def test_too_short_a_text_is_refused_with_both_numbers(checkpoint: Checkpoint) -> None:
     with pytest.raises(InputError, match=r"fewer than one window of 16"):
-        windows_of_text("the fox", load_tokenizer(checkpoint), source="t", **COMMON)
+        windows_of_text("the fox", load_tokenizer(checkpoint.folder), source="t", **COMMON)
 
 
 def test_ids_beyond_the_vocabulary_are_refused() -> None:
@@ -90,7 +90,7 @@ def test_ids_beyond_the_vocabulary_are_refused() -> None:
 
 
 def test_json_lines_give_one_window_a_line(checkpoint: Checkpoint) -> None:
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint.folder)
     text = '{"text": "the quick brown fox"}\n\n{"text": "lazy dog"}\n'
     windows = windows_of_jsonl(text, tokenizer, source="t", **COMMON)
     assert len(windows.windows) == 2
@@ -104,7 +104,7 @@ def test_json_lines_give_one_window_a_line(checkpoint: Checkpoint) -> None:
 def test_the_model_writes_the_same_text_twice_and_leaves_the_global_seed_alone(
     checkpoint: Checkpoint,
 ) -> None:
-    model, tokenizer = tiny.model("llama"), load_tokenizer(checkpoint)
+    model, tokenizer = tiny.model("llama"), load_tokenizer(checkpoint.folder)
     state = torch.get_rng_state()
     first, second = (sample_from_model(model, tokenizer, batch=3, **COMMON) for _ in range(2))
     assert first.digest == second.digest
