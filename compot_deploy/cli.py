@@ -34,16 +34,17 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from compot_deploy import __version__
+from compot_deploy import __version__, inspection
 from compot_deploy.errors import (
-    EXIT_BAD_INPUT,
     EXIT_GATE_FAILED,
     EXIT_OK,
     CompotDeployError,
     InterruptedRunError,
     RecipeError,
 )
+from compot_deploy.pipeline import Deployment, check_folder, run
 from compot_deploy.recipe import Recipe, default_of, knob_type, knobs, recipe_from_mapping
+from compot_deploy.report import tables, verdict
 
 _GROUPS: Final = {
     "model": "what and where",
@@ -90,15 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _deploy(arguments: list[str], out: Console, err: Console) -> int:
     recipe = parse_recipe(arguments)
-    from compot_deploy import pipeline
-
     if recipe.model is None:
         err.print(
             "No model given: using the small model that ships with compot-deploy (1.6M parameters, trained on "
             "Python's documentation)."
         )
     with _bars(err) as progress:
-        deployments = pipeline.run(recipe, progress)
+        deployments = run(recipe, progress)
     return max((_show(deployment, out) for deployment in deployments), default=EXIT_OK)
 
 
@@ -110,11 +109,9 @@ def _check(arguments: list[str], out: Console, err: Console) -> int:
     parser.add_argument("--reference", help="original model, where it is no longer where the recipe says")
     _add_knobs(parser, only={"max_perplexity_ratio", "max_kl", "min_top1", "max_export_nmse"})
     values = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
-    from compot_deploy import pipeline
-
     folder, reference = values.pop("folder"), values.pop("reference", None)
     with _bars(err) as progress:
-        deployment = pipeline.check_folder(folder, reference=reference, limits=values, progress=progress)
+        deployment = check_folder(folder, reference=reference, limits=values, progress=progress)
     return _show(deployment, out)
 
 
@@ -123,8 +120,6 @@ def _inspect(arguments: list[str], out: Console, err: Console) -> int:
     parser.add_argument("folder", type=Path, help="a folder that compot-deploy wrote")
     parser.add_argument("--json", action="store_true", help="print the manifest's matrices as JSON")
     options = parser.parse_args(arguments)
-    from compot_deploy import inspection
-
     if options.json:
         out.print_json(inspection.as_json(options.folder))
         return EXIT_OK
@@ -247,11 +242,12 @@ def _bars(console: Console) -> _BarProgress:
     )
 
 
-def _show(deployment: Any, out: Console) -> int:
-    for table in deployment.tables():
+def _show(deployment: Deployment, out: Console) -> int:
+    for table in tables(deployment.report):
         _print_table(out, table.title, table.columns, table.rows)
-    for line in deployment.lines():
-        out.print(Text(line))
+        for note in table.notes:
+            out.print(Text(f"  {note}"), style="dim")
+    out.print(Text(f"{deployment.folder}: {verdict(deployment.report)}"), style="bold")
     return EXIT_OK if deployment.passed else EXIT_GATE_FAILED
 
 
@@ -278,6 +274,3 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-
-__all__ = ["EXIT_BAD_INPUT", "main", "parse_recipe"]

@@ -23,7 +23,7 @@ import torch
 from onnx import NodeProto, TensorProto
 from torch import Tensor
 
-from compot_deploy.architectures import Architecture
+from compot_deploy.architectures import Architecture, find_architecture
 from compot_deploy.checkpoint import TOKENIZER_FILES
 from compot_deploy.errors import ArtifactError, InputError, MissingDependencyError, RecipeError
 from compot_deploy.exporters.onnx_config import (
@@ -35,7 +35,8 @@ from compot_deploy.exporters.onnx_config import (
     portable_tokenizer_config,
 )
 from compot_deploy.exporters.onnx_graph import FloatType, Part, build_decoder, with_accuracy_level
-from compot_deploy.exporters.onnx_tensors import TensorReader
+from compot_deploy.exporters.onnx_lint import lint_onnx
+from compot_deploy.exporters.onnx_tensors import DATA, GRAPH, TensorReader
 from compot_deploy.exporters.packing import (
     Blocked,
     NBits,
@@ -45,6 +46,7 @@ from compot_deploy.exporters.packing import (
     unpack_nbits,
     unsupported_grid,
 )
+from compot_deploy.findings import Finding
 from compot_deploy.weights import (
     CompressedModel,
     Dense,
@@ -56,12 +58,6 @@ from compot_deploy.weights import (
     Pattern,
     Quantized,
 )
-
-GRAPH: Final = "onnx/model.onnx"
-"""The graph, relative to the folder."""
-
-DATA: Final = "onnx/model.onnx_data"
-"""Its tensors; transformers.js looks for exactly this name."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +168,32 @@ class OnnxExporter:
         """
         return OnnxMatrices(folder / GRAPH)
 
+    def read_model(self, folder: Path) -> CompressedModel:
+        """The whole model of a folder, from its own files alone: what `write` was given.
+
+        Raises:
+            ArtifactError: a file is missing or cannot be read.
+            UnsupportedModelError: a configuration of another kind of model.
+        """
+        matrices = OnnxMatrices(folder / GRAPH)
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{folder / 'config.json'} cannot be read: {error}.") from None
+        architecture = find_architecture(config)
+        return CompressedModel(
+            architecture=architecture,
+            config=config,
+            matrices=matrices,
+            tensors=matrices.vectors,
+            tied=architecture.head not in matrices,
+            source=str(folder),
+        )
+
+    def lint(self, folder: Path) -> tuple[Finding, ...]:
+        """What is wrong or remarkable about the structure of a folder."""
+        return lint_onnx(folder)
+
 
 def open_session(folder: Path, accuracy_level: int | None = None, threads: int = 0) -> Any:
     """An onnxruntime session of a folder, on the CPU.
@@ -230,6 +252,15 @@ class OnnxMatrices(Mapping[str, Matrix]):
 
     def __len__(self) -> int:
         return len(self._nodes)
+
+    @property
+    def vectors(self) -> Mapping[str, Tensor]:
+        """Norms and biases by checkpoint name; small enough to be read at once."""
+        return {
+            name: self._stored(name)
+            for name, proto in self._reader.protos.items()
+            if len(proto.dims) == 1 and name.endswith((".weight", ".bias"))
+        }
 
     def __getitem__(self, name: str) -> Matrix:
         nodes = self._nodes[name]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 import onnx
 import torch
@@ -18,6 +18,12 @@ from onnx import TensorProto
 from torch import Tensor
 
 from compot_deploy.errors import ArtifactError
+
+GRAPH: Final = "onnx/model.onnx"
+"""The graph, relative to the folder."""
+
+DATA: Final = "onnx/model.onnx_data"
+"""Its tensors; transformers.js looks for exactly this name."""
 
 
 @dataclass(frozen=True)
