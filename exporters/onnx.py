@@ -321,7 +321,7 @@ class OnnxMatrices(Mapping[str, Matrix]):
         return str(node.input[0]) if node is not None and node.op_type == "Cast" else value
 
     def _stored(self, name: str) -> Tensor:
-        data = self._reader.bytes_of(name)
+        data = self._reader.bytes_of(name).clone()  # the mapping is read-only, a matrix need not be
         proto = self._reader.protos[name]
         return data.view(_DTYPES[proto.data_type]).view(*proto.dims)
 

@@ -53,7 +53,7 @@ from compot_deploy.exporters.onnx_config import (
 )
 from compot_deploy.exporters.onnx_tensors import Extent, TensorWriter
 from compot_deploy.exporters.packing import OnnxOps, pack_blocked, pack_nbits, unsupported_grid
-from compot_deploy.weights import CompressedModel, Dense, Factorized, Leaf, Matrix, Pair, Quantized
+from compot_deploy.weights import CompressedModel, Dense, Factorized, Grid, Leaf, Matrix, Pair, Quantized
 
 OPSET: Final = 21
 IR_VERSION: Final = 10
@@ -122,11 +122,21 @@ class _Shared:
 
 
 @dataclass(frozen=True)
+class NBitsLayout:
+    """Sizes and grid of a MatMulNBits."""
+
+    inputs: int
+    outputs: int
+    grid: Grid
+
+
+@dataclass(frozen=True)
 class _Table:
     """The token table as a tied head reads it: floats (vocabulary, hidden), or packed integers and scales."""
 
     values: str
-    scales: str | None
+    scales: str | None = None
+    grid: Grid | None = None
 
 
 def _check_shape(name: str, matrix: Matrix, expected: tuple[int, int]) -> None:
@@ -305,12 +315,12 @@ class _Graph:
                 packed = pack_nbits(leaf)
                 blob = self.tensor(f"{name}.integers", packed.blob, TensorProto.UINT8, packed.blob.shape)
                 scales = self.scales(name, path, packed.scales)
-                return self.nbits(path, source, blob, scales, leaf, facts)
+                return self.nbits(path, source, blob, scales, NBitsLayout(rows, columns, grid), facts)
             case _:
                 assert_never(leaf)
 
     def nbits(
-        self, path: str, source: str, blob: str, scales: str, leaf: Quantized, facts: Mapping[str, str]
+        self, path: str, source: str, blob: str, scales: str, layout: NBitsLayout, facts: Mapping[str, str]
     ) -> str:
         """One MatMulNBits; never with a g_idx, which 2 bits silently get wrong and 8 bits refuse."""
         return self.node(
@@ -319,10 +329,10 @@ class _Graph:
             f"{path}/MatMul",
             domain=MICROSOFT,
             facts=facts,
-            K=leaf.shape[0],
-            N=leaf.shape[1],
-            bits=leaf.grid.bits,
-            block_size=leaf.grid.group,
+            K=layout.inputs,
+            N=layout.outputs,
+            bits=layout.grid.bits,
+            block_size=layout.grid.group,
             accuracy_level=self.accuracy_level,
         )
 
@@ -361,7 +371,7 @@ def build_decoder(
 
     Args:
         model: every matrix in its final form; read in block order, one at a time.
-        data: an empty file, opened for writing.
+        data: a file opened for writing; tensors are appended where it stands.
         location: its name, relative to the graph.
         ops: how quantized linears are written.
         context: longest sequence; None takes the model's own.
@@ -378,7 +388,7 @@ def build_decoder(
     rows = shape.context if context is None else context
     if not 1 <= rows <= shape.context:
         raise RecipeError(f"A context of {rows} tokens is out of range: the model has 1 to {shape.context}.")
-    graph = _Graph(TensorWriter(data, location), ops, accuracy_level, floats)
+    graph = _Graph(TensorWriter(data, location, data.tell()), ops, accuracy_level, floats)
     builder = _Decoder(graph, model, shape)
     builder.build(rotary_tables(model.config, rows))
     made = helper.make_graph(
@@ -557,7 +567,7 @@ class _Decoder:
                 value = graph.node("Gather", [table, "input_ids"], f"{path}/Gather", facts=facts, axis=0)
                 if table == stored and graph.tensors[stored].data_type != TensorProto.FLOAT:
                     value = graph.node("Cast", [value], f"{path}/Cast", to=TensorProto.FLOAT)
-                return value, _Table(table, None)
+                return value, _Table(table)
             case Quantized():
                 return self._embed_quantized(name, path, matrix, facts)
             case Factorized():
@@ -589,10 +599,10 @@ class _Decoder:
             bounds = [graph.constant([0]), graph.constant([self.shape.hidden]), graph.constant([2])]
             value = graph.node("Slice", [value, *bounds], f"{path}/Slice")
         if not self.model.tied:
-            return value, _Table(table, scales)
+            return value, _Table(table)
         # The head reads the same bytes as (vocabulary, blocks, block bytes): a second name, no second copy.
         blob = graph.alias(f"{name}.integers.blocks", extent, TensorProto.UINT8, packed.blob.shape)
-        return value, _Table(blob, scales)
+        return value, _Table(blob, scales, grid)
 
     def _head(self, source: str, table: _Table) -> None:
         graph, architecture = self.graph, self.model.architecture
@@ -601,7 +611,7 @@ class _Decoder:
         else:
             path = node_path(architecture.head)
             facts = {Part.MATRIX: architecture.embedding, Part.ROLE: Part.TIED_HEAD}
-            if table.scales is None:
+            if table.scales is None or table.grid is None:
                 graph.node(
                     "FusedMatMul",
                     [source, table.values],
@@ -611,9 +621,8 @@ class _Decoder:
                     transB=1,
                 )
             else:
-                embedding = self.model.matrices[architecture.embedding]
-                assert isinstance(embedding, Quantized)
-                graph.nbits(path, source, table.values, table.scales, embedding, facts)
+                layout = NBitsLayout(self.shape.hidden, self.shape.vocabulary, table.grid)
+                graph.nbits(path, source, table.values, table.scales, layout, facts)
         graph.nodes[-1].output[0] = "logits"
 
     def _linear(self, module: str, source: str) -> str:

@@ -8,6 +8,7 @@ memory.
 from __future__ import annotations
 
 import mmap
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -41,20 +42,21 @@ class TensorWriter:
     Attributes:
         file: the open data file.
         location: its name, as the graph refers to it.
+        position: where the file stands.
     """
 
     file: BinaryIO
     location: str
-    _position: int = 0
+    position: int = 0
 
     def append(self, data: Tensor) -> Extent:
         """Write the bytes of a tensor behind zeros up to a multiple of 64 (of 4096 for more than a MiB)."""
         flat = data.contiguous().view(-1).view(torch.uint8)
-        padding = -self._position % (4096 if flat.numel() > 1 << 20 else 64)
+        padding = -self.position % (4096 if flat.numel() > 1 << 20 else 64)
         self.file.write(b"\0" * padding)
         self.file.write(flat.numpy().data)
-        extent = Extent(offset=self._position + padding, length=flat.numel())
-        self._position = extent.offset + extent.length
+        extent = Extent(offset=self.position + padding, length=flat.numel())
+        self.position = extent.offset + extent.length
         return extent
 
 
@@ -76,7 +78,7 @@ class TensorReader:
         self.protos = {tensor.name: tensor for tensor in self.graph.initializer}
 
     def bytes_of(self, name: str) -> Tensor:
-        """The raw bytes of a tensor, uint8; a view of the mapped file where it lies in one.
+        """The raw bytes of a tensor, uint8; where it lies in a file, a view of the mapping: never write to it.
 
         Raises:
             ArtifactError: no such tensor, or its bytes lie outside the folder or the file.
@@ -100,8 +102,7 @@ class TensorReader:
             path = data_path(self.folder, location, name)
             try:
                 with path.open("rb") as file:
-                    # Private, so that a tensor made of it is writable in name and the file stays as it is.
-                    self._maps[location] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                    self._maps[location] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except (OSError, ValueError) as error:
                 raise ArtifactError(
                     f"{path}, which holds the tensor {name}, cannot be read: {error}."
@@ -112,7 +113,10 @@ class TensorReader:
 def _view(buffer: mmap.mmap | bytearray, extent: Extent) -> Tensor:
     if extent.length == 0:
         return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(buffer, dtype=torch.uint8, count=extent.length, offset=extent.offset)
+    with warnings.catch_warnings():
+        # The mapping is read-only, because a writable one counts against the memory of the machine.
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return torch.frombuffer(buffer, dtype=torch.uint8, count=extent.length, offset=extent.offset)
 
 
 def external_extent(proto: TensorProto) -> tuple[str, Extent]:

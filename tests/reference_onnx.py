@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -128,8 +129,17 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def torch_model(settings: Mapping[str, Any]) -> Any:
-    """A randomly initialised transformers model in float32; norms and biases random too, so they matter."""
-    values = portable_config({**_SIZES, **settings})
+    """A randomly initialised transformers model in float32; norms and biases random too, so they matter.
+
+    The same settings give the same object: never change it.
+    """
+    return _torch_model(json.dumps({**_SIZES, **settings}))
+
+
+@functools.cache
+def _torch_model(settings: str) -> Any:
+    torch.manual_seed(0)
+    values = portable_config(json.loads(settings))
     model_type = values.pop("model_type")
     config = AutoConfig.for_model(model_type, **values)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
