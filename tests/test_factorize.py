@@ -37,13 +37,17 @@ def orthonormal(rows: int, columns: int) -> Tensor:
 
 @pytest.mark.parametrize("pattern", [Pattern(6, 16), Pattern(2, 4), Pattern(4, 8)])
 @pytest.mark.parametrize(("inputs", "outputs"), [(24, 60), (60, 24)])
-def test_the_objective_never_rises(pattern: Pattern, inputs: int, outputs: int) -> None:
+@pytest.mark.parametrize("how", [Alternation(), PAPER])
+def test_the_objective_never_rises(pattern: Pattern, inputs: int, outputs: int, how: Alternation) -> None:
     weight, whitening = problem(inputs, outputs)
-    factors = compot(weight, whitening, 16, pattern, PAPER)
+    factors = compot(weight, whitening, 16, pattern, how)
     history = factors.objective
     assert len(history) > 3
     assert all(later < earlier for earlier, later in pairwise(history))
-    assert factors.error**2 == pytest.approx(history[-1], rel=1e-4)
+    if how.paper_exact:
+        assert factors.error**2 == pytest.approx(history[-1], rel=1e-4)
+    else:
+        assert factors.error**2 < history[-1]
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(24, 60), (60, 24)])
@@ -75,11 +79,12 @@ def test_ties_are_broken_by_order_and_the_count_is_exact(pattern: Pattern) -> No
     assert support.reshape(-1, pattern.of, 5)[:, : pattern.kept].all()
 
 
-@pytest.mark.parametrize("decades", [0, 3, 7])
+@pytest.mark.parametrize("decades", [0, 3, 6, 9])
 def test_polar_is_the_product_of_the_singular_vectors(decades: int) -> None:
-    matrix = torch.randn(30, 12, dtype=torch.float64) * torch.logspace(0, -decades, 12, dtype=torch.float64)
+    spectrum = torch.logspace(0, -decades, 12, dtype=torch.float64)
+    matrix = orthonormal(30, 12) * spectrum @ orthonormal(12, 12)
     u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
-    assert torch.allclose(polar(matrix), u @ vt, atol=1e-8)
+    assert torch.allclose(polar(matrix), u @ vt, atol=1e-14 * 10 ** (decades + 1))
 
 
 @pytest.mark.parametrize("rank", [0, 1, 5, 11])
@@ -125,6 +130,26 @@ def test_refitted_codes_equal_least_squares_in_every_column() -> None:
     assert not found[~support].any()
 
 
+def test_refitting_needs_no_more_steps_than_there_are_codes() -> None:
+    """Conjugate directions: as many steps as unknowns, however uneven the atoms."""
+    dictionary = torch.randn(20, 9, dtype=torch.float64) * torch.logspace(0, -3, 9, dtype=torch.float64)
+    target = torch.randn(20, 7, dtype=torch.float64)
+    _, support = threshold(torch.randn(9, 7), Pattern(4, 9))
+    start = torch.zeros(9, 7, dtype=torch.float64)
+    found = refit_codes(
+        dictionary.T @ dictionary, dictionary.T @ target, start, support, steps=4, tolerance=0.0
+    )
+    assert torch.allclose(found, fitted_codes(target, dictionary, support), rtol=1e-7)
+
+
+def test_refitting_an_inconsistent_system_stays_finite() -> None:
+    gram = torch.ones(2, 2, dtype=torch.float64)
+    correlation = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    support = torch.ones(2, 1, dtype=torch.bool)
+    found = refit_codes(gram, correlation, torch.zeros(2, 1, dtype=torch.float64), support)
+    assert torch.equal(found, torch.zeros(2, 1, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_refitting_is_never_worse_however_early_it_stops(steps: int) -> None:
     dictionary = torch.randn(20, 9, dtype=torch.float64) * torch.logspace(0, -4, 9, dtype=torch.float64)
@@ -154,7 +179,8 @@ def test_refinement_never_adds_error() -> None:
         better, fitted = refine(target, dictionary, codes, support, turns)
         errors.append(float((target - better @ fitted).norm()))
         assert not fitted[~support].any()
-    assert errors[0] < float((target - dictionary @ codes).norm())
+    best = least_squares_dictionary(target, codes)
+    assert errors[0] == float((target - best @ codes).norm()) < float((target - dictionary @ codes).norm())
     assert all(later < earlier for earlier, later in pairwise(errors))
 
 
@@ -164,7 +190,22 @@ def test_the_default_is_better_than_the_published_method(pattern: Pattern, input
     weight, whitening = problem(inputs, outputs)
     default, published = (compot(weight, whitening, 12, pattern, how) for how in (Alternation(), PAPER))
     assert default.error < published.error
-    assert default.objective == published.objective
+
+
+def test_momentum_reaches_in_ten_rounds_what_plain_rounds_do_in_twenty() -> None:
+    plain, pushed = 0.0, 0.0
+    for _ in range(3):
+        weight, whitening = problem(32, 100)
+        plain += compot(weight, whitening, 16, Pattern(8, 16), PAPER).objective[-1]
+        pushed += compot(weight, whitening, 16, Pattern(8, 16), Alternation(rounds=10)).objective[-1]
+    assert pushed < plain
+
+
+def test_a_round_that_overshoots_is_taken_back() -> None:
+    weight, whitening = problem(32, 100)
+    history = compot(weight, whitening, 16, Pattern(8, 16), Alternation(momentum=50.0)).objective
+    assert all(later < earlier for earlier, later in pairwise(history))
+    assert len(history) > 8
 
 
 @pytest.mark.parametrize(
