@@ -477,8 +477,10 @@ def _estimate(estimate: Estimate) -> str:
         return f"{value:.4g} ± 0"
     if abs(value) < 1e-3:
         return f"{value:.2e} ± {error:.1e}"
+    if error < 1e-6:
+        return f"{value:.6g} ± {error:.0e}"
     decimals = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:.{min(decimals, 6)}f} ± {error:.{min(decimals, 6)}f}"
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def _percent(estimate: Estimate) -> str:

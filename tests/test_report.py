@@ -315,6 +315,26 @@ def test_the_three_losses_stand_side_by_side() -> None:
     assert cells["same greedy tokens"] == ("17/24, 1 of 2 texts",) * 4 + (ABSENT,)
 
 
+@pytest.mark.parametrize(
+    "value, error, text",
+    [
+        (12.3456, 0.21, "12.35 ± 0.21"),
+        (1234.5, 56.7, "1234 ± 57"),
+        (1.0, 0.0, "1 ± 0"),
+        (0.99999999, 2.3e-8, "1 ± 2e-08"),
+        (6.64e-13, 4.9e-14, "6.64e-13 ± 4.9e-14"),
+        (0.01234567, 0.0000042, "0.0123457 ± 0.0000042"),
+        (3.25, math.nan, "3.25"),
+        (math.nan, math.nan, ABSENT),
+    ],
+)
+def test_a_figure_shows_the_digits_that_its_error_justifies(value: float, error: float, text: str) -> None:
+    made = report()
+    figures = replace(comparison(), perplexity_ratio=Estimate(value, error))
+    made = replace(made, accuracy=replace(made.accuracy, method=replace(loss("a", "b"), comparison=figures)))
+    assert rows(loss_table(made))["perplexity ratio"][0] == text
+
+
 def test_losses_that_were_not_measured_are_absent_and_the_reason_is_given() -> None:
     table = loss_table(report(reference=False))
     assert all(row[1] == row[4] == ABSENT for row in table.rows)
