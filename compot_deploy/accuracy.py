@@ -52,7 +52,9 @@ ROWS_AT_ONCE: Final = 2**21
 """Logits that are compared at a time: each takes about 100 bytes in float64 while four models are compared."""
 
 NOISE_WINDOWS: Final = 4
-"""Windows that the noise floor is measured on: it costs a second pass of a torch model over them."""
+NOISE_TOKENS: Final = 32
+"""The noise floor is measured on the first tokens of the first windows: read one at a time, they cost as much as
+generating so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -233,8 +235,8 @@ class AccuracyReport:
         export_exact: compressed → the file, computed exactly.
         export_shipped: compressed → the file as it ships.
         total: reference → the file as it ships; None without a reference.
-        noise: a torch model against itself, computed in pieces of another size: figures of this order are
-            arithmetic, not loss.
+        noise: a torch model against itself, reading token by token instead of many at once, which adds the
+            same numbers up in another order: figures of this size are arithmetic, not loss.
         reference_absent: why there is no reference; None where there is one.
         continuations: the texts side by side.
         gate: the verdict.
@@ -468,17 +470,16 @@ def _read_in_lockstep(
 
 
 def _noise_floor(runner: Runner, batches: Sequence[Int64[Tensor, "_ _"]], tick: _Ticker) -> Loss:
-    """The same model twice: batches in long pieces against one window at a time in short ones."""
+    """The same model twice: many tokens of several windows at once, and one token of one window at a time."""
     parts: list[Positions] = []
-    for tokens in batches:
-        chunk = _chunk(tokens, runner)
-        alone = [_regroup(runner.logits(window[None], max(1, chunk // 3)), chunk) for window in tokens]
-        together = (torch.cat(pieces) for pieces in zip(*alone, strict=True))
-        for (first, second), targets in _scored([runner.logits(tokens, chunk), together], tokens):
+    for batch in batches:
+        tokens = batch[:, : max(2, min(NOISE_TOKENS, _chunk(batch, runner)))]
+        at_once = runner.logits(tokens, tokens.shape[1])
+        singly = torch.cat([torch.cat(list(runner.logits(window[None], 1)), dim=1) for window in tokens])
+        for (first, second), targets in _scored([at_once, [singly]], tokens):
             parts.append(compare(predict(first, targets), predict(second, targets)))
         tick("measuring the noise floor")
-    other = f"{runner.name}, in other pieces"
-    return Loss(runner.name, other, summarize(concatenate(parts)), greedy=())
+    return Loss(runner.name, f"{runner.name}, token by token", summarize(concatenate(parts)), greedy=())
 
 
 def _chunk(tokens: Int64[Tensor, "batch length"], runner: Runner) -> int:
@@ -502,19 +503,6 @@ def _scored(
         for first in range(0, len(targets), rows):
             yield [part[first : first + rows] for part in flat], targets[first : first + rows]
         start += positions
-
-
-def _regroup(pieces: Iterable[Float[Tensor, "_ _ _"]], chunk: int) -> Iterator[Float[Tensor, "_ _ _"]]:
-    """The same logits in pieces of `chunk` positions."""
-    waiting: list[Tensor] = []
-    for piece in pieces:
-        joined = torch.cat([*waiting, piece], dim=1)
-        while joined.shape[1] >= chunk:
-            yield joined[:, :chunk]
-            joined = joined[:, chunk:]
-        waiting = [joined]
-    if waiting and waiting[0].shape[1]:
-        yield waiting[0]
 
 
 def _continue_prompts(

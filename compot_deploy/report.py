@@ -368,7 +368,7 @@ def loss_table(report: Report) -> Table:
     notes = [
         f"{facts.positions:,} positions in {facts.windows} windows of {facts.source}; "
         f"metrics version {accuracy.metrics_version}.",
-        f"The noise floor is {accuracy.noise.reference} against itself in pieces of another size.",
+        f"The noise floor is {accuracy.noise.reference} against itself, token by token.",
         *(f"{note}." for note in facts.notes),
     ]
     if accuracy.reference_absent is not None:
@@ -477,8 +477,10 @@ def _estimate(estimate: Estimate) -> str:
         return f"{value:.4g} ± 0"
     if abs(value) < 1e-3:
         return f"{value:.2e} ± {error:.1e}"
+    if error < 1e-6:
+        return f"{value:.6g} ± {error:.0e}"
     decimals = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:.{min(decimals, 6)}f} ± {error:.{min(decimals, 6)}f}"
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def _percent(estimate: Estimate) -> str:

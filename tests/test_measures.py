@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -205,6 +206,12 @@ def test_the_histogram_counts_every_position_once() -> None:
     assert len(histogram) == len(KL_EDGES) + 1 and sum(histogram) == 500
     counts, _ = np.histogram(part.divergence.numpy(), bins=[-math.inf, *KL_EDGES, math.inf])
     assert histogram == tuple(counts)
+
+
+def test_a_divergence_on_an_edge_belongs_to_the_bin_above() -> None:
+    part = positions_of(*pair(len(KL_EDGES)))
+    on_edges = replace(part, divergence=torch.tensor(KL_EDGES, dtype=torch.float64))
+    assert summarize(on_edges).divergence.histogram == (0,) + (1,) * len(KL_EDGES)
 
 
 def test_standard_errors_are_the_spread_over_repeated_samples() -> None:

@@ -76,7 +76,7 @@ def report(passed: bool = True, reference: bool = True, findings: tuple[Finding,
         loss("dequantized", "exact", 1e-10),
         loss("dequantized", "shipped"),
         loss("original", "shipped") if reference else None,
-        replace(loss("original", "original, in other pieces", 1e-12), greedy=()),
+        replace(loss("original", "original, token by token", 1e-12), greedy=()),
         None if reference else "the original was not given",
         (Continuation("Once | upon", "a time" if reference else None, "a *time*", "a\ntime", "a <time>"),),
         GateResult(criteria, passed),
@@ -313,6 +313,26 @@ def test_the_three_losses_stand_side_by_side() -> None:
     assert cells["logit NMSE"][:2] == ("0.0033", "3.3e-13")
     assert cells["same top token"][0] == "94.12 ± 0.37 %"
     assert cells["same greedy tokens"] == ("17/24, 1 of 2 texts",) * 4 + (ABSENT,)
+
+
+@pytest.mark.parametrize(
+    "value, error, text",
+    [
+        (12.3456, 0.21, "12.35 ± 0.21"),
+        (1234.5, 56.7, "1234 ± 57"),
+        (1.0, 0.0, "1 ± 0"),
+        (0.99999999, 2.3e-8, "1 ± 2e-08"),
+        (6.64e-13, 4.9e-14, "6.64e-13 ± 4.9e-14"),
+        (0.01234567, 0.0000042, "0.0123457 ± 0.0000042"),
+        (3.25, math.nan, "3.25"),
+        (math.nan, math.nan, ABSENT),
+    ],
+)
+def test_a_figure_shows_the_digits_that_its_error_justifies(value: float, error: float, text: str) -> None:
+    made = report()
+    figures = replace(comparison(), perplexity_ratio=Estimate(value, error))
+    made = replace(made, accuracy=replace(made.accuracy, method=replace(loss("a", "b"), comparison=figures)))
+    assert rows(loss_table(made))["perplexity ratio"][0] == text
 
 
 def test_losses_that_were_not_measured_are_absent_and_the_reason_is_given() -> None:
