@@ -19,9 +19,8 @@ from onnx import ModelProto, NodeProto, TensorProto
 from torch import Tensor
 
 from compot_deploy.errors import ArtifactError
-from compot_deploy.exporters.onnx import DATA, GRAPH
 from compot_deploy.exporters.onnx_graph import ACCURACY_LEVEL, MICROSOFT, Part
-from compot_deploy.exporters.onnx_tensors import Extent, TensorReader, external_extent
+from compot_deploy.exporters.onnx_tensors import DATA, GRAPH, Extent, TensorReader, external_extent
 from compot_deploy.exporters.packing import BLOCKS, GATHER_BITS, NBITS_BITS, TWO_BIT_BLOCKS
 from compot_deploy.findings import Finding, Severity
 
