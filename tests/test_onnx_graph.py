@@ -28,9 +28,10 @@ from torch import Tensor
 
 from compot_deploy.errors import ArtifactError, RecipeError, UnsupportedModelError
 from compot_deploy.exporters import EXPORTERS
-from compot_deploy.exporters.onnx import GRAPH, OnnxOptions, open_session
+from compot_deploy.exporters.onnx import OnnxOptions, open_session
 from compot_deploy.exporters.onnx_config import check_supported, decoder_shape, portable_config
 from compot_deploy.exporters.onnx_graph import node_path, with_accuracy_level
+from compot_deploy.exporters.onnx_tensors import GRAPH
 from compot_deploy.weights import CompressedModel, Dense, Grid, Matrix, Quantized
 
 onnxruntime = pytest.importorskip("onnxruntime")
