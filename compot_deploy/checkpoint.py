@@ -42,12 +42,12 @@ class LazyTensors(Mapping[str, Tensor]):
     """Tensors of a folder by name; each access reads one tensor and checks that it is finite."""
 
     def __init__(self, files: Mapping[str, Path], *, allow_pickle: bool = False) -> None:
-        self._files = files
+        self.files = files
         self._pickled: dict[Path, Mapping[str, Tensor]] = {}
         self._allow_pickle = allow_pickle
 
     def __getitem__(self, name: str) -> Tensor:
-        path = self._files[name]
+        path = self.files[name]
         if path.suffix == ".safetensors":
             try:
                 with ExitStack() as stack:
@@ -68,13 +68,13 @@ class LazyTensors(Mapping[str, Tensor]):
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self.files)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._files
+        return name in self.files
 
     def _unpickle(self, path: Path) -> Mapping[str, Tensor]:
         if path not in self._pickled:
@@ -126,11 +126,16 @@ class Checkpoint:
         """Checkpoint name of the output head."""
         return f"{self.architecture.head}.weight"
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files, each once, in name order."""
+        return tuple(sorted(set(self.tensors.files.values())))
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over config.json and every weight file, in name order."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for path in sorted(set(self.tensors._files.values())):
+        for path in self.files:
             digest.update(path.name.encode())
             with path.open("rb") as file:
                 for chunk in iter(lambda: file.read(1 << 22), b""):
@@ -262,7 +267,7 @@ def _check_shapes(checkpoint: Checkpoint) -> None:
 
 def checkpoint_shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
     """Shape of a stored tensor, without reading its values."""
-    path = checkpoint.tensors._files[name]
+    path = checkpoint.tensors.files[name]
     if path.suffix != ".safetensors":
         return tuple(checkpoint.tensors._unpickle(path)[name].shape)
     with safe_open(path, framework="pt") as reader:

@@ -115,7 +115,10 @@ class Recipe:
     )
     evaluation_tokens: int = _knob(4096, "tokens to judge on", unit="tokens", group="gate")
     max_perplexity_ratio: float | None = _knob(
-        None, "gate: perplexity of the shipped model over the original's", unit="ratio", group="gate"
+        2.0,
+        "gate: perplexity of the shipped model over the original's; the default only catches collapse",
+        unit="ratio",
+        group="gate",
     )
     max_kl: float | None = _knob(
         None, "gate: mean Kullback-Leibler divergence from the original", unit="nats per token", group="gate"
@@ -315,7 +318,7 @@ def _accepts(kind: Any, candidate: type) -> bool:
 
 def _fits(value: Any, kind: Any) -> bool:
     if _choices(kind):
-        return isinstance(value, str)  # the range is checked by Recipe.validate
+        return value in _choices(kind)
     if get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     if isinstance(value, bool):

@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from compot_deploy.checkpoint import Checkpoint
 from compot_deploy.errors import InputError, MissingDependencyError
 
 SELF: Final = "self"
@@ -38,7 +37,7 @@ class TokenWindows:
         notes: facts that a report must state (fewer windows than asked for, text shared with calibration …).
     """
 
-    windows: tuple[Int64[Tensor, _], ...]
+    windows: tuple[Int64[Tensor, "..."], ...]  # noqa: UP037
     source: str
     digest: str
     notes: tuple[str, ...] = ()
@@ -88,7 +87,7 @@ class Tokenizer:
     chat: Callable[[Sequence[Mapping[str, str]]], str] | None
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a model folder; code of its own is not run.
 
     Raises:
@@ -97,13 +96,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.folder, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{checkpoint.folder} holds no tokenizer that can be read ({reason}). "
+            f"{folder} holds no tokenizer that can be read ({reason}). "
             "Save one with tokenizer.save_pretrained(folder)."
         ) from None
     bare, special = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
@@ -165,11 +162,11 @@ def windows_of_text(
     generator = torch.Generator().manual_seed(seed)
     budget = samples * length * _CHARACTERS_PER_TOKEN
     if len(text) > budget:
-        # A long text: take slices spread over all of it rather than tokenizing everything.
-        step = len(text) // samples
-        size = length * _CHARACTERS_PER_TOKEN
-        pieces = [tokenizer.encode(text[start : start + size]) for start in range(0, step * samples, step)]
-        starts = [piece[:body] for piece in pieces if len(piece) >= body]
+        # A long text: read one slice from each of `samples` equal parts rather than tokenizing everything.
+        part, size = len(text) // samples, length * _CHARACTERS_PER_TOKEN
+        offsets = torch.randint(max(1, part - size), (samples,), generator=generator).tolist()
+        slices = [text[i * part + offset :][:size] for i, offset in enumerate(offsets)]
+        starts = [ids[:body] for ids in map(tokenizer.encode, slices) if len(ids) >= body]
     else:
         ids = tokenizer.encode(text)
         starts = [ids[start : start + body] for start in range(0, len(ids) - body + 1, body)]

@@ -1,1 +1,35 @@
 """Quantizers: matrix in, matrix out. torch only; they know nothing of models, files or formats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final, Protocol, runtime_checkable
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from compot_deploy.quant.gptq import gptq
+from compot_deploy.quant.rtn import rtn
+from compot_deploy.weights import Grid, Quantized
+
+
+@runtime_checkable
+class Quantizer(Protocol):
+    """What every quantizer looks like; `support` marks the entries that may be non-zero."""
+
+    def __call__(
+        self,
+        weight: Float[Tensor, "inputs outputs"],
+        gram: Float[Tensor, "inputs inputs"],
+        grid: Grid,
+        *,
+        support: Bool[Tensor, "inputs outputs"] | None = None,
+    ) -> Quantized:
+        """Quantize `weight`, for inputs with Gram matrix `gram`."""
+        ...
+
+
+QUANTIZERS: Final[Mapping[str, Quantizer]] = MappingProxyType({"gptq": gptq, "rtn": rtn})
+
+__all__ = ["QUANTIZERS", "Quantizer", "gptq", "rtn"]

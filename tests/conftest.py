@@ -16,4 +16,4 @@ def _one_seed() -> None:
     torch.manual_seed(0)
 
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)

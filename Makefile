@@ -1,0 +1,53 @@
+# Everything runs in an environment of its own, .venv; nothing outside the repository is touched.
+#   make demo   compress the model that ships with the project, export it to ONNX, check it
+#   make test   format, lint, types, tests
+#   make dev    what `make test` needs, plus the git hooks
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+DEMO = out/demo
+
+.PHONY: demo test lint types dev consumers clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/compot-deploy --quant int4 --format onnx --out $(DEMO) --force
+
+test: $(VENV)/dev.stamp lint types
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/dev.stamp
+	$(BIN)/mypy
+
+dev: $(VENV)/dev.stamp
+	$(BIN)/pre-commit install
+
+# A CPU build of torch is preferred where there is none; a torch that is already there (CUDA, say) stays.
+# An interpreter that has torch is shared with the environment, so that nothing is downloaded twice.
+$(VENV)/bin/python:
+	@if $(PYTHON) -c "import torch" 2>/dev/null; then \
+		echo "using the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else $(PYTHON) -m venv $(VENV); fi
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -c "import torch" 2>/dev/null \
+		|| $(BIN)/python -m pip install --quiet "torch==2.13.0+cpu" 2>/dev/null \
+		|| $(BIN)/python -m pip install --quiet "torch==2.13.0"
+
+$(VENV)/demo.stamp: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -e ".[onnx]"
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@# The type checker finds the folders that are mapped into the package through links.
+	@ln -sfn ../exporters compot_deploy/exporters
+	@ln -sfn ../quant compot_deploy/quant
+	@ln -sfn ../examples/embedded compot_deploy/embedded
+	@touch $@ $(VENV)/demo.stamp
+
+clean:
+	rm -rf $(VENV) .venv-* out build dist *.egg-info compot_deploy/exporters compot_deploy/quant compot_deploy/embedded

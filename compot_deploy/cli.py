@@ -1,0 +1,276 @@
+"""argv → Recipe → pipeline → printed report. The only file that prints.
+
+::
+
+    compot-deploy [MODEL] --quant int4 --format onnx [--out DIR]    compress, export, check
+    compot-deploy check DIR                                         check an exported folder again
+    compot-deploy inspect DIR                                       what is in it, layer by layer
+
+Exit codes: 0 done and gate passed · 1 gate failed (the folder is kept, marked) · 2 bad usage or input ·
+3 unsupported model · 4 missing runtime or extra · 75 interrupted, the same command resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final, NoReturn
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from compot_deploy import __version__, inspection
+from compot_deploy.errors import (
+    EXIT_GATE_FAILED,
+    EXIT_OK,
+    CompotDeployError,
+    InterruptedRunError,
+    RecipeError,
+)
+from compot_deploy.pipeline import Deployment, check_folder, run
+from compot_deploy.recipe import Recipe, default_of, knob_type, knobs, recipe_from_mapping
+from compot_deploy.report import tables, verdict
+
+_GROUPS: Final = {
+    "model": "what and where",
+    "size": "size",
+    "method": "method",
+    "calibration": "calibration",
+    "output": "output",
+    "gate": "check and gate",
+}
+
+_EXIT_CODES: Final = (
+    "exit codes: 0 done and gate passed, 1 gate failed, 2 bad usage or input, 3 unsupported model, "
+    "4 missing runtime or extra, 75 interrupted (the same command resumes)"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    out, err = Console(), Console(stderr=True)
+    command: Callable[[list[str], Console, Console], int] = _deploy
+    if arguments and arguments[0] in _COMMANDS:
+        command = _COMMANDS[arguments.pop(0)]
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        _quiet_libraries()
+        return command(arguments, out, err)
+    except CompotDeployError as error:
+        err.print(Text(f"compot-deploy: {error}"), style="bold red" if err.is_terminal else "")
+        return error.exit_code
+    except KeyboardInterrupt:
+        err.print("compot-deploy: interrupted; nothing was written.")
+        return InterruptedRunError.exit_code
+    except BrokenPipeError:
+        # Whoever read the output has gone; there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+# -- commands ------------------------------------------------------------------------------------------
+
+
+def _deploy(arguments: list[str], out: Console, err: Console) -> int:
+    recipe = parse_recipe(arguments)
+    if recipe.model is None:
+        err.print(
+            "No model given: using the small model that ships with compot-deploy (1.6M parameters, trained on "
+            "Python's documentation)."
+        )
+    with _bars(err) as progress:
+        deployments = run(recipe, progress)
+    return max((_show(deployment, out) for deployment in deployments), default=EXIT_OK)
+
+
+def _check(arguments: list[str], out: Console, err: Console) -> int:
+    parser = _Parser(
+        prog="compot-deploy check", description="Check an exported folder again.", epilog=_EXIT_CODES
+    )
+    parser.add_argument("folder", type=Path, help="a folder that compot-deploy wrote")
+    parser.add_argument("--reference", help="original model, where it is no longer where the recipe says")
+    _add_knobs(parser, only={"max_perplexity_ratio", "max_kl", "min_top1", "max_export_nmse"})
+    values = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    folder, reference = values.pop("folder"), values.pop("reference", None)
+    with _bars(err) as progress:
+        deployment = check_folder(folder, reference=reference, limits=values, progress=progress)
+    return _show(deployment, out)
+
+
+def _inspect(arguments: list[str], out: Console, err: Console) -> int:
+    parser = _Parser(prog="compot-deploy inspect", description="Show what is in an exported folder.")
+    parser.add_argument("folder", type=Path, help="a folder that compot-deploy wrote")
+    parser.add_argument("--json", action="store_true", help="print the manifest's matrices as JSON")
+    options = parser.parse_args(arguments)
+    if options.json:
+        out.print_json(inspection.as_json(options.folder))
+        return EXIT_OK
+    overview = inspection.overview(options.folder)
+    _print_table(out, overview.title, overview.columns, overview.rows)
+    for line in overview.lines:
+        out.print(Text(line))
+    return EXIT_OK
+
+
+_COMMANDS: Final[Mapping[str, Callable[[list[str], Console, Console], int]]] = {
+    "check": _check,
+    "inspect": _inspect,
+}
+
+
+# -- arguments -----------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are our errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{message[0].upper()}{message[1:]}. See {self.prog} --help.")
+
+
+def parse_recipe(arguments: Sequence[str]) -> Recipe:
+    """A recipe from command-line arguments; flags win over the file given with --recipe.
+
+    Raises:
+        RecipeError: an unknown flag or a value outside its range.
+    """
+    parser = _Parser(
+        prog="compot-deploy",
+        description="Compress a transformer with COMPOT and quantization, export it, and prove its accuracy. "
+        f"Other commands: {', '.join(_COMMANDS)}; see compot-deploy COMMAND --help.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", nargs="?", default=None, metavar="MODEL", help=_help("model"))
+    parser.add_argument("--recipe", type=Path, help="TOML file with the same knobs; flags win over it")
+    parser.add_argument("--version", action="version", version=f"compot-deploy {__version__}")
+    _add_knobs(parser, only={knob.name for knob in knobs()} - {"model"})
+    values = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    path = values.pop("recipe", None)
+    if path is not None:
+        return Recipe.from_toml(path, **values)
+    return recipe_from_mapping(values, origin="the command line")
+
+
+def _add_knobs(parser: argparse.ArgumentParser, only: set[str]) -> None:
+    groups: dict[str, Any] = {}
+    for knob in knobs():
+        if knob.name not in only:
+            continue
+        title = _GROUPS[knob.metadata["group"]]
+        group = groups.setdefault(title, None) or parser.add_argument_group(title)
+        groups[title] = group
+        kind, choices, several = knob_type(knob.name)
+        flag = "--" + knob.name.replace("_", "-")
+        if kind is bool:
+            group.add_argument(flag, action="store_const", const=True, default=None, help=_help(knob.name))
+        else:
+            group.add_argument(
+                flag,
+                dest=knob.name,
+                type=kind,
+                choices=choices or None,
+                action="append" if several else "store",
+                default=None,
+                metavar=None if choices else kind.__name__.upper(),
+                help=_help(knob.name),
+            )
+
+
+def _help(name: str) -> str:
+    knob = next(knob for knob in knobs() if knob.name == name)
+    text = str(knob.metadata["help"]).replace("%", "%%")
+    value = default_of(knob)
+    shown = " ".join(value) if isinstance(value, tuple) else value
+    unit = f" {knob.metadata['unit']}" if knob.metadata["unit"] else ""
+    return text if value is None or value is False else f"{text} (default: {shown}{unit})"
+
+
+# -- output --------------------------------------------------------------------------------------------
+
+
+class _BarProgress:
+    """Draws one bar per label."""
+
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> _BarProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, done: int, total: int, label: str) -> None:
+        if label not in self._tasks:
+            self._tasks[label] = self._bars.add_task(label, total=total)
+        self._bars.update(self._tasks[label], completed=done, total=total)
+
+
+def _bars(console: Console) -> _BarProgress:
+    return _BarProgress(
+        Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+    )
+
+
+def _show(deployment: Deployment, out: Console) -> int:
+    for table in tables(deployment.report):
+        _print_table(out, table.title, table.columns, table.rows)
+        for note in table.notes:
+            out.print(Text(f"  {note}"), style="dim")
+    out.print(Text(f"{deployment.folder}: {verdict(deployment.report)}"), style="bold")
+    return EXIT_OK if deployment.passed else EXIT_GATE_FAILED
+
+
+def _print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+
+
+def _quiet_libraries() -> None:
+    """Keep the progress bars and advice of libraries out of ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

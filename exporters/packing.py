@@ -1,0 +1,240 @@
+"""How integers lie in an ONNX file, in both directions, and what that costs.
+
+Three layouts, all of the same numbers (``Quantized``: integers (in, out), scales (groups, out)):
+
+* **MatMulNBits** (com.microsoft): ``B`` uint8 (out, blocks, block·bits/8), row n is output n, the last block
+  filled up with the integer zero; unsigned codes ``integer + 2**(bits-1)``, lowest bits first::
+
+      4 bits, byte j of a block:   code[2j] | code[2j+1] << 4
+      2 bits, byte j of a block:   code[4j] | code[4j+1] << 2 | code[4j+2] << 4 | code[4j+3] << 6
+
+  scales (out, blocks). Without a zero point the runtime subtracts 2**(bits-1), so an integer zero is exactly 0.
+* **GatherBlockQuantized** (com.microsoft): the same bytes seen as a table (out, blocks·block·bits/8), one row
+  per token. A tied table is therefore stored once, under two shapes.
+* **DequantizeLinear**, blocked along axis 0: signed two's complement (in, out) row by row, two per byte at
+  4 bits, low half first; scales (blocks, out). No padding.
+
+Sources: the ONNX Runtime contrib operator documentation; the ONNX operator specification, opset 21 (int4
+storage, blocked quantization).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+import torch
+from jaxtyping import Float16, Int8, UInt8
+from torch import Tensor
+
+from compot_deploy.weights import DENSE, SCALE_BITS, Grid, Pattern, Quantized
+
+OnnxOps: TypeAlias = Literal["matmulnbits", "qdq"]
+"""How a quantized linear is written: one contrib operator, or two standard ones."""
+
+NBITS_BITS: Final = (2, 4, 8)
+"""Bits that ONNX Runtime's MatMulNBits runs (it refuses 1, 3, 5, 6 and 7 when loading)."""
+
+QDQ_BITS: Final = (4, 8)
+"""Bits that DequantizeLinear has types for at opset 21."""
+
+GATHER_BITS: Final = (4, 8)
+"""Bits that GatherBlockQuantized runs."""
+
+BLOCKS: Final = (16, 32, 64, 128, 256)
+"""Block sizes that MatMulNBits and GatherBlockQuantized accept."""
+
+TWO_BIT_BLOCKS: Final = (32, 64, 128)
+"""At 2 bits other blocks have no kernel and run about 30 times slower."""
+
+
+@dataclass(frozen=True)
+class NBits:
+    """A matrix as MatMulNBits and GatherBlockQuantized read it.
+
+    Attributes:
+        blob: unsigned codes, packed.
+        scales: one per output and block.
+    """
+
+    blob: UInt8[Tensor, "outputs blocks bytes"]
+    scales: Float16[Tensor, "outputs blocks"]
+
+    @property
+    def table(self) -> UInt8[Tensor, "outputs row_bytes"]:
+        """The same bytes as a table of rows, for GatherBlockQuantized."""
+        return self.blob.view(self.blob.shape[0], -1)
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """A matrix as a blocked DequantizeLinear reads it.
+
+    Attributes:
+        data: signed integers (in, out) row by row; at 4 bits two per byte, a last half byte zero.
+        scales: one per block and output.
+    """
+
+    data: UInt8[Tensor, " bytes"]
+    scales: Float16[Tensor, "blocks outputs"]
+
+
+def pack_nbits(matrix: Quantized) -> NBits:
+    """Pack for MatMulNBits; `unpack_nbits` is its inverse.
+
+    Example:
+        Integers (0, 1, -8, 7) of one output, 4 bits: codes 8, 9, 0, 15, bytes 0x98 and 0xf0.
+
+    Raises:
+        ValueError: an integer lies outside its grid, or a block does not fill whole bytes.
+    """
+    grid = matrix.grid
+    rows, outputs = matrix.shape
+    blocks = grid.groups(rows)
+    if grid.group * grid.bits % 8:
+        raise ValueError(f"A block of {grid.group} {grid.bits}-bit integers does not fill whole bytes.")
+    _check_range(matrix)
+    zero = 2 ** (grid.bits - 1)
+    codes = torch.full((outputs, blocks * grid.group), zero, dtype=torch.uint8)
+    # An int8 seen as uint8 and raised by the zero point wraps around to the unsigned code.
+    codes[:, :rows] = matrix.integers.T.contiguous().view(torch.uint8) + zero
+    blob = _join(codes.view(outputs, blocks, -1), grid.bits)
+    return NBits(blob=blob, scales=matrix.scales.T.contiguous())
+
+
+def unpack_nbits(packed: NBits, rows: int, grid: Grid) -> Quantized:
+    """Read what `pack_nbits` wrote.
+
+    Args:
+        packed: as stored.
+        rows: inputs, without the padding of the last block.
+        grid: bits and group.
+
+    Raises:
+        ValueError: the bytes do not have the size that `rows` and `grid` say.
+    """
+    outputs, blocks, size = packed.blob.shape
+    if blocks != grid.groups(rows) or size * 8 != grid.group * grid.bits:
+        raise ValueError(
+            f"{rows} inputs on {grid} take {grid.groups(rows)} blocks of {grid.group * grid.bits // 8} bytes, "
+            f"and here are {blocks} of {size}."
+        )
+    codes = _split(packed.blob, grid.bits).view(outputs, -1)[:, :rows]
+    integers = (codes - 2 ** (grid.bits - 1)).view(torch.int8)
+    return Quantized(integers=integers.T.contiguous(), scales=packed.scales.T.contiguous(), grid=grid)
+
+
+def pack_blocked(matrix: Quantized) -> Blocked:
+    """Pack for DequantizeLinear with 4 or 8 bits; `unpack_blocked` is its inverse.
+
+    Raises:
+        ValueError: an integer lies outside its grid, or the format has no type of these bits.
+    """
+    bits = matrix.grid.bits
+    if bits not in QDQ_BITS:
+        raise ValueError(f"DequantizeLinear has no {bits}-bit integers at opset 21; it has 4 and 8.")
+    _check_range(matrix)
+    flat = matrix.integers.contiguous().view(-1).view(torch.uint8)
+    if bits == 4:
+        if flat.numel() % 2:
+            flat = torch.cat((flat, flat.new_zeros(1)))
+        flat = _join(flat & 0x0F, 4)
+    return Blocked(data=flat, scales=matrix.scales.contiguous())
+
+
+def unpack_blocked(packed: Blocked, rows: int, grid: Grid) -> Quantized:
+    """Read what `pack_blocked` wrote; see `unpack_nbits` for the arguments.
+
+    Raises:
+        ValueError: the bytes do not have the size that `rows` and `grid` say.
+    """
+    outputs = packed.scales.shape[1]
+    expected = -(-rows * outputs * grid.bits // 8)
+    if packed.data.numel() != expected or packed.scales.shape[0] != grid.groups(rows):
+        raise ValueError(
+            f"{rows} x {outputs} integers on {grid} take {expected} bytes and {grid.groups(rows)} rows of "
+            f"scales, and here are {packed.data.numel()} and {packed.scales.shape[0]}."
+        )
+    flat = packed.data
+    if grid.bits == 4:
+        nibbles = _split(flat, 4)[: rows * outputs]
+        flat = (nibbles ^ 0x08) - 0x08  # two's complement: the top bit counts -8
+    integers: Int8[Tensor, "inputs outputs"] = flat.view(torch.int8).view(rows, outputs)
+    return Quantized(integers=integers.contiguous(), scales=packed.scales.contiguous(), grid=grid)
+
+
+def _join(codes: UInt8[Tensor, "*rows codes"], bits: int) -> UInt8[Tensor, "*rows bytes"]:
+    """Codes of `bits` bits to bytes, lowest bits first."""
+    per_byte = 8 // bits
+    lanes = codes.view(*codes.shape[:-1], -1, per_byte)
+    joined = lanes[..., 0].clone()
+    for lane in range(1, per_byte):
+        joined |= lanes[..., lane] << (bits * lane)
+    return joined
+
+
+def _split(packed: UInt8[Tensor, "*rows bytes"], bits: int) -> UInt8[Tensor, "*rows codes"]:
+    """The inverse of `_join`."""
+    mask = 2**bits - 1
+    lanes = [(packed >> shift) & mask for shift in range(0, 8, bits)]
+    return torch.stack(lanes, dim=-1).flatten(-2)
+
+
+def _check_range(matrix: Quantized) -> None:
+    low, high = (int(value) for value in torch.aminmax(matrix.integers))
+    if low < matrix.grid.lowest or high > matrix.grid.highest:
+        raise ValueError(
+            f"Integers from {low} to {high} do not fit {matrix.grid}, "
+            f"which holds {matrix.grid.lowest} to {matrix.grid.highest}."
+        )
+
+
+@dataclass(frozen=True)
+class OnnxStorage:
+    """Bytes of a leaf in the ONNX file, as `compot_deploy.weights.Storage` asks for them.
+
+    The figures are those of the tensors themselves; between tensors the file has up to 63 bytes (4095 before
+    large ones) so that each can be mapped into memory.
+
+    Codes lie dense here whatever their pattern: an exact zero costs as much as any other integer. A layout
+    that packs N:M codes inside the graph would be a third kind of `ops`, and the only place that looks at
+    `pattern`.
+
+    Attributes:
+        ops: how quantized linears are written.
+        float_bytes: bytes of one floating-point weight, 4 or 2.
+    """
+
+    ops: OnnxOps = "matmulnbits"
+    float_bytes: int = 4
+
+    def leaf_bytes(self, rows: int, columns: int, grid: Grid | None, pattern: Pattern = DENSE) -> int:
+        """See `compot_deploy.weights.Storage.leaf_bytes`."""
+        if grid is None:
+            return rows * columns * self.float_bytes
+        scales = grid.groups(rows) * columns * SCALE_BITS // 8
+        if self.ops == "qdq":
+            return -(-rows * columns * grid.bits // 8) + scales
+        return grid.groups(rows) * columns * grid.group * grid.bits // 8 + scales
+
+
+def unsupported_grid(grid: Grid, ops: OnnxOps, embedding: bool = False) -> str | None:
+    """Why a grid cannot be stored, as a sentence with what to use instead; None if it can.
+
+    Args:
+        grid: what is asked for.
+        ops: how quantized linears are written.
+        embedding: the matrix is the token embedding.
+    """
+    bits = GATHER_BITS if embedding else QDQ_BITS if ops == "qdq" else NBITS_BITS
+    blocks = TWO_BIT_BLOCKS if grid.bits == 2 else BLOCKS
+    if grid.bits not in bits:
+        what = "token embeddings" if embedding else f"linears written as {ops}"
+        return f"ONNX stores {what} in {_either(bits)} bits, not {grid.bits}."
+    if grid.group not in blocks:
+        return f"ONNX stores {grid.bits}-bit integers in groups of {_either(blocks)}, not {grid.group}."
+    return None
+
+
+def _either(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}"

@@ -1,0 +1,85 @@
+"""Laws of the recipe: one definition for flags, keywords and TOML; nonsense is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compot_deploy.errors import InputError, RecipeError
+from compot_deploy.recipe import Recipe, knobs, override
+from compot_deploy.weights import Grid
+
+
+def test_a_recipe_written_and_read_is_the_same_recipe(tmp_path: Path) -> None:
+    recipe = Recipe(
+        model='odd "name" \\ with\ttab', ratio=0.35, max_kl=0.5, format=("onnx",), force=True, samples=7
+    )
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe.to_toml())
+    assert Recipe.from_toml(path) == recipe
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text("ratio = 0.3\nsamples = 5\n")
+    assert Recipe.from_toml(path, ratio=0.4) == Recipe(ratio=0.4, samples=5)
+
+
+def test_every_knob_says_what_it_is() -> None:
+    assert all(knob.metadata["help"] for knob in knobs())
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"ratio": 0.0}, "--ratio 0"),
+        ({"ratio": 1.0}, "--ratio 1"),
+        ({"ratio": float("nan")}, "--ratio nan"),
+        ({"samples": 0}, "--samples 0"),
+        ({"length": 1}, "--length 1"),
+        ({"code_bits": 3}, "--code-bits 3"),
+        ({"code_bits": 4, "quant": "none"}, "contradicts"),
+        ({"dictionary_group": 96}, "--dictionary-group 96"),
+        ({"atoms_per_nonzero": 0.5}, "--atoms-per-nonzero 0.5"),
+        ({"min_top1": 1.5}, "--min-top1 1.5"),
+        ({"max_kl": -1.0}, "--max-kl -1"),
+        ({"format": ()}, "--format"),
+    ],
+)
+def test_a_knob_outside_its_range_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(RecipeError, match=named):
+        Recipe(**changes)
+    with pytest.raises(RecipeError, match=named):
+        override(Recipe(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("ratoi = 0.2", "unknown key 'ratoi'"),
+        ("ratio = 'much'", "ratio = 'much' is not a number"),
+        ("quant = 'int5'", "quant = 'int5' is not one of none, int8, int4"),
+        ("samples = 2.5", "samples = 2.5 is not a whole number"),
+        ("force = 1", "force = 1 is not true or false"),
+        ("ratio = ", "cannot be read"),
+    ],
+)
+def test_a_recipe_file_with_nonsense_is_refused(text: str, named: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=named):
+        Recipe.from_toml(path)
+
+
+def test_a_missing_recipe_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.toml does not exist"):
+        Recipe.from_toml(tmp_path / "nowhere.toml")
+
+
+def test_bits_per_factor_override_the_common_precision() -> None:
+    recipe = Recipe(quant="int4", dictionary_bits=8, code_group=64)
+    assert recipe.dictionary_grid == Grid(8, 32)
+    assert recipe.code_grid == Grid(4, 64)
+    assert Recipe(quant="none").code_grid is None
