@@ -95,6 +95,14 @@ class _Lint:
                 yield from self._gather(node)
             elif node.op_type == "DequantizeLinear":
                 yield from self._dequantize(node)
+        two = sum(
+            node.op_type == "MatMulNBits" and _integers(node).get("bits") == 2
+            for node in self.model.graph.node
+        )
+        if two:
+            yield self._at(
+                "note", "MatMulNBits", f"{two} products with 2 bits: they need ONNX Runtime 1.24 or later."
+            )
         for tensor in self.model.graph.initializer:
             yield from self._tensor(tensor)
         yield from self._data_file()

@@ -33,10 +33,11 @@ OnnxOps: TypeAlias = Literal["matmulnbits", "qdq"]
 """How a quantized linear is written: one contrib operator, or two standard ones."""
 
 NBITS_BITS: Final = (2, 4, 8)
-"""Bits that ONNX Runtime's MatMulNBits runs (it refuses 1, 3, 5, 6 and 7 when loading)."""
+"""Bits that ONNX Runtime's MatMulNBits runs (it refuses 1, 3, 5, 6 and 7 when loading); 2 from 1.24 on."""
 
 QDQ_BITS: Final = (4, 8)
-"""Bits that DequantizeLinear has types for at opset 21."""
+"""Bits that DequantizeLinear has types for at opset 21. ONNX Runtime fuses 4 bits with the product from 1.23 on,
+8 bits from 1.25 on; before that 8 bits are computed in float32, exactly and slowly."""
 
 GATHER_BITS: Final = (4, 8)
 """Bits that GatherBlockQuantized runs."""

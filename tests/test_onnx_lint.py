@@ -219,6 +219,15 @@ def test_each_fault_of_a_graph_is_found(
     )
 
 
+def test_what_only_newer_runtimes_load_is_noted_once(tmp_path: Path) -> None:
+    def two_bits(name: str, weight: Tensor) -> Matrix:
+        return rounded(weight, Grid(2, 32)) if "mlp" in name else rounded(weight, Grid(8, 32))
+
+    EXPORTER.write(compressed(torch_model(MODELS["llama"]), two_bits), tmp_path, OnnxOptions())
+    (finding,) = lint_onnx(tmp_path)
+    assert finding.severity == "note" and "6 products with 2 bits" in finding.sentence
+
+
 def test_a_second_copy_of_a_tied_table_is_found(folder: Path) -> None:
     def edit(model: ModelProto) -> None:
         head = node(model, "/lm_head/MatMul")
