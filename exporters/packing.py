@@ -97,8 +97,10 @@ def pack_nbits(matrix: Quantized) -> NBits:
     _check_range(matrix)
     zero = 2 ** (grid.bits - 1)
     codes = torch.full((outputs, blocks * grid.group), zero, dtype=torch.uint8)
-    # An int8 seen as uint8 and raised by the zero point wraps around to the unsigned code.
-    codes[:, :rows] = matrix.integers.T.contiguous().view(torch.uint8) + zero
+    # An int8 seen as uint8 and raised by the zero point wraps around to the unsigned code. In place: this may
+    # be the embedding of a large vocabulary.
+    codes[:, :rows] = matrix.integers.T.view(torch.uint8)
+    codes[:, :rows] += zero
     blob = _join(codes.view(outputs, blocks, -1), grid.bits)
     return NBits(blob=blob, scales=matrix.scales.T.contiguous())
 
@@ -166,6 +168,8 @@ def unpack_blocked(packed: Blocked, rows: int, grid: Grid) -> Quantized:
 
 def _join(codes: UInt8[Tensor, "*rows codes"], bits: int) -> UInt8[Tensor, "*rows bytes"]:
     """Codes of `bits` bits to bytes, lowest bits first."""
+    if bits == 8:
+        return codes
     per_byte = 8 // bits
     lanes = codes.view(*codes.shape[:-1], -1, per_byte)
     joined = lanes[..., 0].clone()

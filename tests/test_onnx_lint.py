@@ -278,6 +278,11 @@ def test_missing_and_damaged_files_are_found(folder: Path) -> None:
     ]
 
 
+def test_an_empty_generation_config_is_nothing_wrong(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("{}")
+    assert lint_onnx(folder) == ()
+
+
 def test_layers_that_config_json_contradicts_are_found(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
