@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, cast
 
 from compot_deploy.errors import InputError
 
@@ -36,7 +36,7 @@ def write_archive(folder: Path, force: bool = False) -> Path:
     temporary = target.with_name(target.name + ".part")
     try:
         with temporary.open("wb") as file:
-            _zip(folder, file)
+            _zip(folder, _Stream(file))
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -55,13 +55,13 @@ def check_archive(folder: Path, force: bool) -> None:
 
 def transport_bytes(folder: Path) -> int:
     """Size of the archive that `write_archive` would make of the files as they are; nothing is written."""
-    counter = _Counter()
-    _zip(folder, counter)
-    return counter.end
+    stream = _Stream(None)
+    _zip(folder, stream)
+    return stream.end
 
 
-def _zip(folder: Path, file: Any) -> None:
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+def _zip(folder: Path, file: _Stream) -> None:
+    with zipfile.ZipFile(cast(IO[bytes], file), "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = path.relative_to(folder).as_posix()
             entry = zipfile.ZipInfo(name, _EPOCH)
@@ -74,15 +74,16 @@ def _zip(folder: Path, file: Any) -> None:
                     member.write(chunk)
 
 
-class _Counter:
-    """A file that forgets what is written and remembers how much."""
+class _Stream:
+    """A file that only goes forward, written or just counted: both ways zipfile makes the same bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: IO[bytes] | None) -> None:
+        self._file = file
         self.end = 0
 
     def write(self, data: bytes) -> int:
         self.end += len(data)
-        return len(data)
+        return len(data) if self._file is None else self._file.write(data)
 
     def flush(self) -> None:
-        pass
+        """Nothing is buffered here."""

@@ -38,7 +38,7 @@ def test_the_same_files_give_the_same_bytes(folder: Path) -> None:
 def test_the_predicted_size_is_the_size(folder: Path) -> None:
     predicted = transport_bytes(folder)
     written = write_archive(folder).stat().st_size
-    assert abs(written - predicted) <= 0.01 * written
+    assert written == predicted
     assert predicted < sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
