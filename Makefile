@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO = out/demo
 
-.PHONY: demo test lint types dev consumers clean
+.PHONY: demo test lint types dev compatibility clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/compot-deploy --quant int4 --format onnx --out $(DEMO) --force
@@ -25,6 +25,17 @@ types: $(VENV)/dev.stamp
 
 dev: $(VENV)/dev.stamp
 	$(BIN)/pre-commit install
+
+# transformers 4.57, the newest that optimum accepts, in an environment of its own: our code runs there too, and
+# optimum loads the folders that it wrote.
+OLD = .venv-transformers4
+compatibility:
+	$(MAKE) VENV=$(OLD) $(OLD)/bin/python
+	$(OLD)/bin/python -m pip install --quiet -e ".[onnx]" "transformers==4.57.6" "optimum-onnx==0.1.0" \
+		"pytest>=8" "hypothesis>=6" "beartype>=0.20"
+	COMPOT_DEPLOY_OPTIMUM_PYTHON=$(OLD)/bin/python $(OLD)/bin/python -m pytest -q \
+		tests/test_calibrate.py tests/test_checkpoint.py tests/test_cli.py tests/test_onnx_folder.py \
+		tests/test_onnx_graph.py tests/test_runners.py tests/test_tokens.py
 
 # A CPU build of torch is preferred where there is none; a torch that is already there (CUDA, say) stays.
 # An interpreter that has torch is shared with the environment, so that nothing is downloaded twice.

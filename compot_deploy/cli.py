@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +56,9 @@ _GROUPS: Final = {
     "gate": "check and gate",
 }
 
+_PROSE: Final = ("Greedy text", "Structure", "Gate")
+"""Tables that are read, not compared down a column."""
+
 _EXIT_CODES: Final = (
     "exit codes: 0 done and gate passed, 1 gate failed, 2 bad usage or input, 3 unsupported model, "
     "4 missing runtime or extra, 75 interrupted (the same command resumes)"
@@ -64,7 +68,7 @@ _EXIT_CODES: Final = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    out, err = Console(), Console(stderr=True)
+    out, err = _console(sys.stdout), _console(sys.stderr)
     command: Callable[[list[str], Console, Console], int] = _deploy
     if arguments and arguments[0] in _COMMANDS:
         command = _COMMANDS[arguments.pop(0)]
@@ -228,6 +232,11 @@ class _BarProgress:
         self._bars.update(self._tasks[label], completed=done, total=total)
 
 
+def _console(stream: Any) -> Console:
+    # A file or pipe has no width: leave room for the tables rather than folding them at 80.
+    return Console(file=stream, width=None if stream.isatty() else 140, highlight=False)
+
+
 def _bars(console: Console) -> _BarProgress:
     return _BarProgress(
         Bars(
@@ -252,11 +261,12 @@ def _show(deployment: Deployment, out: Console) -> int:
 
 
 def _print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", show_lines=title in _PROSE)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        left = number == 0 or title in _PROSE
+        table.add_column(column, justify="left" if left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(re.sub(r"\s*\n\s*", " ⏎ ", cell.strip())) for cell in row))
     console.print(table)
 
 

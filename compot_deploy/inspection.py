@@ -63,7 +63,7 @@ def _row(record: MatrixRecord) -> tuple[str, ...]:
         f"{record.plain_int4_bytes:,}",
         f"{record.bytes / record.plain_int4_bytes:.3f}",
     )
-    head = (record.name, str(record.inputs), str(record.outputs))
+    head = (record.name.removeprefix("model."), str(record.inputs), str(record.outputs))
     if record.plain is not None:
         return (*head, "", "", _bits(record.plain), *size)
     atoms = " + ".join(str(pair.atoms) for pair in record.pairs)

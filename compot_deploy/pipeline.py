@@ -31,6 +31,7 @@ from compot_deploy.compress import LinearFacts, compress_linear
 from compot_deploy.embedded import HELD_OUT_TEXT, MODEL, TRAINING_TEXT
 from compot_deploy.errors import ArtifactError, InputError, InterruptedRunError, RecipeError
 from compot_deploy.exporters import EXPORTERS
+from compot_deploy.exporters.archive import check_archive, write_archive
 from compot_deploy.exporters.artifact import (
     Manifest,
     Provenance,
@@ -77,6 +78,7 @@ _DOES_NOT_CHANGE_WEIGHTS: Final = frozenset(
         "out",
         "force",
         "format",
+        "archive",
         "evaluation",
         "evaluation_tokens",
         "max_perplexity_ratio",
@@ -153,6 +155,8 @@ def run(recipe: Recipe, progress: Progress = silent) -> tuple[Deployment, ...]:
     targets = targets_of(recipe)
     for kind, target in targets.items():
         check_target(target, recipe.force)
+        if recipe.archive:
+            check_archive(target, recipe.force)
         _check_format(recipe, checkpoint, kind)
     check_groups(recipe, checkpoint)
 
@@ -347,6 +351,8 @@ def _export(
             folder, manifest, compression.model, checkpoint, evaluation, gate_of(recipe), progress
         )
         _write_report(folder, report, manifest)
+    if recipe.archive:
+        write_archive(target, recipe.force)
     return Deployment(target, report)
 
 

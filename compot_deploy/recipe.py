@@ -107,6 +107,10 @@ class Recipe:
         "matmulnbits", "ONNX linears as MatMulNBits, or as standard DequantizeLinear + MatMul", group="output"
     )
 
+    archive: bool = _knob(
+        False, "also write the folder as one zip file beside it, for transport", group="output"
+    )
+
     # Check and gate
     evaluation: str | None = _knob(
         None,

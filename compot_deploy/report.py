@@ -390,15 +390,16 @@ def text_table(report: Report) -> Table:
     """Greedy continuations side by side."""
     rows: list[tuple[str, ...]] = []
     for text in report.accuracy.continuations:
-        versions = (
+        voices: dict[str, list[str]] = {}
+        for who, said in (
             ("original", text.reference),
-            ("compressed, torch", text.compressed),
+            ("compressed", text.compressed),
             ("exported, exact", text.exact),
             ("exported, as shipped", text.exported),
-        )
-        rows += [
-            (_printable(text.prompt), who, _printable(said)) for who, said in versions if said is not None
-        ]
+        ):
+            if said is not None:
+                voices.setdefault(said, []).append(who)
+        rows += [(_printable(text.prompt), " = ".join(who), _printable(said)) for said, who in voices.items()]
     return Table("Greedy text", ("prompt", "model", "continuation"), tuple(rows))
 
 

@@ -224,7 +224,7 @@ def config_json(architecture: Architecture, config: Mapping[str, Any], tied: boo
     result["tie_word_embeddings"] = tied
     result["dtype"] = "float32"
     result["transformers.js_config"] = {"use_external_data_format": True, "dtype": "fp32"}
-    return result
+    return dict(sorted(result.items()))
 
 
 _MODEL_CLASSES: Final = {

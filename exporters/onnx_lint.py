@@ -95,6 +95,14 @@ class _Lint:
                 yield from self._gather(node)
             elif node.op_type == "DequantizeLinear":
                 yield from self._dequantize(node)
+        two = sum(
+            node.op_type == "MatMulNBits" and _integers(node).get("bits") == 2
+            for node in self.model.graph.node
+        )
+        if two:
+            yield self._at(
+                "note", "MatMulNBits", f"{two} products with 2 bits: they need ONNX Runtime 1.24 or later."
+            )
         for tensor in self.model.graph.initializer:
             yield from self._tensor(tensor)
         yield from self._data_file()
@@ -109,7 +117,7 @@ class _Lint:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        return _json(self.folder / "config.json")
+        return _json(self.folder / "config.json") or {}
 
     @staticmethod
     def _at(severity: Severity, where: str, sentence: str) -> Finding:
@@ -393,7 +401,7 @@ class _Lint:
             path = self.folder / name
             if not path.is_file():
                 yield Finding("warning", name, "The file is missing; some consumers need it.")
-            elif not _json(path):
+            elif _json(path) is None:
                 yield Finding("error", name, "The file holds no JSON object.")
         value: Any = _json(self.folder / "genai_config.json")
         for key in ("model", "decoder", "filename"):
@@ -411,9 +419,10 @@ def _fact(node: NodeProto, key: str) -> str | None:
     return next((entry.value for entry in node.metadata_props if entry.key == key), None)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return None
+    return value if isinstance(value, dict) else None

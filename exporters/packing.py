@@ -33,10 +33,11 @@ OnnxOps: TypeAlias = Literal["matmulnbits", "qdq"]
 """How a quantized linear is written: one contrib operator, or two standard ones."""
 
 NBITS_BITS: Final = (2, 4, 8)
-"""Bits that ONNX Runtime's MatMulNBits runs (it refuses 1, 3, 5, 6 and 7 when loading)."""
+"""Bits that ONNX Runtime's MatMulNBits runs (it refuses 1, 3, 5, 6 and 7 when loading); 2 from 1.24 on."""
 
 QDQ_BITS: Final = (4, 8)
-"""Bits that DequantizeLinear has types for at opset 21."""
+"""Bits that DequantizeLinear has types for at opset 21. ONNX Runtime fuses 4 bits with the product from 1.23 on,
+8 bits from 1.25 on; before that 8 bits are computed in float32, exactly and slowly."""
 
 GATHER_BITS: Final = (4, 8)
 """Bits that GatherBlockQuantized runs."""
@@ -96,8 +97,10 @@ def pack_nbits(matrix: Quantized) -> NBits:
     _check_range(matrix)
     zero = 2 ** (grid.bits - 1)
     codes = torch.full((outputs, blocks * grid.group), zero, dtype=torch.uint8)
-    # An int8 seen as uint8 and raised by the zero point wraps around to the unsigned code.
-    codes[:, :rows] = matrix.integers.T.contiguous().view(torch.uint8) + zero
+    # An int8 seen as uint8 and raised by the zero point wraps around to the unsigned code. In place: this may
+    # be the embedding of a large vocabulary.
+    codes[:, :rows] = matrix.integers.T.view(torch.uint8)
+    codes[:, :rows] += zero
     blob = _join(codes.view(outputs, blocks, -1), grid.bits)
     return NBits(blob=blob, scales=matrix.scales.T.contiguous())
 
@@ -165,6 +168,8 @@ def unpack_blocked(packed: Blocked, rows: int, grid: Grid) -> Quantized:
 
 def _join(codes: UInt8[Tensor, "*rows codes"], bits: int) -> UInt8[Tensor, "*rows bytes"]:
     """Codes of `bits` bits to bytes, lowest bits first."""
+    if bits == 8:
+        return codes
     per_byte = 8 // bits
     lanes = codes.view(*codes.shape[:-1], -1, per_byte)
     joined = lanes[..., 0].clone()

@@ -243,3 +243,34 @@ def test_nothing_is_asked_of_the_network(
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     assert cli.main(["no-such-organisation/no-such-model", *QUICK]) == EXIT_BAD_INPUT
     assert "neither a local folder nor a model that the hub answers for" in _complaint(capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--quant", "none", "--embeddings", "none"],
+        ["--quant", "int8", "--quantizer", "rtn", "--allocation", "uniform"],
+        ["--quant", "int4", "--method", "svd-llm", "--code-bits", "8"],
+        ["--quant", "int4", "--onnx-ops", "qdq", "--dictionary-bits", "8", "--paper-exact"],
+        ["--quant", "int4", "--calibration", "self", "--ratio", "0.35", "--code-group", "16"],
+    ],
+    ids=" ".join,
+)
+def test_every_way_exports_exactly_what_it_computed(
+    arguments: list[str], model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [str(model), "--calibration", str(text), "--out", str(out), *QUICK, *NO_LIMIT, *arguments]
+    assert cli.main(command) == EXIT_OK
+    report = from_json((out / "compot" / "report.json").read_text())
+    assert report.accuracy.export_exact.comparison.nmse < 1e-9
+    assert any(record.kind == "factorized" for record in verify(out).matrices)
+
+
+@pytest.mark.parametrize("kind", ["llama3", "mistral", "qwen2", "qwen3"])
+def test_every_architecture_goes_all_the_way(kind: str, text: Path, tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / kind, kind, hidden_size=96)
+    command = [str(source), "--calibration", str(text), "--out", str(tmp_path / "out"), *QUICK, *NO_LIMIT]
+    assert cli.main(command) == EXIT_OK
+    report = from_json((tmp_path / "out" / "compot" / "report.json").read_text())
+    assert report.accuracy.export_exact.comparison.nmse < 1e-9

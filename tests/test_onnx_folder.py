@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from compot_deploy.errors import ArtifactError, InputError, MissingDependencyError, RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.artifact import Provenance, describe, staged_folder, verify, write_manifest
-from compot_deploy.exporters.onnx import DATA, GRAPH, OnnxOptions, open_session
+from compot_deploy.exporters.onnx import OnnxOptions, open_session
 from compot_deploy.exporters.onnx_config import (
     config_json,
     genai_config_json,
@@ -41,6 +41,7 @@ from compot_deploy.exporters.onnx_config import (
     portable_tokenizer_config,
 )
 from compot_deploy.exporters.onnx_graph import build_decoder
+from compot_deploy.exporters.onnx_tensors import DATA, GRAPH
 from compot_deploy.weights import Dense, Factorized, Grid, Matrix, matrix_bytes, same_matrix
 
 EXPORTER = EXPORTERS["onnx"]
@@ -134,6 +135,20 @@ def test_storage_counts_what_lies_in_the_file(ops: Any, tmp_path: Path) -> None:
             entries = {entry.key: entry.value for entry in tensor.external_data}
             stored += int(entries["length"]) if entries else len(tensor.raw_data)
     assert stored == sum(matrix_bytes(model.matrices, EXPORTER.storage(options)).values())
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "qwen2-tied", "qwen3"])
+@pytest.mark.parametrize("ops", ["matmulnbits", "qdq"])
+def test_a_model_that_is_read_back_is_written_to_the_same_bytes(name: str, ops: Any, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    save_tokenizer(source)
+    options = OnnxOptions(ops=ops)
+    first = export(compressed(torch_model(MODELS[name]), int4, source), tmp_path / "first", options)
+    second = export(EXPORTER.read_model(first), tmp_path / "second", options)
+    files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(second) for path in second.rglob("*") if path.is_file())
+    for file in files:
+        assert (first / file).read_bytes() == (second / file).read_bytes(), file
 
 
 class OneAtATime(Mapping[str, Matrix]):

@@ -16,9 +16,10 @@ from reference_onnx import MODELS, compressed, rounded, torch_model, two_pairs
 from torch import Tensor
 
 from compot_deploy.exporters import EXPORTERS
-from compot_deploy.exporters.onnx import DATA, GRAPH, OnnxOptions
+from compot_deploy.exporters.onnx import OnnxOptions
 from compot_deploy.exporters.onnx_graph import with_accuracy_level
 from compot_deploy.exporters.onnx_lint import lint_onnx
+from compot_deploy.exporters.onnx_tensors import DATA, GRAPH
 from compot_deploy.findings import Finding
 from compot_deploy.weights import Grid, Matrix
 
@@ -218,6 +219,15 @@ def test_each_fault_of_a_graph_is_found(
     )
 
 
+def test_what_only_newer_runtimes_load_is_noted_once(tmp_path: Path) -> None:
+    def two_bits(name: str, weight: Tensor) -> Matrix:
+        return rounded(weight, Grid(2, 32)) if "mlp" in name else rounded(weight, Grid(8, 32))
+
+    EXPORTER.write(compressed(torch_model(MODELS["llama"]), two_bits), tmp_path, OnnxOptions())
+    (finding,) = lint_onnx(tmp_path)
+    assert finding.severity == "note" and "6 products with 2 bits" in finding.sentence
+
+
 def test_a_second_copy_of_a_tied_table_is_found(folder: Path) -> None:
     def edit(model: ModelProto) -> None:
         head = node(model, "/lm_head/MatMul")
@@ -266,6 +276,11 @@ def test_missing_and_damaged_files_are_found(folder: Path) -> None:
         ("error", "genai_config.json"),
         ("warning", "generation_config.json"),
     ]
+
+
+def test_an_empty_generation_config_is_nothing_wrong(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("{}")
+    assert lint_onnx(folder) == ()
 
 
 def test_layers_that_config_json_contradicts_are_found(folder: Path) -> None:
