@@ -20,7 +20,7 @@ from compot_deploy.factorize import Alternation
 from compot_deploy.joint import SHORT_ALTERNATION, Level, joint, split
 from compot_deploy.plan import Candidate, Curve, Form, GridChoice, Joint, Plain, water_levels
 from compot_deploy.quant import Quantizer, gptq
-from compot_deploy.weights import Dense, Grid, Matrix, Pattern, Storage
+from compot_deploy.weights import DENSE, Dense, Grid, Matrix, Pattern, Storage
 from compot_deploy.whiten import Whitening
 
 VERSION: Final = 1
@@ -40,6 +40,8 @@ class Search:
         rounds: of joint quantization.
         alternation: of the factorization of sparse levels.
         unquantized: whether a matrix may stay as it is.
+        floating: sizes of factorised forms in floating point, as parts of the unquantized matrix.
+        floating_per_kept: k/s of those.
     """
 
     grids: GridChoice
@@ -50,6 +52,8 @@ class Search:
     rounds: int = 2
     alternation: Alternation = SHORT_ALTERNATION
     unquantized: bool = False
+    floating: tuple[float, ...] = ()
+    floating_per_kept: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def forms(
     whitened = whitening.apply(weight)
     gram = whitened @ whitened.T if inputs <= outputs else whitened.T @ whitened
     energies = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0).tolist()
-    for rate in search.rates:
+    for rate in search.rates if search.grids.groups else ():
         levels = water_levels(
             energies,
             inputs,
@@ -88,6 +92,7 @@ def forms(
         if levels:
             found.append(Joint(levels))
     found += _sparse_forms(inputs, outputs, search)
+    found += _floating_forms(inputs, outputs, storage, search)
     return tuple(dict.fromkeys(found))
 
 
@@ -109,6 +114,28 @@ def _sparse_forms(inputs: int, outputs: int, search: Search) -> list[Form]:
         for pattern in kept:
             tail = Level(atoms, Grid(4, dictionary_group), Grid(4, code_group), pattern)
             found.append(Joint((head, tail) if search.head else (tail,)))
+    return found
+
+
+def _floating_forms(inputs: int, outputs: int, storage: Storage, search: Search) -> list[Form]:
+    found: list[Form] = []
+    plain = Plain(None).bytes(inputs, outputs, storage)
+
+    def at(atoms: int) -> Joint:
+        kept = max(1, int(atoms / search.floating_per_kept))
+        pattern = DENSE if kept == atoms else Pattern(kept, atoms)
+        return Joint((Level(atoms, None, None, pattern),))
+
+    for share in search.floating:
+        low, high = 0, min(inputs, outputs)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if at(middle).bytes(inputs, outputs, storage) <= share * plain:
+                low = middle
+            else:
+                high = middle - 1
+        if low:
+            found.append(at(low))
     return found
 
 

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import lzma
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,8 +25,17 @@ from safetensors.torch import load_file
 
 from compot_deploy import __version__
 from compot_deploy.accuracy import Evaluation, Gate, check
-from compot_deploy.allocate import ALLOCATIONS, Allocation, MatrixSize, PaperStorage, Precision, Sparsity
+from compot_deploy.allocate import (
+    ALLOCATIONS,
+    Allocation,
+    Choice,
+    MatrixSize,
+    PaperStorage,
+    Precision,
+    Sparsity,
+)
 from compot_deploy.calibrate import BlockStream
+from compot_deploy.candidates import Search
 from compot_deploy.checkpoint import Checkpoint, open_checkpoint
 from compot_deploy.compress import LinearFacts, compress_linear
 from compot_deploy.embedded import HELD_OUT_TEXT, MODEL, TRAINING_TEXT
@@ -45,6 +55,10 @@ from compot_deploy.exporters.artifact import (
 )
 from compot_deploy.exporters.model_card import model_card
 from compot_deploy.factorize import singular_spectrum
+from compot_deploy.plan import Curve, GridChoice, InMemory, Joint, Plain
+from compot_deploy.plan import Plan as FormPlan
+from compot_deploy.plan import describe as describe_form
+from compot_deploy.planning import Task, carry_out, choose, collect_grams, measure_curves, measure_effects
 from compot_deploy.progress import Progress, silent
 from compot_deploy.quant import rtn
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe, override, recipe_from_mapping
@@ -64,7 +78,7 @@ from compot_deploy.tokens import (
     windows_of_jsonl,
     windows_of_text,
 )
-from compot_deploy.weights import CompressedModel, Dense, Grid, Matrix, Storage
+from compot_deploy.weights import DENSE, CompressedModel, Dense, Grid, Matrix, Pattern, Storage
 from compot_deploy.whiten import whiten
 
 EVALUATION: Final = "compot/evaluation.json"
@@ -87,6 +101,9 @@ _DOES_NOT_CHANGE_WEIGHTS: Final = frozenset(
         "max_export_nmse",
     )
 )
+_GRAPH_BYTES_PER_LINEAR: Final = 1500
+_RECORDS: Final = 60_000
+"""About what graph, manifest, report and evaluation take besides the tensors."""
 _PROMPTS: Final = 3
 _PROMPT_TOKENS: Final = 12
 
@@ -174,6 +191,8 @@ def run(recipe: Recipe, progress: Progress = silent) -> tuple[Deployment, ...]:
 
 def compress(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progress = silent) -> Compression:
     """Calibrate, factorise and quantize every block; finished blocks in `work` are taken as they are."""
+    if recipe.planned:
+        return _compress_as_planned(recipe, checkpoint, work, progress)
     planned = allocate(recipe, checkpoint, storage_of(recipe), progress)
     recipe, allocation = planned.recipe, planned.allocation
     windows = calibration_windows(recipe, checkpoint, load_tokenizer(checkpoint.folder), work, progress)
@@ -194,13 +213,164 @@ def compress(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progr
         f"{checkpoint.architecture.block_path(layer)}.{path}": _block_file(work, layer)
         for layer in range(checkpoint.layers)
         for path in checkpoint.architecture.linears
-    } | _compress_tables(recipe, checkpoint, work)
+    }
     facts = tuple(
         LinearFacts(**entry)
         for layer in range(checkpoint.layers)
         for entry in json.loads(_facts_file(work, layer).read_text())
     )
-    model = CompressedModel(
+    model = _model(recipe, checkpoint, files, work)
+    notes = (*planned.notes, *_notes(windows, facts))
+    return Compression(model, allocation, facts, windows, notes)
+
+
+def _compress_as_planned(
+    recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progress
+) -> Compression:
+    """Measure candidates and effects, plan, make what was planned."""
+    drafted = draft(recipe, checkpoint, work, progress)
+    outcome = carry_out(drafted.task, drafted.plans)
+    plain = Plain(recipe.dictionary_grid)
+    choices = {}
+    for entry in outcome.plan.chosen:
+        form, first = entry.candidate.form, entry.names[0]
+        levels = form.levels if isinstance(form, Joint) else ()
+        for name in entry.names:
+            choices[name] = Choice(
+                name,
+                sum(level.atoms for level in levels),
+                levels[-1].pattern if levels else DENSE,
+                entry.candidate.bytes if name == first else 0,  # a shared dictionary counts with the first
+                plain.bytes(*_shape(checkpoint, name), drafted.task.storage),
+                "" if levels else f"the plan chose {describe_form(form)}",
+            )
+    ordered = {name: choices[name] for name in outcome.files}
+    model = _model(recipe, checkpoint, outcome.files, work)
+    bits = outcome.plan.bytes * 8 / sum(math.prod(_shape(checkpoint, name)) for name in ordered)
+    notes = (
+        f"the plan spends {outcome.plan.bytes} of {outcome.plan.budget} bytes ({recipe.budget}) on the "
+        f"linears, {bits:.3f} bits per weight",
+        *outcome.notes,
+        *_notes(drafted.task.windows, outcome.facts),
+    )
+    allocation = Allocation(ordered, outcome.plan.budget)
+    return Compression(model, allocation, outcome.facts, drafted.task.windows, notes)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A plan that was not carried out yet.
+
+    Attributes:
+        task: what it is for.
+        curves: candidates of every input.
+        effects: what a unit of squared error of each linear costs, in nats per token.
+        plans: the plan; behind it the plain mix of the same budget that it will be compared with.
+        other_bytes: predicted bytes of everything in the output that is not a linear.
+    """
+
+    task: Task
+    curves: tuple[Curve, ...]
+    effects: Mapping[str, float]
+    plans: tuple[FormPlan, ...]
+    other_bytes: int
+
+
+def draft(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progress = silent) -> Draft:
+    """Measure candidates and effects, and plan."""
+    storage = storage_of(recipe)
+    windows = calibration_windows(recipe, checkpoint, load_tokenizer(checkpoint.folder), work, progress)
+    task = Task(
+        checkpoint=checkpoint,
+        windows=windows,
+        work=work,
+        storage=InMemory(storage) if recipe.budget == "memory" else storage,
+        search=search_of(recipe, checkpoint),
+        quantizer=recipe.quantizer,
+        device=device_of(recipe),
+        dtype=recipe.dtype,
+        progress=progress,
+    )
+    other = other_bytes(recipe, checkpoint)
+    budget = budget_of(recipe, checkpoint, task.storage, other)
+    collect_grams(task)
+    curves = measure_curves(task)
+    effects = measure_effects(task)
+    return Draft(task, curves, effects, choose(task, curves, effects, budget), other)
+
+
+def search_of(recipe: Recipe, checkpoint: Checkpoint) -> Search:
+    """Which forms are tried: every grid that the format takes, or floating point without quantization.
+
+    Forms with sparse codes are tried only where the format stores them in fewer bytes than dense ones.
+    """
+    if recipe.quant == "none":
+        shares = tuple(round(0.3 + 0.05 * step, 2) for step in range(14))
+        return Search(
+            GridChoice({}), unquantized=True, floating=shares, floating_per_kept=recipe.atoms_per_nonzero
+        )
+    exporter = EXPORTERS[recipe.format[0]]
+    options = exporter.options(asdict(recipe))
+
+    def takes(grid: Grid) -> bool:
+        try:
+            exporter.check(checkpoint.architecture, checkpoint.config, {"dictionary": grid}, options)
+        except RecipeError:
+            return False
+        return True
+
+    groups = {
+        bits: tuple(group for group in (16, 32, 64, 128) if takes(Grid(bits, group))) for bits in (2, 3, 4, 8)
+    }
+    grids = GridChoice({bits: found for bits, found in groups.items() if found}, step=16)
+    half, storage = Pattern(32, 64), storage_of(recipe)
+    grid = grids.grids[-1]
+    packs = storage.leaf_bytes(64, 64, grid, half) < storage.leaf_bytes(64, 64, grid)
+    return Search(grids, head=16, sparse=Search(grids).sparse if packs else (), unquantized=True)
+
+
+def budget_of(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, other: int) -> int:
+    """Bytes for the linears, from --bits, --size or --ratio.
+
+    Raises:
+        RecipeError: a size that the rest of the output uses up.
+    """
+    shapes = [_shape(checkpoint, name) for name in checkpoint.architecture.linear_names(checkpoint.layers)]
+    if recipe.bits is not None:
+        return int(recipe.bits * sum(math.prod(shape) for shape in shapes) / 8)
+    size = recipe.size_bytes
+    if size is not None:
+        if size <= other:
+            raise RecipeError(
+                f"--size {recipe.size}: embeddings, norms, tokenizer and graph alone need about {other} bytes. "
+                "Allow more, or store the embedding in fewer bits."
+            )
+        return size - other
+    plain = Plain(recipe.dictionary_grid)
+    return math.floor((1 - recipe.ratio) * sum(plain.bytes(*shape, storage) for shape in shapes))
+
+
+def other_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
+    """About what everything but the linears takes: tables, norms, rotary tables, tokenizer and graph."""
+    architecture, storage = checkpoint.architecture, storage_of(recipe)
+    names = architecture.linear_names(checkpoint.layers)
+    tables = {architecture.embedding: recipe.embeddings}
+    if not checkpoint.tied:
+        tables[architecture.head] = recipe.head
+    total = sum(
+        storage.leaf_bytes(*_shape(checkpoint, name), _table_grid(kind)) for name, kind in tables.items()
+    )
+    matrices = {f"{name}.weight" for name in (*names, *tables)} | {checkpoint.head_name}
+    total += sum(4 * checkpoint.tensors[name].numel() for name in checkpoint.tensors if name not in matrices)
+    total += 4 * architecture.head_size(checkpoint.config) * checkpoint.context
+    total += sum(path.stat().st_size for path in checkpoint.folder.glob("*token*") if path.is_file())
+    return total + _GRAPH_BYTES_PER_LINEAR * len(names) + _RECORDS
+
+
+def _model(recipe: Recipe, checkpoint: Checkpoint, files: Mapping[str, Path], work: Path) -> CompressedModel:
+    """Linears from their files, tables on their grids, everything else as it was."""
+    files = {**files, **_compress_tables(recipe, checkpoint, work)}
+    return CompressedModel(
         architecture=checkpoint.architecture,
         config=checkpoint.config,
         matrices=StoredMatrices(files),
@@ -208,8 +378,6 @@ def compress(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progr
         tied=checkpoint.tied,
         source=str(checkpoint.folder),
     )
-    notes = (*planned.notes, *_notes(windows, facts))
-    return Compression(model, allocation, facts, windows, notes)
 
 
 def _compress_block(
@@ -273,7 +441,7 @@ def allocate(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, progress:
         RecipeError: a ratio that cannot be met, saying which can.
     """
     names = checkpoint.architecture.linear_names(checkpoint.layers)
-    spectral = recipe.allocation == "spectral"
+    spectral = recipe.allocator == "spectral"
     sizes = []
     for number, name in enumerate(names):
         if spectral:
@@ -285,7 +453,7 @@ def allocate(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, progress:
         progress(len(names), len(names), "Read spectra")
 
     def attempt(recipe: Recipe) -> Allocation:
-        return ALLOCATIONS[recipe.allocation](
+        return ALLOCATIONS[recipe.allocator](
             sizes,
             ratio=recipe.ratio,
             storage=storage,
@@ -643,6 +811,11 @@ def facts_of(manifest: Manifest) -> tuple[str, ...]:
     facts = [f"{len(factorized)} of {len(linears)} linears are factorised."]
     facts += [f"{record.name} stays dense: {record.why_dense}." for record in linears if record.why_dense]
     return (*facts, *(f"{note}." for note in manifest.facts.get("notes", ())))
+
+
+def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
+    rows, columns = checkpoint.weight(name).shape
+    return rows, columns
 
 
 def _is_linear(name: str) -> bool:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from types import MappingProxyType
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from typing_extensions import assert_never
@@ -465,6 +465,47 @@ def _solve(items: Sequence[Sequence[_Option]], budget: int, unit: int) -> list[_
         chosen.append(options[number])
         left -= needs[number]
     return chosen[::-1]
+
+
+def form_to_data(form: Form) -> dict[str, Any]:
+    """A form as JSON takes it; `form_from_data` is the inverse."""
+
+    def grid(value: Grid | None) -> list[int] | None:
+        return None if value is None else [value.bits, value.group]
+
+    match form:
+        case Plain():
+            return {"plain": grid(form.grid)}
+        case Joint():
+            return {
+                "joint": [
+                    {
+                        "atoms": level.atoms,
+                        "dictionary": grid(level.dictionary),
+                        "codes": grid(level.codes),
+                        "pattern": [level.pattern.kept, level.pattern.of],
+                    }
+                    for level in form.levels
+                ]
+            }
+        case _:
+            assert_never(form)
+
+
+def form_from_data(data: Mapping[str, Any]) -> Form:
+    """Read what `form_to_data` wrote."""
+
+    def grid(value: Sequence[int] | None) -> Grid | None:
+        return None if value is None else Grid(*value)
+
+    if "plain" in data:
+        return Plain(grid(data["plain"]))
+    return Joint(
+        tuple(
+            Level(level["atoms"], grid(level["dictionary"]), grid(level["codes"]), Pattern(*level["pattern"]))
+            for level in data["joint"]
+        )
+    )
 
 
 def describe(form: Form) -> str:
