@@ -55,10 +55,16 @@ from compot_deploy.exporters.artifact import (
 )
 from compot_deploy.exporters.model_card import model_card
 from compot_deploy.factorize import singular_spectrum
-from compot_deploy.plan import Curve, GridChoice, InMemory, Joint, Plain
-from compot_deploy.plan import Plan as FormPlan
-from compot_deploy.plan import describe as describe_form
-from compot_deploy.planning import Task, carry_out, choose, collect_grams, measure_curves, measure_effects
+from compot_deploy.plan import GridChoice, InMemory, Joint, Plain
+from compot_deploy.planning import (
+    Draft,
+    Task,
+    carry_out,
+    choose,
+    collect_grams,
+    measure_curves,
+    measure_effects,
+)
 from compot_deploy.progress import Progress, silent
 from compot_deploy.quant import rtn
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe, override, recipe_from_mapping
@@ -101,9 +107,11 @@ _DOES_NOT_CHANGE_WEIGHTS: Final = frozenset(
         "max_export_nmse",
     )
 )
-_GRAPH_BYTES_PER_LINEAR: Final = 1500
-_RECORDS: Final = 60_000
-"""About what graph, manifest, report and evaluation take besides the tensors."""
+_BYTES_PER_LINEAR: Final = 2700
+_RECORDS: Final = 29_000
+"""About what graph and manifest take for a linear, and report, card and configuration once."""
+_BYTES_PER_EVALUATION_TOKEN: Final = 5
+_BUDGETS: Final = frozenset(("bits", "size", "ratio"))
 _PROMPTS: Final = 3
 _PROMPT_TOKENS: Final = 12
 
@@ -242,7 +250,6 @@ def _compress_as_planned(
                 levels[-1].pattern if levels else DENSE,
                 entry.candidate.bytes if name == first else 0,  # a shared dictionary counts with the first
                 plain.bytes(*_shape(checkpoint, name), drafted.task.storage),
-                "" if levels else f"the plan chose {describe_form(form)}",
             )
     ordered = {name: choices[name] for name in outcome.files}
     model = _model(recipe, checkpoint, outcome.files, work)
@@ -255,25 +262,6 @@ def _compress_as_planned(
     )
     allocation = Allocation(ordered, outcome.plan.budget)
     return Compression(model, allocation, outcome.facts, drafted.task.windows, notes)
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A plan that was not carried out yet.
-
-    Attributes:
-        task: what it is for.
-        curves: candidates of every input.
-        effects: what a unit of squared error of each linear costs, in nats per token.
-        plans: the plan; behind it the plain mix of the same budget that it will be compared with.
-        other_bytes: predicted bytes of everything in the output that is not a linear.
-    """
-
-    task: Task
-    curves: tuple[Curve, ...]
-    effects: Mapping[str, float]
-    plans: tuple[FormPlan, ...]
-    other_bytes: int
 
 
 def draft(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progress = silent) -> Draft:
@@ -296,7 +284,24 @@ def draft(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progress
     collect_grams(task)
     curves = measure_curves(task)
     effects = measure_effects(task)
-    return Draft(task, curves, effects, choose(task, curves, effects, budget), other)
+    sizes = {name: _shape(checkpoint, name) for name in effects}
+    return Draft(task, curves, effects, choose(curves, effects, budget), sizes, other)
+
+
+def plan_only(recipe: Recipe, progress: Progress = silent) -> Draft:
+    """Measure and plan, export nothing; a later run of the same settings goes on with the measurements.
+
+    Raises:
+        RecipeError: the recipe's allocation is not the knapsack.
+    """
+    if not recipe.planned:
+        raise RecipeError(f"--allocation {recipe.allocation} has no curves to plan with: use knapsack.")
+    checkpoint = open_checkpoint(recipe.model or MODEL, allow_pickle=recipe.allow_pickle)
+    for kind in recipe.format:
+        _check_format(recipe, checkpoint, kind)
+    work = work_folder(recipe, checkpoint)
+    with _kept_when_interrupted(work):
+        return draft(recipe, checkpoint, work, progress)
 
 
 def search_of(recipe: Recipe, checkpoint: Checkpoint) -> Search:
@@ -364,7 +369,8 @@ def other_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
     total += sum(4 * checkpoint.tensors[name].numel() for name in checkpoint.tensors if name not in matrices)
     total += 4 * architecture.head_size(checkpoint.config) * checkpoint.context
     total += sum(path.stat().st_size for path in checkpoint.folder.glob("*token*") if path.is_file())
-    return total + _GRAPH_BYTES_PER_LINEAR * len(names) + _RECORDS
+    total += _BYTES_PER_LINEAR * len(names) + _RECORDS
+    return total + _BYTES_PER_EVALUATION_TOKEN * recipe.evaluation_tokens
 
 
 def _model(recipe: Recipe, checkpoint: Checkpoint, files: Mapping[str, Path], work: Path) -> CompressedModel:
@@ -893,6 +899,9 @@ def work_folder(recipe: Recipe, checkpoint: Checkpoint) -> Path:
         path = getattr(recipe, name)
         if path and Path(path).is_file():
             decisive[f"{name} text"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if recipe.planned:
+        # Measurements serve every budget; what a plan makes of them is named after the plan.
+        decisive = {key: value for key, value in decisive.items() if key not in _BUDGETS}
     # Judging on a file instead of on the end of the calibration text leaves more to calibrate on.
     decisive["held out"] = recipe.evaluation is None
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]

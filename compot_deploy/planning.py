@@ -103,6 +103,27 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Draft:
+    """A plan that was not carried out yet.
+
+    Attributes:
+        task: what it is for.
+        curves: candidates of every input.
+        effects: what a unit of squared error of each linear costs, in nats per token.
+        plans: the plan; behind it the plain mix of the same budget that it will be compared with.
+        sizes: (in, out) of each linear.
+        other_bytes: predicted bytes of everything in the output that is not a linear.
+    """
+
+    task: Task
+    curves: tuple[Curve, ...]
+    effects: Mapping[str, float]
+    plans: tuple[Plan, ...]
+    sizes: Mapping[str, tuple[int, int]]
+    other_bytes: int
+
+
+@dataclass(frozen=True)
 class Outcome:
     """A plan that was carried out.
 
@@ -179,9 +200,7 @@ def measure_effects(task: Task) -> dict[str, float]:
     return known
 
 
-def choose(
-    task: Task, curves: Sequence[Curve], weights: Mapping[str, float], budget: int
-) -> tuple[Plan, ...]:
+def choose(curves: Sequence[Curve], weights: Mapping[str, float], budget: int) -> tuple[Plan, ...]:
     """The plan, and the plain mix of the same budget where there is one that differs."""
     plan = knapsack(curves, budget, weights)
     plain = [one.only(lambda form: isinstance(form, Plain)) for one in curves]
