@@ -29,13 +29,14 @@ dev: $(VENV)/dev.stamp
 # transformers 4.57, the newest that optimum accepts, in an environment of its own: our code runs there too, and
 # optimum loads the folders that it wrote.
 OLD = .venv-transformers4
-compatibility:
+compatibility: $(VENV)/dev.stamp
 	$(MAKE) VENV=$(OLD) $(OLD)/bin/python
 	$(OLD)/bin/python -m pip install --quiet -e ".[onnx]" "transformers==4.57.6" "optimum-onnx==0.1.0" \
 		"pytest>=8" "hypothesis>=6" "beartype>=0.20"
 	COMPOT_DEPLOY_OPTIMUM_PYTHON=$(OLD)/bin/python $(OLD)/bin/python -m pytest -q \
 		tests/test_calibrate.py tests/test_checkpoint.py tests/test_cli.py tests/test_onnx_folder.py \
 		tests/test_onnx_graph.py tests/test_runners.py tests/test_tokens.py
+	COMPOT_DEPLOY_OPTIMUM_PYTHON=$(OLD)/bin/python $(BIN)/python -m pytest -q tests/test_onnx_folder.py -k optimum
 
 # A CPU build of torch is preferred where there is none; a torch that is already there (CUDA, say) stays.
 # An interpreter that has torch is shared with the environment, so that nothing is downloaded twice.

@@ -73,7 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Callable[[list[str], Console, Console], int] = _deploy
     if arguments and arguments[0] in _COMMANDS:
         command = _COMMANDS[arguments.pop(0)]
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    requests: list[int] = []
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        requests.append(signum)
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         _quiet_libraries()
         return command(arguments, out, err)
@@ -81,14 +87,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         err.print(Text(f"compot-deploy: {error}"), style="bold red" if err.is_terminal else "")
         return error.exit_code
     except KeyboardInterrupt:
-        err.print("compot-deploy: interrupted; nothing was written.")
+        err.print("compot-deploy: Interrupted; the same command goes on with what is finished.")
         return InterruptedRunError.exit_code
     except BrokenPipeError:
         # Whoever read the output has gone; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+    except Exception:
+        # Libraries written in C may answer an interruption with an exception of their own.
+        if not requests:
+            raise
+        err.print("compot-deploy: Interrupted; the same command goes on with what is finished.")
+        return InterruptedRunError.exit_code
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 # -- commands ------------------------------------------------------------------------------------------
@@ -317,10 +330,6 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -251,7 +251,7 @@ def _largest(coefficients: Float[Tensor, "outputs atoms"], pattern: Pattern) -> 
     # NaN never gets here (`_check`), so the order is total.
     bar = magnitude.kthvalue(pattern.of - pattern.kept + 1, dim=-1, keepdim=True).values
     kept = magnitude >= bar
-    if int(kept.sum()) > coefficients.numel() // pattern.of * pattern.kept:
+    if int(torch.count_nonzero(kept)) > coefficients.numel() // pattern.of * pattern.kept:
         # Ties at the bar: all above it stay, of those at it as many as are missing, earliest first.
         above = magnitude > bar
         tied = magnitude == bar
@@ -287,7 +287,7 @@ def _polar(matrix: Float64[Tensor, "rows columns"]) -> Float64[Tensor, "rows col
         if iterate is not None:
             return iterate
     columns = matrix.shape[1]
-    squares, vectors = torch.linalg.eigh(matrix.T @ matrix)
+    squares, vectors = _eigh(matrix.T @ matrix)
     if float(squares[0]) > _STRONG * float(squares[-1]):
         return matrix @ (vectors * squares.rsqrt() @ vectors.T)
     norm = float(matrix.norm())
@@ -296,7 +296,7 @@ def _polar(matrix: Float64[Tensor, "rows columns"]) -> Float64[Tensor, "rows col
     remaining, basis = matrix, torch.eye(columns, dtype=matrix.dtype, device=matrix.device)
     while basis.shape[1]:
         if left.shape[1]:
-            squares, vectors = torch.linalg.eigh(remaining.T @ remaining)
+            squares, vectors = _eigh(remaining.T @ remaining)
         limit = max(float(squares[-1]) * _STRONG, (norm * 1e-14) ** 2)
         strong = squares > limit
         if not bool(strong.any()):
@@ -321,6 +321,24 @@ def _polar(matrix: Float64[Tensor, "rows columns"]) -> Float64[Tensor, "rows col
     return left @ right.T
 
 
+def _eigh(symmetric: Float64[Tensor, "n n"]) -> tuple[Float64[Tensor, " n"], Float64[Tensor, "n n"]]:
+    """Eigenvalues, rising, and eigenvectors; on one thread where torch has two.
+
+    LAPACK's threads wait for each other again and again on the way. When the second core has other work that
+    cost seven times the whole, for 512 x 512 in the median (see LOG.md); there is at most a factor of two to win.
+    """
+    threads = torch.get_num_threads()
+    if symmetric.is_cuda or threads != 2:
+        values, vectors = torch.linalg.eigh(symmetric)
+        return values, vectors
+    torch.set_num_threads(1)
+    try:
+        values, vectors = torch.linalg.eigh(symmetric)
+    finally:
+        torch.set_num_threads(threads)
+    return values, vectors
+
+
 _STRONG: Final = 1e-8
 """Eigenvalues of a Gram above this part of the largest are good to eight digits."""
 
@@ -343,9 +361,9 @@ def principal_directions(
     """
     rows, columns = matrix.shape
     if rows <= columns:
-        vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)[:, :count]
+        vectors = _eigh(matrix @ matrix.T)[1].flip(1)[:, :count]
     else:
-        right = torch.linalg.eigh(matrix.T @ matrix).eigenvectors.flip(1)[:, :count]
+        right = _eigh(matrix.T @ matrix)[1].flip(1)[:, :count]
         # QR instead of a division by singular values: weak directions stay orthonormal.
         product = matrix @ right
         if count > columns:
@@ -502,7 +520,8 @@ def _spread(dictionary: Float64[Tensor, "rows atoms"], pattern: Pattern) -> Floa
 
 def _lost(codes: Float[Tensor, "atoms outputs"]) -> float:
     """Relative squared error: with ``‖W~‖ = 1`` and orthonormal D it is ``1 − ‖S‖²``."""
-    return max(0.0, 1.0 - float(codes.double().square().sum()))
+    norm = float(torch.linalg.vector_norm(codes, dtype=torch.float64))  # widens as it adds: no copy
+    return max(0.0, 1.0 - norm * norm)
 
 
 def _newton_schulz(

@@ -464,7 +464,9 @@ def allocate(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, progress:
             ratio=recipe.ratio,
             storage=storage,
             precision=Precision(recipe.dictionary_grid, recipe.dictionary_grid, recipe.code_grid),
-            sparsity=Sparsity(1.0 if recipe.method == "svd-llm" else recipe.atoms_per_nonzero),
+            sparsity=Sparsity(
+                1.0 if recipe.method == "svd-llm" else recipe.atoms_per_nonzero, recipe.fixed_pattern
+            ),
         )
 
     try:

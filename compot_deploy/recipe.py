@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 from compot_deploy.errors import InputError, RecipeError
-from compot_deploy.weights import Grid
+from compot_deploy.weights import Grid, Pattern
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -97,6 +97,11 @@ class Recipe:
     atoms_per_nonzero: float = _knob(
         2.0, "k/s: atoms in a dictionary per non-zero in a column of the codes (paper: 2)", unit="ratio"
     )
+    code_pattern: Literal["column", "2:4", "4:8"] = _knob(
+        "column",
+        "which codes are kept: the strongest of a whole column, or of every 4 or 8 neighbouring atoms, for "
+        "kernels and --onnx-codes packed",
+    )
     rounds: int = _knob(20, "alternations of coding and dictionary update (paper: 20)", unit="rounds")
     paper_exact: bool = _knob(
         False, "stop where the paper stops: no least-squares dictionary, no re-fit of the codes"
@@ -122,6 +127,11 @@ class Recipe:
     # Output
     onnx_ops: Literal["matmulnbits", "qdq"] = _knob(
         "matmulnbits", "ONNX linears as MatMulNBits, or as standard DequantizeLinear + MatMul", group="output"
+    )
+    onnx_codes: Literal["dense", "packed"] = _knob(
+        "dense",
+        "4-bit codes of the pattern 2:4 in an ONNX file: like other integers, or in 3 bits, expanded when loaded",
+        group="output",
     )
 
     archive: bool = _knob(
@@ -200,6 +210,14 @@ class Recipe:
         """Grid of codes, None for floating point."""
         return self._grid(self.code_bits, self.code_group)
 
+    @property
+    def fixed_pattern(self) -> Pattern | None:
+        """Pattern of neighbouring atoms; None where the strongest of a whole column are kept."""
+        if self.code_pattern == "column":
+            return None
+        kept, _, of = self.code_pattern.partition(":")
+        return Pattern(int(kept), int(of))
+
     def _grid(self, bits: int | None, group: int | None) -> Grid | None:
         if self.quant == "none":
             return None
@@ -242,6 +260,12 @@ class Recipe:
                 f"--atoms-per-nonzero {self.atoms_per_nonzero:g}: a column cannot use more atoms than there are; "
                 "give 1 (dense codes) or more."
             )
+        if self.code_pattern != "column" and (self.atoms_per_nonzero != 2 or self.method == "svd-llm"):
+            other = "--method svd-llm" if self.method == "svd-llm" else "--atoms-per-nonzero"
+            raise RecipeError(
+                f"--code-pattern {self.code_pattern} keeps every second code, which contradicts {other}: "
+                "leave one out."
+            )
         for name in ("dictionary_bits", "code_bits"):
             bits = getattr(self, name)
             if bits is not None and bits not in (2, 4, 8):
@@ -254,6 +278,13 @@ class Recipe:
             group = getattr(self, name)
             if group is not None and (group < 16 or group > 256 or group & (group - 1)):
                 raise RecipeError(f"--{name.replace('_', '-')} {group}: use 16, 32, 64, 128 or 256.")
+        grid = self.code_grid
+        if self.onnx_codes == "packed" and (self.code_pattern != "2:4" or grid is None or grid.bits != 4):
+            raise RecipeError(
+                "--onnx-codes packed stores 4-bit codes of the pattern 2:4, and these are "
+                f"{'floating point' if grid is None else f'of {grid.bits} bits'} of the pattern "
+                f"{self.code_pattern}: add --code-pattern 2:4 and --code-bits 4, or leave it out."
+            )
         for name in ("max_perplexity_ratio", "max_kl", "max_export_nmse"):
             limit = getattr(self, name)
             if limit is not None and not limit >= 0:

@@ -398,6 +398,10 @@ class OnnxRunner:
         self, tokens: Int64[Tensor, "batch length"], chunk: int
     ) -> Iterator[Float[Tensor, "batch positions vocabulary"]]:
         """See `Runner.logits`."""
+        if len(tokens) > 1 and chunk < tokens.shape[1]:
+            # GroupQueryAttention continues by several positions at once only in a batch of one.
+            rows = [stream(self._advance, row[None], chunk) for row in tokens]
+            return (torch.cat(pieces) for pieces in zip(*rows, strict=True))
         return stream(self._advance, tokens, chunk)
 
     def generate(self, prompt: Sequence[int], new_tokens: int) -> tuple[int, ...]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast, get_args
@@ -34,19 +35,28 @@ from compot_deploy.exporters.onnx_config import (
     generation_config_json,
     portable_tokenizer_config,
 )
-from compot_deploy.exporters.onnx_graph import FloatType, Part, build_decoder, with_accuracy_level
-from compot_deploy.exporters.onnx_lint import lint_onnx
+from compot_deploy.exporters.onnx_graph import (
+    FloatType,
+    Part,
+    build_decoder,
+    expansion_of,
+    with_accuracy_level,
+)
+from compot_deploy.exporters.onnx_lint import errors_first, lint_onnx
 from compot_deploy.exporters.onnx_tensors import DATA, GRAPH, TensorReader
 from compot_deploy.exporters.packing import (
     Blocked,
     NBits,
+    OnnxCodes,
     OnnxOps,
     OnnxStorage,
+    TwoOfFour,
     unpack_blocked,
     unpack_nbits,
+    unpack_two_of_four,
     unsupported_grid,
 )
-from compot_deploy.findings import Finding
+from compot_deploy.findings import Finding, errors
 from compot_deploy.weights import (
     CompressedModel,
     Dense,
@@ -72,11 +82,25 @@ class OnnxOptions:
             take 4·head_size bytes for each token of it.
         floats: type in which floating-point matrices are stored. It must hold them exactly; bfloat16 and
             float16 halve the file of an unquantized checkpoint of that type, and are cast when loaded.
+        codes: ``dense``: an exact zero takes as much as any other code; ``packed``: 4-bit codes of the
+            pattern 2:4 take 3 bits in the file instead of 4, and are expanded when it is loaded, to the same
+            graph, speed and memory. Other codes lie dense either way. Only with ``matmulnbits``.
+
+    Raises:
+        RecipeError: packed codes with ``qdq``.
     """
 
     ops: OnnxOps = "matmulnbits"
     context: int | None = None
     floats: FloatType = "float32"
+    codes: OnnxCodes = "dense"
+
+    def __post_init__(self) -> None:
+        if self.codes == "packed" and self.ops != "matmulnbits":
+            raise RecipeError(
+                f"--onnx-codes packed expands to MatMulNBits and cannot be written as --onnx-ops {self.ops}: "
+                "leave one of them out."
+            )
 
 
 @dataclass(frozen=True)
@@ -90,15 +114,22 @@ class OnnxExporter:
     name: str = "onnx"
 
     def options(self, knobs: Mapping[str, Any]) -> OnnxOptions:
-        """Options from a recipe's knobs (``onnx_ops``); others are ignored."""
+        """Options from a recipe's knobs (``onnx_ops``, ``onnx_codes``); others are ignored."""
         ops = knobs.get("onnx_ops", "matmulnbits")
         if ops not in get_args(OnnxOps):
             raise RecipeError(f"--onnx-ops {ops}: choose one of {', '.join(get_args(OnnxOps))}.")
-        return OnnxOptions(ops=cast(OnnxOps, ops))
+        codes = knobs.get("onnx_codes", "dense")
+        if codes not in get_args(OnnxCodes):
+            raise RecipeError(f"--onnx-codes {codes}: choose one of {', '.join(get_args(OnnxCodes))}.")
+        return OnnxOptions(ops=cast(OnnxOps, ops), codes=cast(OnnxCodes, codes))
 
     def storage(self, options: OnnxOptions) -> OnnxStorage:
         """What a leaf takes in the file."""
-        return OnnxStorage(ops=options.ops, float_bytes=4 if options.floats == "float32" else 2)
+        return OnnxStorage(
+            ops=options.ops,
+            float_bytes=4 if options.floats == "float32" else 2,
+            codes=options.codes,
+        )
 
     def check(
         self,
@@ -143,7 +174,13 @@ class OnnxExporter:
         graph.parent.mkdir(exist_ok=True)
         with data.open("wb") as file:
             proto = build_decoder(
-                model, file, data.name, ops=options.ops, context=options.context, floats=options.floats
+                model,
+                file,
+                data.name,
+                ops=options.ops,
+                context=options.context,
+                floats=options.floats,
+                codes=options.codes,
             )
         graph.write_bytes(proto.SerializeToString(deterministic=True))
         source = Path(model.source) if model.source else None
@@ -191,8 +228,15 @@ class OnnxExporter:
         )
 
     def lint(self, folder: Path) -> tuple[Finding, ...]:
-        """What is wrong or remarkable about the structure of a folder."""
-        return lint_onnx(folder)
+        """What is wrong or remarkable about the structure of a folder.
+
+        A folder with packed codes that is otherwise in order is also loaded in onnxruntime, if that is
+        installed, to see whether it expands them once and for all: see `unfolded_nodes`.
+        """
+        findings = lint_onnx(folder)
+        if errors(findings) or not _expansion_nodes(folder):
+            return findings
+        return errors_first((*findings, *_lint_folding(folder)))
 
 
 def open_session(folder: Path, accuracy_level: int | None = None, threads: int = 0) -> Any:
@@ -225,6 +269,94 @@ def open_session(folder: Path, accuracy_level: int | None = None, threads: int =
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ArtifactError(f"onnxruntime cannot load {folder / GRAPH}: {error}") from error
+
+
+def unfolded_nodes(folder: Path, disabled_optimizers: Sequence[str] = ()) -> tuple[str, ...]:
+    """Nodes for the expansion of packed codes that are still there when onnxruntime has loaded a folder.
+
+    Each of them would run for every token: a graph with all of them decodes about 100 times slower. The
+    folder is loaded as an application would, and the profiler tells what is executed for one token; nothing
+    as large as the weights is written.
+
+    Args:
+        folder: an ONNX folder.
+        disabled_optimizers: of onnxruntime, to see what happens without them.
+
+    Returns:
+        Names of nodes in the order of the graph; none for a folder without packed codes.
+
+    Raises:
+        MissingDependencyError: onnxruntime is not installed.
+        ArtifactError: onnxruntime refuses the file.
+    """
+    expansion = _expansion_nodes(folder)
+    if not expansion:
+        return ()
+    executed = _executed_nodes(folder, disabled_optimizers)
+    return tuple(name for name in expansion if name in executed)
+
+
+def _expansion_nodes(folder: Path) -> tuple[str, ...]:
+    model = onnx.load(folder / GRAPH, load_external_data=False)
+    producers = {output: node for node in model.graph.node for output in node.output if output}
+    found = (
+        expansion_of(node.input[1], producers) for node in model.graph.node if node.op_type == "MatMulNBits"
+    )
+    return tuple(node.name for expansion in found if expansion is not None for node in expansion.nodes)
+
+
+def _executed_nodes(folder: Path, disabled_optimizers: Sequence[str]) -> frozenset[str]:
+    """Names of the nodes that onnxruntime executes for one token without a past."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingDependencyError("onnxruntime", "onnx", "Loading an ONNX folder") from None
+    with tempfile.TemporaryDirectory() as scratch:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(scratch) / "profile")
+        try:
+            session = onnxruntime.InferenceSession(
+                str(folder / GRAPH),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=list(disabled_optimizers),
+            )
+            feeds = {
+                entry.name: torch.zeros(1, entry.shape[1], 0, entry.shape[3]).numpy()
+                if entry.name.startswith("past_key_values.")
+                else torch.ones(1, 1, dtype=torch.int64).numpy()
+                for entry in session.get_inputs()
+            }
+            session.run(["logits"], feeds)
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        except Exception as error:  # the runtime's exceptions share no base class but this
+            raise ArtifactError(f"onnxruntime cannot run {folder / GRAPH}: {error}") from error
+    return frozenset(
+        event["name"].removesuffix("_kernel_time") for event in events if event.get("cat") == "Node"
+    )
+
+
+def _lint_folding(folder: Path) -> Iterator[Finding]:
+    try:
+        left = unfolded_nodes(folder)
+    except MissingDependencyError:
+        yield Finding(
+            "note",
+            GRAPH,
+            "onnxruntime is not installed, so it was not checked that the expansion of packed codes is folded.",
+        )
+    except ArtifactError as error:
+        yield Finding("error", GRAPH, str(error))
+    else:
+        if left:
+            yield Finding(
+                "error",
+                f"{GRAPH}: {left[0]}",
+                f"The expansion nodes were not folded, {len(left)} are left after loading: decoding would be "
+                "100x slower; use another onnxruntime, or export with --onnx-codes dense.",
+            )
 
 
 class OnnxMatrices(Mapping[str, Matrix]):
@@ -288,6 +420,15 @@ class OnnxMatrices(Mapping[str, Matrix]):
         """The matrix that a product multiplies with."""
         if node.op_type == "MatMulNBits":
             grid = Grid(_attribute(node, "bits"), _attribute(node, "block_size"))
+            expansion = expansion_of(node.input[1], self._producer)
+            if expansion is not None:
+                values = self._reader.bytes_of(expansion.values)
+                two_of_four = TwoOfFour(
+                    values=values.view(*self._reader.protos[expansion.values].dims),
+                    patterns=self._reader.bytes_of(expansion.patterns),
+                    scales=self._scales(node.input[2]),
+                )
+                return unpack_two_of_four(two_of_four, _attribute(node, "K"), grid)
             return self._nbits(node.input[1], node.input[2], _attribute(node, "K"), grid)
         weight = self._producer.get(node.input[1])
         if weight is not None and weight.op_type == "DequantizeLinear":

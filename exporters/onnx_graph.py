@@ -21,6 +21,8 @@ Facts about ONNX Runtime that shape it, each pinned by a test:
 * GroupQueryAttention rotates heads of multiples of 16 only; smaller ones are rotated before it.
 * It takes several new tokens on top of a past only for a batch of one; a prompt or a single token for any.
 * Scales are stored as float16 and cast; ONNX Runtime folds the cast when it loads.
+* So it folds the five nodes that expand packed codes (Cast, Concat, MatMulInteger, Gather, Reshape); where it
+  does not, every run expands them again, 100 times slower.
 * Opset 21 and IR 10: newer ones do not load everywhere.
 
 Sources: the ONNX operator specification, opset 21; the ONNX Runtime contrib operator documentation.
@@ -52,8 +54,29 @@ from compot_deploy.exporters.onnx_config import (
     rotary_tables,
 )
 from compot_deploy.exporters.onnx_tensors import Extent, TensorWriter
-from compot_deploy.exporters.packing import OnnxOps, pack_blocked, pack_nbits, unsupported_grid
-from compot_deploy.weights import CompressedModel, Dense, Factorized, Grid, Leaf, Matrix, Pair, Quantized
+from compot_deploy.exporters.packing import (
+    POSITIONS,
+    OnnxCodes,
+    OnnxOps,
+    OnnxStorage,
+    expansion_table,
+    pack_blocked,
+    pack_nbits,
+    pack_two_of_four,
+    unsupported_grid,
+)
+from compot_deploy.weights import (
+    DENSE,
+    CompressedModel,
+    Dense,
+    Factorized,
+    Grid,
+    Leaf,
+    Matrix,
+    Pair,
+    Pattern,
+    Quantized,
+)
 
 OPSET: Final = 21
 IR_VERSION: Final = 10
@@ -64,6 +87,11 @@ float32, 3 to 300 times slower, and is the oracle."""
 
 MASKED: Final = -1e9
 """Added to the score of a masked key; finite, so that a row with nothing but padding gives no NaN."""
+
+EXPANSION_TABLE: Final = "/constants/two_of_four/table"
+EXPANSION_WEIGHTS: Final = "/constants/two_of_four/weights"
+"""Two tensors that all packed codes of a graph share: bytes by row, and (1, 6), which make
+``pattern + 6·value`` of a row as a product, because no standard operator adds two bytes."""
 
 INLINE_BYTES: Final = 1024
 """Tensors up to this size are kept in the graph, larger ones in the data file."""
@@ -131,6 +159,49 @@ class NBitsLayout:
 
 
 @dataclass(frozen=True)
+class Expansion:
+    """The nodes that make MatMulNBits' bytes of packed codes, and the tensors that they read.
+
+    Attributes:
+        nodes: Cast, Concat, MatMulInteger, Gather and Reshape, as they run.
+        values: two codes of every four.
+        patterns: their positions.
+        weights: what turns both into a row of the table.
+        table: the bytes.
+    """
+
+    nodes: tuple[NodeProto, ...]
+    values: str
+    patterns: str
+    weights: str
+    table: str
+
+
+def expansion_of(value: str, producers: Mapping[str, NodeProto]) -> Expansion | None:
+    """The expansion that makes `value`, as `_Graph.expanded` writes it; None if it is made in another way.
+
+    Args:
+        value: what a MatMulNBits multiplies with.
+        producers: node by output.
+    """
+    nodes: list[NodeProto] = []
+    for operator, follow in (("Reshape", 0), ("Gather", 1), ("MatMulInteger", 0), ("Concat", 0), ("Cast", 0)):
+        node = producers.get(value)
+        if node is None or node.op_type != operator or len(node.input) != (1 if operator == "Cast" else 2):
+            return None
+        nodes.append(node)
+        value = node.input[follow]
+    _, gather, product, concat, cast = nodes
+    return Expansion(
+        nodes=tuple(reversed(nodes)),
+        values=str(concat.input[1]),
+        patterns=str(cast.input[0]),
+        weights=str(product.input[1]),
+        table=str(gather.input[0]),
+    )
+
+
+@dataclass(frozen=True)
 class _Table:
     """The token table as a tied head reads it: floats (vocabulary, hidden), or packed integers and scales."""
 
@@ -157,6 +228,7 @@ class _Graph:
     ops: OnnxOps
     accuracy_level: int
     floats: FloatType
+    codes: OnnxCodes = "dense"
     nodes: list[NodeProto] = field(default_factory=list)
     tensors: dict[str, TensorProto] = field(default_factory=dict)
     dictionaries: dict[tuple[str, int], _Shared] = field(default_factory=dict)
@@ -267,7 +339,8 @@ class _Graph:
         }
         word = _numbered("codes", position)
         hidden = self._dictionary(position, pair, source)
-        return self.product(f"{module}.{word}", f"{node_path(module)}/{word}", pair.codes, hidden, facts)
+        path = f"{node_path(module)}/{word}"
+        return self.product(f"{module}.{word}", path, pair.codes, hidden, facts, pair.pattern)
 
     def _dictionary(self, position: int, pair: Pair, source: str) -> str:
         """The product with a dictionary, which is computed once however many linears share it."""
@@ -289,7 +362,15 @@ class _Graph:
             raise ValueError(f"Two different dictionaries have the name {pair.dictionary_name}.")
         return shared.value
 
-    def product(self, name: str, path: str, leaf: Leaf, source: str, facts: Mapping[str, str]) -> str:
+    def product(
+        self,
+        name: str,
+        path: str,
+        leaf: Leaf,
+        source: str,
+        facts: Mapping[str, str],
+        pattern: Pattern = DENSE,
+    ) -> str:
         """``source @ leaf``, as one operator or, for `ops` qdq, two."""
         rows, columns = leaf.shape
         match leaf:
@@ -312,12 +393,37 @@ class _Graph:
                         block_size=grid.group,
                     )
                     return self.node("MatMul", [source, weight], f"{path}/MatMul", facts=facts)
-                packed = pack_nbits(leaf)
-                blob = self.tensor(f"{name}.integers", packed.blob, TensorProto.UINT8, packed.blob.shape)
-                scales = self.scales(name, path, packed.scales)
-                return self.nbits(path, source, blob, scales, NBitsLayout(rows, columns, grid), facts)
+                layout = NBitsLayout(rows, columns, grid)
+                if OnnxStorage(self.ops, codes=self.codes).packs(grid, pattern):
+                    blob, scales = self.expanded(name, path, leaf)
+                else:
+                    packed = pack_nbits(leaf)
+                    blob = self.tensor(f"{name}.integers", packed.blob, TensorProto.UINT8, packed.blob.shape)
+                    scales = self.scales(name, path, packed.scales)
+                return self.nbits(path, source, blob, scales, layout, facts)
             case _:
                 assert_never(leaf)
+
+    def expanded(self, name: str, path: str, leaf: Quantized) -> tuple[str, str]:
+        """Integers and scales of packed codes, as MatMulNBits reads them; `expansion_of` finds them again."""
+        packed = pack_two_of_four(leaf)
+        outputs, groups, _ = packed.values.shape
+        blocks, block = leaf.grid.groups(leaf.shape[0]), leaf.grid.group
+        values = self.tensor(f"{name}.values", packed.values, TensorProto.UINT8, packed.values.shape)
+        patterns = self.tensor(f"{name}.patterns", packed.patterns, TensorProto.UINT4, (outputs, groups, 1))
+        if EXPANSION_TABLE not in self.tensors:
+            table = expansion_table()
+            self.tensor(EXPANSION_TABLE, table, TensorProto.UINT8, table.shape)
+            weights = torch.tensor([[1], [len(POSITIONS)]], dtype=torch.uint8)
+            self.tensor(EXPANSION_WEIGHTS, weights, TensorProto.UINT8, weights.shape)
+        scales = self.scales(name, path, packed.scales)
+        numbers = self.node("Cast", [patterns], f"{path}/expand/Cast", to=TensorProto.UINT8)
+        both = self.node("Concat", [numbers, values], f"{path}/expand/Concat", axis=-1)
+        rows = self.node("MatMulInteger", [both, EXPANSION_WEIGHTS], f"{path}/expand/MatMulInteger")
+        pairs = self.node("Gather", [EXPANSION_TABLE, rows], f"{path}/expand/Gather", axis=0)
+        shape = self.constant([outputs, blocks, block // 2])
+        blob = self.node("Reshape", [pairs, shape], f"{path}/expand/Reshape")
+        return blob, scales
 
     def nbits(
         self, path: str, source: str, blob: str, scales: str, layout: NBitsLayout, facts: Mapping[str, str]
@@ -366,6 +472,7 @@ def build_decoder(
     context: int | None = None,
     accuracy_level: int = ACCURACY_LEVEL,
     floats: FloatType = "float32",
+    codes: OnnxCodes = "dense",
 ) -> ModelProto:
     """The whole decoder: the graph is returned, the tensors go to the data file as they are read.
 
@@ -377,6 +484,7 @@ def build_decoder(
         context: longest sequence; None takes the model's own.
         accuracy_level: of MatMulNBits.
         floats: type in which floating-point matrices are stored; a checkpoint in bfloat16 needs no more.
+        codes: how 4-bit codes of the pattern 2:4 are written.
 
     Raises:
         UnsupportedModelError: see `check_supported`.
@@ -388,7 +496,7 @@ def build_decoder(
     rows = shape.context if context is None else context
     if not 1 <= rows <= shape.context:
         raise RecipeError(f"A context of {rows} tokens is out of range: the model has 1 to {shape.context}.")
-    graph = _Graph(TensorWriter(data, location, data.tell()), ops, accuracy_level, floats)
+    graph = _Graph(TensorWriter(data, location, data.tell()), ops, accuracy_level, floats, codes)
     builder = _Decoder(graph, model, shape)
     builder.build(rotary_tables(model.config, rows))
     made = helper.make_graph(

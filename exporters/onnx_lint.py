@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +19,16 @@ from onnx import ModelProto, NodeProto, TensorProto
 from torch import Tensor
 
 from compot_deploy.errors import ArtifactError
-from compot_deploy.exporters.onnx_graph import ACCURACY_LEVEL, MICROSOFT, Part
+from compot_deploy.exporters.onnx_graph import ACCURACY_LEVEL, MICROSOFT, Expansion, Part, expansion_of
 from compot_deploy.exporters.onnx_tensors import DATA, GRAPH, Extent, TensorReader, external_extent
-from compot_deploy.exporters.packing import BLOCKS, GATHER_BITS, NBITS_BITS, TWO_BIT_BLOCKS
+from compot_deploy.exporters.packing import (
+    BLOCKS,
+    GATHER_BITS,
+    NBITS_BITS,
+    POSITIONS,
+    TWO_BIT_BLOCKS,
+    expansion_table,
+)
 from compot_deploy.findings import Finding, Severity
 
 OPSETS: Final = range(13, 24)
@@ -70,7 +77,11 @@ def lint_onnx(folder: Path) -> tuple[Finding, ...]:
         return (Finding("error", GRAPH, "The graph is missing: export the model again."),)
     except Exception as error:  # protobuf's own error types differ between its implementations
         return (Finding("error", GRAPH, f"The graph cannot be parsed: {error}."),)
-    findings = tuple(_Lint(folder, model).run())
+    return errors_first(_Lint(folder, model).run())
+
+
+def errors_first(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Findings by severity, otherwise in their order."""
     order: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
     return tuple(sorted(findings, key=lambda finding: order[finding.severity]))
 
@@ -102,6 +113,14 @@ class _Lint:
         if two:
             yield self._at(
                 "note", "MatMulNBits", f"{two} products with 2 bits: they need ONNX Runtime 1.24 or later."
+            )
+        packed = sum(
+            node.op_type == "MatMulNBits" and expansion_of(node.input[1], self.producers) is not None
+            for node in self.model.graph.node
+        )
+        if packed:
+            yield self._at(
+                "note", "MatMulNBits", f"{packed} products with packed codes: they are expanded when loaded."
             )
         for tensor in self.model.graph.initializer:
             yield from self._tensor(tensor)
@@ -238,9 +257,58 @@ class _Lint:
         inputs, outputs = settings.get("K", 0), settings.get("N", 0)
         if bits in NBITS_BITS and block in BLOCKS:
             blocks = -(-inputs // block)
-            yield from self._shape(node, 1, (outputs, blocks, block * bits // 8))
             yield from self._shape(node, 2, (outputs, blocks))
-            yield from self._zeros(node.input[1], bits)
+            expansion = expansion_of(node.input[1], self.producers)
+            if expansion is None:
+                yield from self._shape(node, 1, (outputs, blocks, block * bits // 8))
+                yield from self._zeros(node.input[1], bits)
+            else:
+                yield from self._expansion(node, expansion, (outputs, blocks, block * bits // 8))
+
+    def _expansion(
+        self, node: NodeProto, expansion: Expansion, shape: tuple[int, int, int]
+    ) -> Iterator[Finding]:
+        """Packed codes of one product: sizes, positions, and what they are expanded with."""
+        outputs, blocks, block_bytes = shape
+        groups = blocks * block_bytes // 2
+        for name in (expansion.values, expansion.patterns):
+            found = self._dims(name)
+            if found != (outputs, groups, 1):
+                yield self._at(
+                    "error", name, f"It has the shape {found}, and should have {(outputs, groups, 1)}."
+                )
+        for name, expected in (
+            (expansion.table, expansion_table().flatten().tolist()),
+            (expansion.weights, [1, len(POSITIONS)]),
+            (expansion.nodes[-1].input[1], list(shape)),
+        ):
+            if self._stored(name) != expected:
+                yield self._at(
+                    "error", name, f"{node.name} expands its codes with it, and it holds other numbers."
+                )
+        yield from self._zeros(expansion.values, 4)
+        try:
+            patterns = self.reader.bytes_of(expansion.patterns)
+        except ArtifactError:
+            return  # reported with the tensor itself
+        largest = max(
+            (int(((part & 15).maximum(part >> 4)).max()) for part in patterns.split(_CHUNK)), default=0
+        )
+        if largest >= len(POSITIONS):
+            yield self._at(
+                "error",
+                expansion.patterns,
+                f"It has a pattern {largest}, and they are numbered 0 to {len(POSITIONS) - 1}.",
+            )
+
+    def _stored(self, name: str) -> list[int] | None:
+        """The numbers of a small stored tensor of integers, None if it is not there."""
+        try:
+            data = self.reader.bytes_of(name)
+        except ArtifactError:
+            return None
+        wide = self.reader.protos[name].data_type == TensorProto.INT64
+        return [int(number) for number in (data.clone().view(torch.int64) if wide else data)]
 
     def _gather(self, node: NodeProto) -> Iterator[Finding]:
         settings = _integers(node)

@@ -1,6 +1,6 @@
 """How integers lie in an ONNX file, in both directions, and what that costs.
 
-Three layouts, all of the same numbers (``Quantized``: integers (in, out), scales (groups, out)):
+Four layouts, all of the same numbers (``Quantized``: integers (in, out), scales (groups, out)):
 
 * **MatMulNBits** (com.microsoft): ``B`` uint8 (out, blocks, block·bits/8), row n is output n, the last block
   filled up with the integer zero; unsigned codes ``integer + 2**(bits-1)``, lowest bits first::
@@ -13,6 +13,15 @@ Three layouts, all of the same numbers (``Quantized``: integers (in, out), scale
   per token. A tied table is therefore stored once, under two shapes.
 * **DequantizeLinear**, blocked along axis 0: signed two's complement (in, out) row by row, two per byte at
   4 bits, low half first; scales (blocks, out). No padding.
+* **Two of four**: 4-bit codes of the pattern 2:4, which the graph expands to MatMulNBits' bytes when it is
+  loaded. Every four neighbours of an output become the two that may be non-zero and where they are::
+
+      values    uint8 (out, groups of four, 1)     code[first] | code[second] << 4
+      patterns  UINT4 (out, groups of four, 1)     0 to 5: the row of `POSITIONS` with first and second
+
+  12 bits for four codes instead of 16; rows are filled up to whole blocks, scales are those of MatMulNBits.
+  Two kept codes that rounded to zero leave their place open: the first row of `POSITIONS` that covers the
+  non-zeros is written, and whichever row a file has, the same integers come out.
 
 Sources: the ONNX Runtime contrib operator documentation; the ONNX operator specification, opset 21 (int4
 storage, blocked quantization).
@@ -32,6 +41,9 @@ from compot_deploy.weights import DENSE, SCALE_BITS, Grid, Pattern, Quantized
 OnnxOps: TypeAlias = Literal["matmulnbits", "qdq"]
 """How a quantized linear is written: one contrib operator, or two standard ones."""
 
+OnnxCodes: TypeAlias = Literal["dense", "packed"]
+"""How 4-bit codes of the pattern 2:4 are written: like any other integers, or as two of four."""
+
 NBITS_BITS: Final = (2, 4, 8)
 """Bits that ONNX Runtime's MatMulNBits runs (it refuses 1, 3, 5, 6 and 7 when loading); 2 from 1.24 on."""
 
@@ -47,6 +59,12 @@ BLOCKS: Final = (16, 32, 64, 128, 256)
 
 TWO_BIT_BLOCKS: Final = (32, 64, 128)
 """At 2 bits other blocks have no kernel and run about 30 times slower."""
+
+TWO_OF_FOUR: Final = Pattern(2, 4)
+"""The only pattern with a packed layout."""
+
+POSITIONS: Final = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
+"""Where the two values of four neighbours are, by pattern number."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +96,21 @@ class Blocked:
 
     data: UInt8[Tensor, " bytes"]
     scales: Float16[Tensor, "blocks outputs"]
+
+
+@dataclass(frozen=True)
+class TwoOfFour:
+    """A matrix with the pattern 2:4, packed.
+
+    Attributes:
+        values: two unsigned codes of every four neighbours.
+        patterns: their positions, two numbers a byte, low half first.
+        scales: one per output and block.
+    """
+
+    values: UInt8[Tensor, "outputs groups 1"]
+    patterns: UInt8[Tensor, " bytes"]
+    scales: Float16[Tensor, "outputs blocks"]
 
 
 def pack_nbits(matrix: Quantized) -> NBits:
@@ -166,6 +199,71 @@ def unpack_blocked(packed: Blocked, rows: int, grid: Grid) -> Quantized:
     return Quantized(integers=integers.contiguous(), scales=packed.scales.contiguous(), grid=grid)
 
 
+def expansion_table() -> UInt8[Tensor, "1536 2"]:
+    """The two MatMulNBits bytes of four neighbours, at row ``pattern + 6·value``."""
+    values = torch.arange(256)
+    codes = torch.full((256, len(POSITIONS), 4), 8, dtype=torch.uint8)
+    for pattern, (first, second) in enumerate(POSITIONS):
+        codes[:, pattern, first] = (values & 0x0F).to(torch.uint8)
+        codes[:, pattern, second] = (values >> 4).to(torch.uint8)
+    return _join(codes, 4).view(-1, 2)
+
+
+def pack_two_of_four(matrix: Quantized) -> TwoOfFour:
+    """Pack 4-bit codes of the pattern 2:4; `unpack_two_of_four` is its inverse.
+
+    Example:
+        Integers (0, 3, 0, -2) of one output: codes 8, 11, 8, 6, pattern 4 (positions 1 and 3), value 0x6b.
+
+    Raises:
+        ValueError: not 4 bits, an integer outside its grid, or more than two non-zeros among four neighbours.
+    """
+    if matrix.grid.bits != 4:
+        raise ValueError(f"Two of four are packed at 4 bits, and these integers are on {matrix.grid}.")
+    dense = pack_nbits(matrix)
+    outputs = dense.blob.shape[0]
+    pairs = dense.blob.view(outputs, -1, 2).int()
+    # Packing is the inverse of the table that the graph expands with: two bytes → row, or -1.
+    table = expansion_table().int()
+    rows = torch.full((1 << 16,), -1, dtype=torch.int32)
+    for pattern in reversed(range(len(POSITIONS))):  # the first pattern that fits is written last, and stays
+        own = torch.arange(pattern, table.shape[0], len(POSITIONS))
+        rows[table[own, 0] + (table[own, 1] << 8)] = own.int()
+    found = rows[pairs[..., 0] + (pairs[..., 1] << 8)]
+    if bool((found < 0).any()):
+        output, group = (int(place) for place in (found < 0).nonzero()[0])
+        raise ValueError(
+            f"Output {output} has more than 2 non-zeros among the atoms {4 * group} to {4 * group + 3}, which "
+            f"the pattern {TWO_OF_FOUR} excludes."
+        )
+    patterns = (found % len(POSITIONS)).to(torch.uint8).flatten()
+    return TwoOfFour(
+        values=(found // len(POSITIONS)).to(torch.uint8)[..., None],
+        patterns=_join(patterns, 4),  # an even number: blocks are multiples of 16
+        scales=dense.scales,
+    )
+
+
+def unpack_two_of_four(packed: TwoOfFour, rows: int, grid: Grid) -> Quantized:
+    """Read what `pack_two_of_four` wrote; see `unpack_nbits` for the arguments.
+
+    Raises:
+        ValueError: a pattern that does not exist, or bytes of another size than `rows` and `grid` say.
+    """
+    outputs, groups, _ = packed.values.shape
+    patterns = _split(packed.patterns, 4)
+    if grid.bits != 4 or groups * 4 != grid.groups(rows) * grid.group or patterns.numel() != outputs * groups:
+        raise ValueError(
+            f"{rows} inputs on {grid} are {grid.groups(rows) * grid.group // 4} groups of four, and here are "
+            f"{groups} values for each of {outputs} outputs, and {patterns.numel()} patterns."
+        )
+    if int(patterns.max()) >= len(POSITIONS):
+        raise ValueError(f"There is a pattern {int(patterns.max())}, and they are numbered 0 to 5.")
+    index = patterns.view(outputs, groups).int() + len(POSITIONS) * packed.values[..., 0].int()
+    blob = expansion_table()[index].view(outputs, grid.groups(rows), grid.group // 2)
+    return unpack_nbits(NBits(blob, packed.scales), rows, grid)
+
+
 def _join(codes: UInt8[Tensor, "*rows codes"], bits: int) -> UInt8[Tensor, "*rows bytes"]:
     """Codes of `bits` bits to bytes, lowest bits first."""
     if bits == 8:
@@ -201,17 +299,16 @@ class OnnxStorage:
     The figures are those of the tensors themselves; between tensors the file has up to 63 bytes (4095 before
     large ones) so that each can be mapped into memory.
 
-    Codes lie dense here whatever their pattern: an exact zero costs as much as any other integer. A layout
-    that packs N:M codes inside the graph would be a third kind of `ops`, and the only place that looks at
-    `pattern`.
-
     Attributes:
         ops: how quantized linears are written.
         float_bytes: bytes of one floating-point weight, 4 or 2.
+        codes: how codes of the pattern 2:4 are written. All others lie dense whatever their pattern: an
+            exact zero costs as much as any other integer.
     """
 
     ops: OnnxOps = "matmulnbits"
     float_bytes: int = 4
+    codes: OnnxCodes = "dense"
 
     def leaf_bytes(self, rows: int, columns: int, grid: Grid | None, pattern: Pattern = DENSE) -> int:
         """See `compot_deploy.weights.Storage.leaf_bytes`."""
@@ -220,7 +317,33 @@ class OnnxStorage:
         scales = grid.groups(rows) * columns * SCALE_BITS // 8
         if self.ops == "qdq":
             return -(-rows * columns * grid.bits // 8) + scales
-        return grid.groups(rows) * columns * grid.group * grid.bits // 8 + scales
+        entries = grid.groups(rows) * grid.group * columns
+        bits = 3 if self.packs(grid, pattern) else grid.bits
+        return entries * bits // 8 + scales
+
+    def memory_bytes(self, rows: int, columns: int, grid: Grid | None, pattern: Pattern = DENSE) -> int:
+        """Bytes of the leaf as a loaded graph holds it: every foldable node folded.
+
+        Packed codes are dense again, whatever `pattern` is, scales and floating-point weights are float32,
+        and DequantizeLinear has become MatMulNBits. What a kernel keeps besides (ONNX Runtime's rearranged
+        copy, one more float32 per block on some processors) depends on the processor and is not counted.
+
+        Args:
+            rows: inputs of the leaf.
+            columns: outputs of the leaf.
+            grid: None for floating point.
+            pattern: sparsity of the leaf; it saves no memory.
+        """
+        if grid is None:
+            return rows * columns * 4
+        blocks = grid.groups(rows) * columns
+        return blocks * (grid.group * grid.bits // 8 + 4)
+
+    def packs(self, grid: Grid, pattern: Pattern) -> bool:
+        """Whether a leaf is written as two of four."""
+        return (
+            self.codes == "packed" and self.ops == "matmulnbits" and grid.bits == 4 and pattern == TWO_OF_FOUR
+        )
 
 
 def unsupported_grid(grid: Grid, ops: OnnxOps, embedding: bool = False) -> str | None:

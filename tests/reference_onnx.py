@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -300,3 +301,46 @@ def nmse(found: Tensor, expected: Tensor) -> float:
     """Squared error over squared deviation."""
     expected = expected.double()
     return float((found.double() - expected).square().sum() / (expected - expected.mean()).square().sum())
+
+
+# --- packed codes ------------------------------------------------------------------------------------
+
+
+def reference_two_of_four(matrix: Quantized) -> tuple[list[list[int]], list[list[int]]]:
+    """Values and patterns, by trying every pattern on every four neighbours, the first that fits first."""
+    rows, outputs = matrix.shape
+    groups = matrix.grid.groups(rows) * matrix.grid.group // 4
+    values: list[list[int]] = []
+    patterns: list[list[int]] = []
+    for output in range(outputs):
+        column = matrix.integers[:, output].tolist() + [0] * (4 * groups - rows)
+        values.append([])
+        patterns.append([])
+        for group in range(groups):
+            four = column[4 * group : 4 * group + 4]
+            for number, (first, second) in enumerate(itertools.combinations(range(4), 2)):
+                if not any(four[i] for i in range(4) if i not in (first, second)):
+                    values[-1].append((four[first] + 8) + 16 * (four[second] + 8))
+                    patterns[-1].append(number)
+                    break
+            else:
+                raise AssertionError(f"{four} has more than two non-zeros")
+    return values, patterns
+
+
+def two_of_four(weight: Tensor, grid: Grid) -> Quantized:
+    """Rounded to the grid, with the two largest of every four neighbours kept."""
+    rows, columns = weight.shape
+    padded = torch.zeros(-(-rows // 4) * 4, columns)
+    padded[:rows] = weight
+    fours = padded.view(-1, 4, columns)
+    keep = torch.zeros_like(fours).scatter_(1, fours.abs().topk(2, dim=1).indices, 1.0)
+    return rounded((fours * keep).view(-1, columns)[:rows].contiguous(), grid)
+
+
+def sparse_pair(name: str, weight: Tensor, atoms: int = 48, grid: Grid = Grid(4, 16)) -> Factorized:  # noqa: B008
+    """One pair whose codes have the pattern 2:4."""
+    dictionary, codes = projected(weight, atoms)
+    return Factorized(
+        (Pair(rounded(dictionary, Grid(4, 32)), two_of_four(codes, grid), name, Pattern(2, 4)),)
+    )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from compot_deploy import cli
 from compot_deploy.errors import (
@@ -24,6 +25,7 @@ from compot_deploy.errors import (
 )
 from compot_deploy.exporters.artifact import verify
 from compot_deploy.report import from_json
+from compot_deploy.runners import onnx_runner
 
 QUICK = ["--samples", "4", "--length", "32", "--evaluation-tokens", "128", "--rounds", "3"]
 NO_LIMIT = ["--max-perplexity-ratio", "1e9"]
@@ -63,6 +65,14 @@ def test_a_model_becomes_a_complete_folder(finished: Path) -> None:
     assert report.passed
     assert report.accuracy.export_exact.comparison.nmse < 1e-9
     assert all(match.equal for match in report.accuracy.export_exact.greedy)
+
+
+def test_a_batch_may_be_read_in_pieces(finished: Path) -> None:
+    runner = onnx_runner(finished, exact=True)
+    tokens = torch.randint(320, (4, 12), generator=torch.Generator().manual_seed(0))
+    whole = torch.cat(list(runner.logits(tokens, 12)), dim=1)
+    pieces = torch.cat(list(runner.logits(tokens, 5)), dim=1)
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_but_the_folder_is_left(finished: Path) -> None:

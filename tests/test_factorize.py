@@ -96,6 +96,20 @@ def test_polar_of_a_deficient_matrix_is_still_orthonormal_and_optimal(rank: int)
     assert float((found * matrix).sum()) == pytest.approx(nuclear, abs=1e-9)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_number_of_threads_is_left_as_it_was(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        polar(torch.randn(20, 12, dtype=torch.float64))
+        assert torch.get_num_threads() == threads
+        with pytest.raises(torch.linalg.LinAlgError):
+            polar(torch.full((20, 12), float("nan"), dtype=torch.float64))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(("rows", "columns", "count"), [(8, 20, 5), (20, 8, 5), (20, 8, 12), (8, 8, 8)])
 def test_principal_directions_capture_as_much_as_singular_vectors(
     rows: int, columns: int, count: int

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -15,6 +16,9 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto
 from reference_onnx import (
     MODELS,
     OnnxRun,
@@ -41,7 +45,7 @@ from compot_deploy.exporters.onnx_config import (
     portable_tokenizer_config,
 )
 from compot_deploy.exporters.onnx_graph import build_decoder
-from compot_deploy.exporters.onnx_tensors import DATA, GRAPH
+from compot_deploy.exporters.onnx_tensors import DATA, GRAPH, TensorReader, TensorWriter
 from compot_deploy.weights import Dense, Factorized, Grid, Matrix, matrix_bytes, same_matrix
 
 EXPORTER = EXPORTERS["onnx"]
@@ -149,6 +153,30 @@ def test_a_model_that_is_read_back_is_written_to_the_same_bytes(name: str, ops: 
     assert files == sorted(path.relative_to(second) for path in second.rglob("*") if path.is_file())
     for file in files:
         assert (first / file).read_bytes() == (second / file).read_bytes(), file
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.sampled_from([1, 3, 63, 64, 65, 1000, (1 << 20) + 1]), min_size=1, max_size=6))
+def test_tensors_of_any_size_come_back_and_can_be_mapped(sizes: list[int]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        graph = onnx.GraphProto()
+        written = []
+        with (Path(name) / "data").open("wb") as file:
+            writer = TensorWriter(file, "data")
+            for number, size in enumerate(sizes):
+                written.append(torch.randint(0, 256, (size,), dtype=torch.uint8))
+                extent = writer.append(written[-1])
+                assert extent.offset % (4096 if size > 1 << 20 else 64) == 0
+                tensor = graph.initializer.add(name=str(number), data_location=TensorProto.EXTERNAL)
+                for key, value in (
+                    ("location", "data"),
+                    ("offset", extent.offset),
+                    ("length", extent.length),
+                ):
+                    tensor.external_data.add(key=key, value=str(value))
+        reader = TensorReader(graph, Path(name))
+        for number, tensor in enumerate(written):
+            assert torch.equal(reader.bytes_of(str(number)), tensor)
 
 
 class OneAtATime(Mapping[str, Matrix]):
@@ -327,6 +355,30 @@ def test_the_written_configuration_gives_the_same_model(name: str, tmp_path: Pat
     assert (raw["rope_scaling"] or {"rope_type": "default"})["rope_type"] == raw["rope_parameters"][
         "rope_type"
     ]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "llama-small-heads"])
+def test_the_sizes_for_genai_are_those_of_the_graph(name: str, tmp_path: Path) -> None:
+    folder = export(compressed(torch_model(MODELS[name])), tmp_path / "model")
+    graph = onnx.load(folder / GRAPH, load_external_data=False).graph
+    shapes = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in [*graph.input, *graph.output]
+    }
+    (attention,) = {
+        attribute.i
+        for node in graph.node
+        if node.op_type == "GroupQueryAttention"
+        for attribute in node.attribute
+        if attribute.name == "num_heads"
+    }
+    model = json.loads((folder / "genai_config.json").read_text())["model"]
+    decoder = model["decoder"]
+    assert [decoder["num_key_value_heads"], decoder["head_size"]] == shapes["past_key_values.0.key"][1::2]
+    assert decoder["num_attention_heads"] == attention
+    assert decoder["num_hidden_layers"] == sum(name.startswith("past_key") for name in shapes) // 2
+    assert model["vocab_size"] == shapes["logits"][2]
+    assert model["context_length"] == 128 and decoder["hidden_size"] == 64
 
 
 def test_settings_that_no_longer_hold_are_not_copied() -> None:
