@@ -35,7 +35,8 @@ class Search:
         grids: what the format holds.
         rates: bits per weight at which a factorised form is made by water-filling.
         sparse: (k/min(m, n), k/s) of COMPOT forms with a head of `head` atoms in 8 bits.
-        patterns: fixed patterns of the codes for the same k, such as 2:4; only worth it where they pack.
+        unstructured: whether those forms are tried with the strongest codes of a whole column.
+        patterns: fixed patterns of neighbouring atoms that they are tried with, such as 2:4.
         head: strongest atoms that sparse forms keep in 8 bits.
         rounds: of joint quantization.
         alternation: of the factorization of sparse levels.
@@ -47,6 +48,7 @@ class Search:
     grids: GridChoice
     rates: tuple[float, ...] = (0.7, 1.0, 1.3, 1.6, 1.9)
     sparse: tuple[tuple[float, float], ...] = ((0.15, 2.0), (0.3, 2.0))
+    unstructured: bool = True
     patterns: tuple[Pattern, ...] = ()
     head: int = 8
     rounds: int = 2
@@ -106,7 +108,7 @@ def _sparse_forms(inputs: int, outputs: int, search: Search) -> list[Form]:
         atoms = int(share * rank) // search.grids.step * search.grids.step
         if atoms < search.grids.step or atoms + search.head > rank:
             continue
-        kept = [Pattern(max(1, int(atoms / per_kept)), atoms)]
+        kept = [Pattern(max(1, int(atoms / per_kept)), atoms)] if search.unstructured else []
         kept += [pattern for pattern in search.patterns if atoms % pattern.of == 0]
         code_group = max(groups[4])
         dictionary_group = 64 if 64 in groups[4] else max(groups[4])

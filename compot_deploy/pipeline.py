@@ -307,7 +307,8 @@ def plan_only(recipe: Recipe, progress: Progress = silent) -> Draft:
 def search_of(recipe: Recipe, checkpoint: Checkpoint) -> Search:
     """Which forms are tried: every grid that the format takes, or floating point without quantization.
 
-    Forms with sparse codes are tried only where the format stores them in fewer bytes than dense ones.
+    Forms with sparse codes are tried only where the format stores them in fewer bytes than dense ones: those
+    of --code-pattern, and the strongest of a whole column.
     """
     if recipe.quant == "none":
         shares = tuple(round(0.3 + 0.05 * step, 2) for step in range(14))
@@ -328,10 +329,22 @@ def search_of(recipe: Recipe, checkpoint: Checkpoint) -> Search:
         bits: tuple(group for group in (16, 32, 64, 128) if takes(Grid(bits, group))) for bits in (2, 3, 4, 8)
     }
     grids = GridChoice({bits: found for bits, found in groups.items() if found}, step=16)
-    half, storage = Pattern(32, 64), storage_of(recipe)
-    grid = grids.grids[-1]
-    packs = storage.leaf_bytes(64, 64, grid, half) < storage.leaf_bytes(64, 64, grid)
-    return Search(grids, head=16, sparse=Search(grids).sparse if packs else (), unquantized=True)
+    storage = storage_of(recipe)
+
+    def packs(pattern: Pattern) -> bool:
+        four = [grid for grid in grids.grids if grid.bits == 4]
+        return any(
+            storage.leaf_bytes(64, 64, grid, pattern) < storage.leaf_bytes(64, 64, grid) for grid in four
+        )
+
+    fixed = recipe.fixed_pattern
+    return Search(
+        grids,
+        head=16,
+        unstructured=packs(Pattern(32, 64)),
+        patterns=(fixed,) if fixed is not None and packs(fixed) else (),
+        unquantized=True,
+    )
 
 
 def budget_of(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, other: int) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from types import MappingProxyType
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from typing_extensions import assert_never
@@ -74,9 +74,18 @@ class Joint:
 Form: TypeAlias = Plain | Joint
 
 
+@runtime_checkable
+class LoadedStorage(Protocol):
+    """A storage that knows what a leaf takes once it is loaded."""
+
+    def memory_bytes(self, rows: int, columns: int, grid: Grid | None, pattern: Pattern = DENSE) -> int:
+        """Bytes of a leaf in memory; the arguments are those of `Storage.leaf_bytes`."""
+        ...
+
+
 @dataclass(frozen=True)
 class InMemory:
-    """The storage of a model that is loaded: codes lie dense, whatever their pattern.
+    """The storage of a model that is loaded: what the format says, or as in the file with dense codes.
 
     Attributes:
         storage: of the file.
@@ -86,6 +95,8 @@ class InMemory:
 
     def leaf_bytes(self, rows: int, columns: int, grid: Grid | None, pattern: Pattern = DENSE) -> int:
         """See `compot_deploy.weights.Storage`."""
+        if isinstance(self.storage, LoadedStorage):
+            return self.storage.memory_bytes(rows, columns, grid, pattern)
         return self.storage.leaf_bytes(rows, columns, grid)
 
 

@@ -116,19 +116,25 @@ def test_more_budget_never_gives_more_error(numbers: Numbers) -> None:
     assert losses == sorted(losses, reverse=True)
 
 
-@settings(max_examples=40, deadline=None)
-@given(sizes=st.lists(st.integers(10**6, 10**9), min_size=2, max_size=6), part=st.floats(0.0, 1.0))
-def test_large_models_keep_their_budget_too(sizes: list[int], part: float) -> None:
+@pytest.mark.parametrize("part", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_large_models_keep_their_budget_too(part: float) -> None:
+    """Many matrices whose bytes are no multiples of the solver's unit."""
     curves = [
         Curve(
             (str(number),),
-            (tuple(Candidate(Plain(Grid(4, 32)), size * step // 8, (1 / step,)) for step in range(1, 9)),),
+            (
+                tuple(
+                    Candidate(Plain(Grid(4, 32)), 10**7 + number * 12_347 + step * 777_777, (1 / (1 + step),))
+                    for step in range(12)
+                ),
+            ),
         )
-        for number, size in enumerate(sizes)
+        for number in range(60)
     ]
     low = smallest_bytes(curves)
-    budget = low + int(part * sum(sizes))
-    assert knapsack(curves, budget).bytes <= budget
+    budget = low + int(part * 60 * 11 * 777_777)
+    plan = knapsack(curves, budget)
+    assert 0.995 * budget < plan.bytes <= budget
 
 
 @settings(max_examples=40, deadline=None)
