@@ -253,7 +253,7 @@ def _plot(points: Sequence[Point], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.5), dpi=150)
     methods: dict[str, list[Point]] = {}
     for point in points:
-        methods.setdefault(re.sub(r" int\d.*", ", one grid", point.method), []).append(point)
+        methods.setdefault(re.sub(r"^GPTQ int\d.*", "GPTQ, one grid", point.method), []).append(point)
     for method, series in sorted(methods.items()):
         ours = method.startswith("compot-deploy")
         axes.plot(

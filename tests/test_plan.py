@@ -116,7 +116,7 @@ def test_more_budget_never_gives_more_error(numbers: Numbers) -> None:
     assert losses == sorted(losses, reverse=True)
 
 
-@pytest.mark.parametrize("part", [0.1, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("part", [0.3, 0.8])
 def test_large_models_keep_their_budget_too(part: float) -> None:
     """Many matrices whose bytes are no multiples of the solver's unit."""
     curves = [
@@ -124,15 +124,15 @@ def test_large_models_keep_their_budget_too(part: float) -> None:
             (str(number),),
             (
                 tuple(
-                    Candidate(Plain(Grid(4, 32)), 10**7 + number * 12_347 + step * 777_777, (1 / (1 + step),))
-                    for step in range(12)
+                    Candidate(Plain(Grid(4, 32)), 10**7 + number * 12_347 + step * 20_011, (1 / (1 + step),))
+                    for step in range(40)
                 ),
             ),
         )
         for number in range(60)
     ]
     low = smallest_bytes(curves)
-    budget = low + int(part * 60 * 11 * 777_777)
+    budget = low + int(part * 60 * 39 * 20_011)
     plan = knapsack(curves, budget)
     assert 0.995 * budget < plan.bytes <= budget
 
