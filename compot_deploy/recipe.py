@@ -6,6 +6,7 @@ A `Recipe` is frozen. A flag ``--code-bits 4``, the keyword ``code_bits=4`` and 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
@@ -53,6 +54,20 @@ class Recipe:
         unit="fraction of bytes",
         group="size",
     )
+    bits: float | None = _knob(
+        None,
+        "budget instead of --ratio: bits per weight of the linears, scales and everything counted",
+        unit="bits per weight",
+        group="size",
+    )
+    size: str | None = _knob(
+        None, "budget instead of --ratio: size of the whole output, 400MB for example", group="size"
+    )
+    budget: Literal["file", "memory"] = _knob(
+        "file",
+        "what a budget counts: bytes of the file, or of the loaded model, whose codes lie dense",
+        group="size",
+    )
     embeddings: Precision = _knob(
         "int8", "precision of the token embedding (and of a tied head)", group="size"
     )
@@ -73,8 +88,10 @@ class Recipe:
 
     # Method
     method: Literal["compot", "svd-llm"] = _knob("compot", "how a matrix is factorised")
-    allocation: Literal["uniform", "spectral"] = _knob(
-        "spectral", "how the budget is spread over the matrices"
+    allocation: Literal["auto", "knapsack", "uniform", "spectral"] = _knob(
+        "auto",
+        "how the budget is spread over the matrices: knapsack weighs measured forms of each by what they cost "
+        "the model; spectral and uniform count atoms; auto is knapsack with --bits or --size, else spectral",
     )
     quantizer: Literal["gptq", "rtn"] = _knob("gptq", "how factors are quantized")
     atoms_per_nonzero: float = _knob(
@@ -150,6 +167,37 @@ class Recipe:
     def __post_init__(self) -> None:
         self.validate()
 
+    # -- budget --------------------------------------------------------------------------------------
+
+    @property
+    def planned(self) -> bool:
+        """Whether a knapsack over measured forms spreads the budget."""
+        by_bytes = self.bits is not None or self.size is not None
+        return self.allocation == "knapsack" or (self.allocation == "auto" and by_bytes)
+
+    @property
+    def allocator(self) -> str:
+        """The rule that spreads the budget, with `auto` decided."""
+        if self.planned:
+            return "knapsack"
+        return "spectral" if self.allocation == "auto" else self.allocation
+
+    @property
+    def size_bytes(self) -> int | None:
+        """--size in bytes: a number with B, KB, MB or GB (powers of 1000), or KiB, MiB, GiB (of 1024).
+
+        Raises:
+            RecipeError: not a size.
+        """
+        if self.size is None:
+            return None
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?)?B?\s*", self.size, re.IGNORECASE)
+        if match is None or not float(match[1]) > 0:
+            raise RecipeError(f"--size {self.size}: give a number and a unit, 400MB or 1.5GiB for example.")
+        unit = (match[2] or "").lower()
+        base = 1024 if unit.endswith("i") else 1000
+        return int(float(match[1]) * base ** " kmg".index(unit[:1] or " "))
+
     # -- grids ---------------------------------------------------------------------------------------
 
     @property
@@ -193,6 +241,15 @@ class Recipe:
             raise RecipeError(
                 f"--ratio {self.ratio:g}: give a fraction between 0 and 1; 0.2 makes the linears 20 % smaller."
             )
+        if self.bits is not None and self.size is not None:
+            raise RecipeError("--bits and --size are two budgets: give one of them.")
+        if self.bits is not None and not 0 < self.bits <= 32:
+            raise RecipeError(f"--bits {self.bits:g}: give bits per weight above 0, 2.2 for example.")
+        if (self.bits is not None or self.size is not None) and not self.planned:
+            raise RecipeError(
+                f"--allocation {self.allocation} takes a --ratio; --bits and --size need --allocation knapsack."
+            )
+        _ = self.size_bytes  # refuses what is no size
         for name in ("samples", "length", "rounds", "evaluation_tokens"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"--{name.replace('_', '-')} {getattr(self, name)}: give at least 1.")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, runtime_checkable
@@ -145,6 +146,21 @@ class TorchRunner:
     def generate(self, prompt: Sequence[int], new_tokens: int) -> tuple[int, ...]:
         """See `Runner.generate`."""
         return greedy(self._advance, prompt, new_tokens)
+
+    @contextmanager
+    def replaced(self, matrices: Mapping[str, Matrix]) -> Iterator[None]:
+        """The same model with some linears dequantized from `matrices`, until the context ends."""
+        kept: dict[str, nn.Parameter] = {}
+        try:
+            for path, matrix in matrices.items():
+                module = self._model.get_submodule(path)
+                kept[path] = module.weight
+                weight = matrix.dequantize().T.to(module.weight)
+                module.weight = nn.Parameter(weight, requires_grad=False)
+            yield
+        finally:
+            for path, weight in kept.items():
+                self._model.get_submodule(path).weight = weight
 
     def _advance(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
         # Not a decorator on `stream`: a grad mode set inside a generator leaks to whoever consumes it.

@@ -1,0 +1,182 @@
+"""A plan for people: a table, JSON, and a plot of predicted loss against bytes. Nothing is exported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from compot_deploy.errors import MissingDependencyError
+from compot_deploy.inspection import Overview
+from compot_deploy.plan import (
+    Curve,
+    Plain,
+    Plan,
+    describe,
+    form_to_data,
+    frontier,
+    smallest_bytes,
+)
+from compot_deploy.planning import Draft
+from compot_deploy.weights import Grid
+
+_PLAIN_INT4: Final = Plain(Grid(4, 32))
+_POINTS: Final = 32
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A draft, and what its numbers are measured against.
+
+    Attributes:
+        model: what it is for, as the user called it.
+        draft: curves, effects and plans.
+    """
+
+    model: str
+    draft: Draft
+
+    @property
+    def plan(self) -> Plan:
+        """The plan, before the plain mix is compared with it on the model."""
+        return self.draft.plans[0]
+
+    @property
+    def weights(self) -> int:
+        """Weights of all linears."""
+        return sum(rows * columns for rows, columns in self.draft.sizes.values())
+
+    @property
+    def artifact_bytes(self) -> int:
+        """Predicted size of the whole output."""
+        return self.plan.bytes + self.draft.other_bytes
+
+
+def overview(planned: Planned) -> Overview:
+    """One row per choice, then the totals."""
+    draft, plan = planned.draft, planned.plan
+    rows = []
+    total_plain = 0
+    for entry in plan.chosen:
+        plain = sum(_PLAIN_INT4.bytes(*draft.sizes[name], draft.task.storage) for name in entry.names)
+        total_plain += plain
+        errors = " ".join(f"{error**0.5:.3f}" for error in entry.candidate.errors)
+        loss = sum(
+            draft.effects[name] * error
+            for name, error in zip(entry.names, entry.candidate.errors, strict=True)
+        )
+        rows.append(
+            (
+                _label(entry.names),
+                describe(entry.candidate.form),
+                errors,
+                f"{loss:.2g}",
+                f"{entry.candidate.bytes:,}",
+                f"{plain:,}",
+            )
+        )
+    bits = plan.bytes * 8 / planned.weights
+    rows.append(
+        ("all linears", f"{bits:.3f} bits", "", f"{plan.loss:.3g}", f"{plan.bytes:,}", f"{total_plain:,}")
+    )
+    lines = [
+        f"Budget {plan.budget:,} bytes for the linears; everything else takes about {draft.other_bytes:,}: "
+        f"predicted output {planned.artifact_bytes:,} bytes.",
+        "Error is the relative error of a matrix's output on calibration text; loss is predicted, in nats per token.",
+    ]
+    if len(draft.plans) > 1:
+        plain_mix = draft.plans[1]
+        lines.append(
+            f"The best mix of plain grids within the same budget takes {plain_mix.bytes:,} bytes and has a "
+            f"predicted loss of {plain_mix.loss:.3g}; both are measured on the model before one is exported."
+        )
+    lines += [f"{note[0].upper()}{note[1:]}." for note in plan.notes]
+    return Overview(
+        title=f"Plan for {planned.model}",
+        columns=("linears", "choice", "error", "loss", "bytes", "plain int4"),
+        rows=tuple(rows),
+        lines=tuple(lines),
+    )
+
+
+def as_json(planned: Planned) -> str:
+    """Everything in the table, and the predicted frontier."""
+    draft, plan = planned.draft, planned.plan
+    value: dict[str, Any] = {
+        "model": planned.model,
+        "budget": plan.budget,
+        "bytes": plan.bytes,
+        "bits_per_weight": plan.bytes * 8 / planned.weights,
+        "predicted_artifact_bytes": planned.artifact_bytes,
+        "predicted_loss": plan.loss,
+        "notes": list(plan.notes),
+        "chosen": [
+            {
+                "linears": list(entry.names),
+                "form": form_to_data(entry.candidate.form),
+                "bytes": entry.candidate.bytes,
+                "squared_errors": list(entry.candidate.errors),
+            }
+            for entry in plan.chosen
+        ],
+        "effects": dict(draft.effects),
+        "frontier": [
+            {"bytes": one.bytes, "predicted_loss": one.loss} for one in _frontier(planned, draft.curves)
+        ],
+    }
+    return json.dumps(value)
+
+
+def plot(planned: Planned, path: Path) -> None:
+    """Predicted loss against bytes, of the plan and of plain grids alone, with the chosen point.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise MissingDependencyError("matplotlib", "report", "Drawing a plan") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    plain = [curve.only(lambda form: isinstance(form, Plain)) for curve in planned.draft.curves]
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), dpi=150)
+    for label, curves in (("all forms", planned.draft.curves), ("plain grids alone", plain)):
+        if all(all(curve.alone) for curve in curves):
+            points = [one for one in _frontier(planned, curves) if one.loss > 0.0]
+            bits = [one.bytes * 8 / planned.weights for one in points]
+            axes.plot(bits, [one.loss for one in points], ".-", label=label)
+    chosen = planned.plan.bytes * 8 / planned.weights
+    axes.plot([chosen], [max(planned.plan.loss, 1e-12)], "o", markersize=9, label="chosen")
+    axes.set(
+        xlabel="bits per weight of the linears, everything counted",
+        ylabel="predicted loss [nats per token]",
+        yscale="log",
+        title=planned.model,
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    temporary = path.with_name(path.name + ".part")
+    figure.savefig(temporary, format=path.suffix.removeprefix(".") or "png")
+    pyplot.close(figure)
+    temporary.replace(path)
+
+
+def _frontier(planned: Planned, curves: Sequence[Curve]) -> tuple[Plan, ...]:
+    """Plans from the smallest size to twice the chosen one."""
+    low = smallest_bytes(curves)
+    high = max(2 * planned.plan.bytes, low + 1)
+    budgets = [low + (high - low) * step // (_POINTS - 1) for step in range(_POINTS)]
+    return frontier(curves, planned.draft.effects, budgets)
+
+
+def _label(names: Sequence[str]) -> str:
+    """Names of one block with their path once: layers.0.self_attn.q_proj + k_proj + v_proj."""
+    first = names[0].removeprefix("model.")
+    if len(names) == 1:
+        return first
+    return first + "".join(f" + {name.rsplit('.', 1)[-1]}" for name in names[1:])
