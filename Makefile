@@ -58,8 +58,9 @@ $(VENV)/dev.stamp: pyproject.toml | $(VENV)/bin/python
 	@# The type checker finds the folders that are mapped into the package through links.
 	@ln -sfn ../exporters compot_deploy/exporters
 	@ln -sfn ../quant compot_deploy/quant
+	@ln -sfn ../runtime compot_deploy/llama
 	@ln -sfn ../examples/embedded compot_deploy/embedded
 	@touch $@ $(VENV)/demo.stamp
 
 clean:
-	rm -rf $(VENV) .venv-* out build dist *.egg-info compot_deploy/exporters compot_deploy/quant compot_deploy/embedded
+	rm -rf $(VENV) .venv-* out build dist *.egg-info compot_deploy/exporters compot_deploy/quant compot_deploy/llama compot_deploy/embedded

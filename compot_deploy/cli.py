@@ -6,6 +6,7 @@
     compot-deploy plan MODEL --bits 2.2                             what would be chosen, and what it costs
     compot-deploy check DIR                                         check an exported folder again
     compot-deploy inspect DIR                                       what is in it, layer by layer
+    compot-deploy run DIR -p "prompt"                               text from it, with tokens per second
 
 Exit codes: 0 done and gate passed · 1 gate failed (the folder is kept, marked) · 2 bad usage or input ·
 3 unsupported model · 4 missing runtime or extra · 75 interrupted, the same command resumes.
@@ -44,6 +45,7 @@ from compot_deploy.errors import (
     InterruptedRunError,
     RecipeError,
 )
+from compot_deploy.generate import generate
 from compot_deploy.pipeline import Deployment, check_folder, plan_only, run
 from compot_deploy.recipe import Recipe, default_of, knob_type, knobs, recipe_from_mapping
 from compot_deploy.report import tables, verdict
@@ -168,10 +170,28 @@ def _inspect(arguments: list[str], out: Console, err: Console) -> int:
     return EXIT_OK
 
 
+def _run(arguments: list[str], out: Console, err: Console) -> int:
+    parser = _Parser(
+        prog="compot-deploy run", description="Generate text from an exported folder or GGUF file."
+    )
+    parser.add_argument("path", type=Path, help="a folder that compot-deploy wrote, or a GGUF file")
+    parser.add_argument("-p", "--prompt", required=True, help="text to continue")
+    parser.add_argument("-n", "--tokens", type=int, default=64, help="most tokens to add (default: 64)")
+    parser.add_argument("-t", "--threads", type=int, default=1, help="of the runtime (default: 1)")
+    options = parser.parse_args(arguments)
+    if options.tokens < 1 or options.threads < 1:
+        raise RecipeError("--tokens and --threads: give at least 1.")
+    generated = generate(options.path, options.prompt, tokens=options.tokens, threads=options.threads)
+    out.print(Text(options.prompt + generated.text))
+    err.print(f"{generated.tokens_per_second:.1f} tokens per second, {len(generated.tokens)} tokens")
+    return EXIT_OK
+
+
 _COMMANDS: Final[Mapping[str, Callable[[list[str], Console, Console], int]]] = {
     "plan": _plan,
     "check": _check,
     "inspect": _inspect,
+    "run": _run,
 }
 
 

@@ -516,10 +516,12 @@ def _export(
         write_text(folder / EVALUATION, _evaluation_json(evaluation))
         write_text(folder / RECIPE, recipe.to_toml())
         choices = compression.allocation.choices
+        # What a file rounds is described and judged by what it holds.
+        model = exporter.read_model(folder) if _rounds(kind, options) else compression.model
         manifest = write_manifest(
             folder,
             describe(
-                compression.model,
+                model,
                 kind,
                 storage,
                 Provenance(
@@ -593,6 +595,11 @@ def check_folder(
         gate = Gate(max_export_nmse=gate.max_export_nmse)
     report = _judge(folder, manifest, model, original, evaluation, gate, progress, absent=absent)
     return Deployment(folder, report)
+
+
+def _rounds(kind: str, options: Any) -> bool:
+    """Whether a file holds other numbers than it was given, so that what it holds is what must be judged."""
+    return kind == "gguf" and options.layout == "dense"
 
 
 def _judge(

@@ -134,6 +134,14 @@ class Recipe:
         group="output",
     )
 
+    gguf_layout: Literal["dense", "factorized", "sparse"] = _knob(
+        "dense",
+        "GGUF: factors multiplied out for any llama.cpp, or as they are for compot-deploy's runtime",
+        group="output",
+    )
+    gguf_type: str = _knob(
+        "auto", "GGUF, dense layout: ggml type of the linears, Q4_K for example", group="output"
+    )
     archive: bool = _knob(
         False, "also write the folder as one zip file beside it, for transport", group="output"
     )

@@ -448,7 +448,20 @@ def onnx_runner(folder: Path, *, exact: bool = False, threads: int = 0) -> OnnxR
     return OnnxRunner(folder, 0 if exact else None, threads=threads)
 
 
-RUNNERS: Final[Mapping[str, RunnerFactory]] = MappingProxyType({"onnx": onnx_runner})
+def llama_runner(folder: Path, *, exact: bool = False, threads: int = 0) -> Runner:
+    """An exported GGUF file in llama.cpp; see `compot_deploy.llama.runner.LlamaRunner`.
+
+    Args:
+        folder: the folder that holds it, or the file.
+        exact: factors multiplied out in float32, a float32 cache.
+        threads: 0 takes half of the processors.
+    """
+    from compot_deploy.llama.runner import LlamaRunner
+
+    return LlamaRunner(folder, exact=exact, threads=threads)
+
+
+RUNNERS: Final[Mapping[str, RunnerFactory]] = MappingProxyType({"onnx": onnx_runner, "gguf": llama_runner})
 """Kind of artifact → the function that opens it."""
 
 
