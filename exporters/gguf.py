@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, assert_never
 
@@ -851,6 +851,16 @@ def plane_format(entry: LeafEntry) -> gguf_planes.PlaneFormat:
     """The format of a leaf in an I8 payload."""
     assert entry.grid is not None
     return gguf_planes.PlaneFormat.of(entry.inputs, entry.grid, entry.pattern)
+
+
+def first_outputs(file: GgufFile, entry: LeafEntry, count: int) -> tuple[GgufFile, LeafEntry]:
+    """A file and entry that show only the first outputs of a leaf; columns are always whole."""
+    tensor = file.tensors[entry.tensor]
+    if tensor.kind == "I8" and plane_format(entry).narrow:
+        return file, entry
+    count = min(count, entry.outputs)
+    shorter = replace(tensor, shape=(count, tensor.shape[1]), nbytes=tensor.nbytes // tensor.shape[0] * count)
+    return replace(file, tensors={entry.tensor: shorter}), replace(entry, outputs=count)
 
 
 def read_leaf(file: GgufFile, entry: LeafEntry) -> Leaf:
