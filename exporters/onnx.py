@@ -274,7 +274,7 @@ def open_session(folder: Path, accuracy_level: int | None = None, threads: int =
 def unfolded_nodes(folder: Path, disabled_optimizers: Sequence[str] = ()) -> tuple[str, ...]:
     """Nodes for the expansion of packed codes that are still there when onnxruntime has loaded a folder.
 
-    Each of them would run for every token: a graph with all of them decodes about 100 times slower. The
+    Each of them would run for every token: a graph with all of them decodes 20 to 100 times slower. The
     folder is loaded as an application would, and the profiler tells what is executed for one token; nothing
     as large as the weights is written.
 
@@ -355,7 +355,7 @@ def _lint_folding(folder: Path) -> Iterator[Finding]:
                 "error",
                 f"{GRAPH}: {left[0]}",
                 f"The expansion nodes were not folded, {len(left)} are left after loading: decoding would be "
-                "100x slower; use another onnxruntime, or export with --onnx-codes dense.",
+                "up to 100x slower; use another onnxruntime, or export with --onnx-codes dense.",
             )
 
 

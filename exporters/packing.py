@@ -325,8 +325,9 @@ class OnnxStorage:
         """Bytes of the leaf as a loaded graph holds it: every foldable node folded.
 
         Packed codes are dense again, whatever `pattern` is, scales and floating-point weights are float32,
-        and DequantizeLinear has become MatMulNBits. What a kernel keeps besides (ONNX Runtime's rearranged
-        copy, one more float32 per block on some processors) depends on the processor and is not counted.
+        and DequantizeLinear has become MatMulNBits. What the kernels keep besides depends on runtime and
+        processor and is not counted: ONNX Runtime 1.32 on x86 takes two more float32 per block, and about
+        one bit per integer for no visible reason (LOG.md).
 
         Args:
             rows: inputs of the leaf.
