@@ -20,12 +20,12 @@ from compot_deploy.candidates import Search, realize
 from compot_deploy.checkpoint import open_checkpoint
 from compot_deploy.factorize import METHODS, Alternation, singular_spectrum
 from compot_deploy.measures import compare, concatenate, predict, summarize
-from compot_deploy.pipeline import calibration_windows, evaluation_windows
 from compot_deploy.plan import Curve, GridChoice, Plain, knapsack, smallest_bytes
 from compot_deploy.planning import Task, carry_out, choose, collect_grams, measure_curves, measure_effects
 from compot_deploy.recipe import Recipe
 from compot_deploy.runners import TorchRunner, torch_runner
 from compot_deploy.store import StoredMatrices, write_text
+from compot_deploy.texts import calibration_windows, evaluation_windows
 from compot_deploy.tokens import TokenWindows, load_tokenizer
 from compot_deploy.weights import DENSE, Dense, Matrix, matrix_bytes
 

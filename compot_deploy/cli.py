@@ -46,7 +46,8 @@ from compot_deploy.errors import (
     RecipeError,
 )
 from compot_deploy.generate import generate
-from compot_deploy.pipeline import Deployment, check_folder, plan_only, run
+from compot_deploy.judging import Deployment, check_folder
+from compot_deploy.pipeline import plan_only, run
 from compot_deploy.recipe import Recipe, default_of, knob_type, knobs, recipe_from_mapping
 from compot_deploy.report import tables, verdict
 

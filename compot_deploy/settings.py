@@ -1,0 +1,180 @@
+"""What a recipe means for one model: storage, grids, device, candidates, bytes; and what contradicts it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Final
+
+import torch
+
+from compot_deploy.allocate import (
+    PaperStorage,
+)
+from compot_deploy.candidates import Search
+from compot_deploy.checkpoint import Checkpoint
+from compot_deploy.errors import RecipeError
+from compot_deploy.exporters import EXPORTERS
+from compot_deploy.plan import GridChoice, Plain
+from compot_deploy.recipe import DEFAULT_GROUP, Recipe
+from compot_deploy.weights import Grid, Pattern, Storage
+
+_BYTES_PER_LINEAR: Final = 2700
+_RECORDS: Final = 29_000
+"""About what graph and manifest take for a linear, and report, card and configuration once."""
+_BYTES_PER_EVALUATION_TOKEN: Final = 5
+
+
+def check_groups(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Refuse a group size, asked for by name, that does not divide the inputs of some linear.
+
+    The default group may leave a shorter last group, which formats pad; a size that somebody chose may not.
+
+    Raises:
+        RecipeError: names the linear and a size that works.
+    """
+    group = recipe.dictionary_group
+    if group is None or recipe.quant == "none":
+        return
+    for name in checkpoint.architecture.linear_names(checkpoint.layers):
+        inputs = checkpoint.weight(name).shape[0]
+        if inputs % group:
+            fitting = [size for size in (16, 32, 64, 128, 256) if inputs % size == 0]
+            hint = f"Use {' or '.join(map(str, fitting))}." if fitting else "Leave --dictionary-group out."
+            raise RecipeError(f"{name}: {inputs} inputs do not split into groups of {group}. {hint}")
+
+
+def check_format(recipe: Recipe, checkpoint: Checkpoint, kind: str) -> None:
+    """Refuse a format that does not exist, or that cannot hold what the recipe asks for.
+
+    Raises:
+        RecipeError, UnsupportedModelError: before any work.
+    """
+    if kind not in EXPORTERS:
+        raise RecipeError(f"--format {kind}: choose one of {', '.join(EXPORTERS)}.")
+    grids = {
+        "dictionary": recipe.dictionary_grid,
+        "codes": recipe.code_grid,
+        "embedding": table_grid(recipe.embeddings),
+        "head": table_grid(recipe.head),
+    }
+    exporter = EXPORTERS[kind]
+    exporter.check(checkpoint.architecture, checkpoint.config, grids, exporter.options(asdict(recipe)))
+
+
+def storage_of(recipe: Recipe) -> Storage:
+    """What a byte is: the paper's accounting without quantization, the first format's with it."""
+    if recipe.quant == "none":
+        return PaperStorage()
+    exporter = EXPORTERS[recipe.format[0]]
+    return exporter.storage(exporter.options(asdict(recipe)))
+
+
+def table_grid(precision: str) -> Grid | None:
+    """Grid of a token embedding or head; None for floating point."""
+    return None if precision == "none" else Grid(int(precision.removeprefix("int")), DEFAULT_GROUP)
+
+
+def device_of(recipe: Recipe) -> str:
+    """The device to compute on.
+
+    Raises:
+        RecipeError: one that torch does not have here.
+    """
+    if recipe.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=recipe.device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(
+            f"--device {recipe.device}: torch cannot use it ({str(error).splitlines()[0]}). Use auto or cpu."
+        ) from None
+    return recipe.device
+
+
+def search_of(recipe: Recipe, checkpoint: Checkpoint) -> Search:
+    """Which forms are tried: every grid that the format takes, or floating point without quantization.
+
+    Forms with sparse codes are tried only where the format stores them in fewer bytes than dense ones: those
+    of --code-pattern, and the strongest of a whole column.
+    """
+    if recipe.quant == "none":
+        shares = tuple(round(0.3 + 0.05 * step, 2) for step in range(14))
+        return Search(
+            GridChoice({}), unquantized=True, floating=shares, floating_per_kept=recipe.atoms_per_nonzero
+        )
+    exporter = EXPORTERS[recipe.format[0]]
+    options = exporter.options(asdict(recipe))
+
+    def takes(grid: Grid) -> bool:
+        try:
+            exporter.check(checkpoint.architecture, checkpoint.config, {"dictionary": grid}, options)
+        except RecipeError:
+            return False
+        return True
+
+    groups = {
+        bits: tuple(group for group in (16, 32, 64, 128) if takes(Grid(bits, group))) for bits in (2, 3, 4, 8)
+    }
+    grids = GridChoice({bits: found for bits, found in groups.items() if found}, step=16)
+    storage = storage_of(recipe)
+
+    def packs(pattern: Pattern) -> bool:
+        four = [grid for grid in grids.grids if grid.bits == 4]
+        return any(
+            storage.leaf_bytes(64, 64, grid, pattern) < storage.leaf_bytes(64, 64, grid) for grid in four
+        )
+
+    fixed = recipe.fixed_pattern
+    return Search(
+        grids,
+        head=16,
+        unstructured=packs(Pattern(32, 64)),
+        patterns=(fixed,) if fixed is not None and packs(fixed) else (),
+        unquantized=True,
+    )
+
+
+def budget_of(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, other: int) -> int:
+    """Bytes for the linears, from --bits, --size or --ratio.
+
+    Raises:
+        RecipeError: a size that the rest of the output uses up.
+    """
+    shapes = [shape_of(checkpoint, name) for name in checkpoint.architecture.linear_names(checkpoint.layers)]
+    if recipe.bits is not None:
+        return int(recipe.bits * sum(math.prod(shape) for shape in shapes) / 8)
+    size = recipe.size_bytes
+    if size is not None:
+        if size <= other:
+            raise RecipeError(
+                f"--size {recipe.size}: embeddings, norms, tokenizer and graph alone need about {other} bytes. "
+                "Allow more, or store the embedding in fewer bits."
+            )
+        return size - other
+    plain = Plain(recipe.dictionary_grid)
+    return math.floor((1 - recipe.ratio) * sum(plain.bytes(*shape, storage) for shape in shapes))
+
+
+def other_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
+    """About what everything but the linears takes: tables, norms, rotary tables, tokenizer and graph."""
+    architecture, storage = checkpoint.architecture, storage_of(recipe)
+    names = architecture.linear_names(checkpoint.layers)
+    tables = {architecture.embedding: recipe.embeddings}
+    if not checkpoint.tied:
+        tables[architecture.head] = recipe.head
+    total = sum(
+        storage.leaf_bytes(*shape_of(checkpoint, name), table_grid(kind)) for name, kind in tables.items()
+    )
+    matrices = {f"{name}.weight" for name in (*names, *tables)} | {checkpoint.head_name}
+    total += sum(4 * checkpoint.tensors[name].numel() for name in checkpoint.tensors if name not in matrices)
+    total += 4 * architecture.head_size(checkpoint.config) * checkpoint.context
+    total += sum(path.stat().st_size for path in checkpoint.folder.glob("*token*") if path.is_file())
+    total += _BYTES_PER_LINEAR * len(names) + _RECORDS
+    return total + _BYTES_PER_EVALUATION_TOKEN * recipe.evaluation_tokens
+
+
+def shape_of(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
+    """Shape of a linear, (in, out)."""
+    rows, columns = checkpoint.weight(name).shape
+    return rows, columns
