@@ -20,8 +20,8 @@ while not generator.is_done():
 print(tokenizer.decode(generator.get_sequence(0)))
 ```
 
-The same folder loads in plain onnxruntime (`onnx/model.onnx`), in optimum (`ORTModelForCausalLM`) and in
-transformers.js.""",
+The same folder loads in plain onnxruntime (`onnx/model.onnx`) and in optimum (`ORTModelForCausalLM`), and is laid
+out as transformers.js reads it.""",
 }
 
 
