@@ -19,11 +19,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias, assert_never
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import assert_never
 
 from compot_deploy.architectures import ARCHITECTURES, Architecture
 from compot_deploy.errors import ArtifactError, RecipeError, UnsupportedModelError
