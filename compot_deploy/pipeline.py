@@ -325,9 +325,8 @@ def allocate(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, progress:
     for number, name in enumerate(names):
         if spectral:
             progress(number, len(names), "Read spectra")
-        weight = checkpoint.weight(name)
-        spectrum = singular_spectrum(weight.float()) if spectral else ()
-        sizes.append(MatrixSize(name, weight.shape[0], weight.shape[1], spectrum))
+        spectrum = singular_spectrum(checkpoint.weight(name).float()) if spectral else ()
+        sizes.append(MatrixSize(name, *shape_of(checkpoint, name), spectrum))
     if spectral:
         progress(len(names), len(names), "Read spectra")
 

@@ -12,7 +12,7 @@ from compot_deploy.allocate import (
     PaperStorage,
 )
 from compot_deploy.candidates import Search
-from compot_deploy.checkpoint import Checkpoint
+from compot_deploy.checkpoint import Checkpoint, checkpoint_shape
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.plan import GridChoice, Plain
@@ -37,7 +37,7 @@ def check_groups(recipe: Recipe, checkpoint: Checkpoint) -> None:
     if group is None or recipe.quant == "none":
         return
     for name in checkpoint.architecture.linear_names(checkpoint.layers):
-        inputs = checkpoint.weight(name).shape[0]
+        inputs, _ = shape_of(checkpoint, name)
         if inputs % group:
             fitting = [size for size in (16, 32, 64, 128, 256) if inputs % size == 0]
             hint = f"Use {' or '.join(map(str, fitting))}." if fitting else "Leave --dictionary-group out."
@@ -167,7 +167,11 @@ def other_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
         storage.leaf_bytes(*shape_of(checkpoint, name), table_grid(kind)) for name, kind in tables.items()
     )
     matrices = {f"{name}.weight" for name in (*names, *tables)} | {checkpoint.head_name}
-    total += sum(4 * checkpoint.tensors[name].numel() for name in checkpoint.tensors if name not in matrices)
+    total += sum(
+        4 * math.prod(checkpoint_shape(checkpoint, name))
+        for name in checkpoint.tensors
+        if name not in matrices
+    )
     total += 4 * architecture.head_size(checkpoint.config) * checkpoint.context
     total += sum(path.stat().st_size for path in checkpoint.folder.glob("*token*") if path.is_file())
     total += _BYTES_PER_LINEAR * len(names) + _RECORDS
@@ -175,6 +179,6 @@ def other_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
 
 
 def shape_of(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
-    """Shape of a linear, (in, out)."""
-    rows, columns = checkpoint.weight(name).shape
-    return rows, columns
+    """Shape of a linear, (in, out), without reading its values."""
+    outputs, inputs = checkpoint_shape(checkpoint, f"{name}.weight")
+    return inputs, outputs
