@@ -11,9 +11,9 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import MappingProxyType, ModuleType
-from typing import Final
+from typing import Any, Final
 
 HOOKS: Final = MappingProxyType(
     {
@@ -31,7 +31,7 @@ class AfterImport(importlib.abc.MetaPathFinder):
         self._searching = False
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self, fullname: str, path: Any, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """See `importlib.abc.MetaPathFinder.find_spec`."""
         if fullname not in HOOKS or self._searching:

@@ -177,7 +177,7 @@ class HuggingFaceExporter:
         """What is wrong about the structure of a folder; the first error hides what comes after it."""
         try:
             config = read_config(folder)
-            check_tensors(folder, from_json(config["compot"], "config.json"), "config.json")
+            check_tensors(folder, from_json(config.get("compot"), "config.json"), "config.json")
         except ArtifactError as error:
             return (Finding("error", "config.json", str(error)),)
         code = folder / CODE

@@ -25,6 +25,7 @@ from compot_deploy.modules import CompotLinear
 from compot_deploy.packed import PackedStorage
 from compot_deploy.progress import Progress, silent
 from compot_deploy.recipe import Recipe, recipe_from_mapping
+from compot_deploy.settings import check_quantizer
 from compot_deploy.weights import Dense, Matrix, matrix_bytes
 from compot_deploy.whiten import Whitening, whiten
 
@@ -77,11 +78,12 @@ def factorize(
         raise RecipeError(
             "factorize() takes a --ratio: budgets by --bits or --size are planned for decoders only."
         )
+    check_quantizer(recipe)
     base, door = type(model), _door(model)
     linears = {name: module for name, module in _linears(model).items() if name not in skip}
     if not linears:
         raise UnsupportedModelError(f"{base.__name__} has no linears to factorise.")
-    grams, shared = _grams(model, linears, calibration)
+    grams, shared = grams_by_input(model, linears, calibration)
     storage = PackedStorage()
     choices = _allocate(linears, recipe, storage).choices
     matrices: dict[str, Matrix] = {}
@@ -123,10 +125,14 @@ def _linears(model: Any) -> dict[str, nn.Module]:
     return {name: module for name, module in linears_of(model).items() if module.weight is not tied}
 
 
-def _grams(
+def grams_by_input(
     model: Any, linears: Mapping[str, nn.Module], calibration: Iterable[Mapping[str, Tensor]]
 ) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
-    """Grams by the first linear of each input, and which linears share it."""
+    """Grams by the first linear of each input, and the linears that share it by the same name.
+
+    Raises:
+        InputError: no batches, or linears that do not run on them.
+    """
     seen: dict[str, Tensor] = {}
     sums: dict[str, Tensor] = {}
     shared: dict[str, tuple[str, ...]] = {}
