@@ -89,7 +89,9 @@ class Recipe:
     )
 
     # Method
-    method: Literal["compot", "svd-llm"] = _knob("compot", "how a matrix is factorised")
+    method: Literal["compot", "svd-llm", "plain"] = _knob(
+        "compot", "how a matrix is factorised; plain only quantizes, whatever the ratio"
+    )
     allocation: Literal["auto", "knapsack", "uniform", "spectral"] = _knob(
         "auto",
         "how the budget is spread over the matrices: knapsack weighs measured forms of each by what they cost "
@@ -274,6 +276,8 @@ class Recipe:
                 f"--atoms-per-nonzero {self.atoms_per_nonzero:g}: a column cannot use more atoms than there are; "
                 "give 1 (dense codes) or more."
             )
+        if self.method == "plain" and self.planned:
+            raise RecipeError("--method plain has nothing to plan: leave --bits and --size out.")
         if self.code_pattern != "column" and (self.atoms_per_nonzero != 2 or self.method == "svd-llm"):
             other = "--method svd-llm" if self.method == "svd-llm" else "--atoms-per-nonzero"
             raise RecipeError(
