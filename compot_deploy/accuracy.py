@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -39,11 +39,9 @@ from compot_deploy.measures import (
     predict,
     summarize,
 )
+from compot_deploy.progress import Progress, silent
 from compot_deploy.runners import Runner
 from compot_deploy.tokens import TokenWindows
-
-Progress: TypeAlias = Callable[[int, int, str], None]
-"""Called with (steps done, steps in all, what is being done)."""
 
 LOGITS_AT_ONCE: Final = 2**24
 """Logits of one runner held at a time, 64 MiB in float32: bounds the chunk, whatever the vocabulary."""
@@ -263,7 +261,7 @@ def check(
     gate: Gate,
     *,
     reference_absent: str = "the original model was not given",
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> AccuracyReport:
     """Measure method, export and total loss and judge them.
 
@@ -294,9 +292,7 @@ def check(
 
     batches = _batches(evaluation.text.windows, evaluation.batch)
     noise_batches = _batches(evaluation.text.windows[:NOISE_WINDOWS], evaluation.batch) or batches[:1]
-    tick = _Ticker(
-        len(batches) + len(noise_batches) + len(evaluation.prompts) * len(distinct), progress or _silent
-    )
+    tick = _Ticker(len(batches) + len(noise_batches) + len(evaluation.prompts) * len(distinct), progress)
     pairs = [("compressed", "exact"), ("compressed", "exported")]
     if reference is not None:
         pairs += [("reference", "compressed"), ("reference", "exported")]
@@ -571,7 +567,3 @@ class _Ticker:
     def __call__(self, label: str) -> None:
         self._done += 1
         self._progress(self._done, self._total, label)
-
-
-def _silent(done: int, total: int, label: str) -> None:
-    """Progress that nobody watches."""
