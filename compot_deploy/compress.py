@@ -40,10 +40,17 @@ class LinearFacts:
 
 @dataclass(frozen=True)
 class CompressedLinear:
-    """A final matrix and how it came about."""
+    """A final matrix and how it came about.
+
+    Attributes:
+        matrix: as it will be exported.
+        facts: for reports.
+        unquantized: the factors before quantization, multiplied out; None for a matrix that stays plain.
+    """
 
     matrix: Matrix
     facts: LinearFacts
+    unquantized: Dense | None = None
 
 
 def compress_linear(
@@ -59,6 +66,7 @@ def compress_linear(
     """
     quantizer = QUANTIZERS[recipe.quantizer]
     matrix: Matrix
+    product: Dense | None = None
     if not choice.factorized:
         grid = recipe.dictionary_grid
         matrix = Dense(weight.float()) if grid is None else quantizer(weight, whitening.gram, grid)
@@ -82,6 +90,7 @@ def compress_linear(
         )
         matrix = Factorized((Pair(quantized.dictionary, quantized.codes, choice.name, quantized.pattern),))
         error, unquantized = quantized.error, quantized.unquantized_error
+        product = Dense((factors.dictionary.double() @ factors.codes.double()).float())
     facts = LinearFacts(
         name=choice.name,
         error=error,
@@ -90,4 +99,4 @@ def compress_linear(
         ridge_escalated=whitening.escalated,
         reason=choice.reason,
     )
-    return CompressedLinear(matrix, facts)
+    return CompressedLinear(matrix, facts, product)

@@ -61,7 +61,9 @@ class Recipe:
         group="size",
     )
     size: str | None = _knob(
-        None, "budget instead of --ratio: size of the whole output, 400MB for example", group="size"
+        None,
+        "budget instead of --ratio: size of the whole output but report.html, 400MB for example",
+        group="size",
     )
     budget: Literal["file", "memory"] = _knob(
         "file",
@@ -199,12 +201,10 @@ class Recipe:
         """
         if self.size is None:
             return None
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?)?B?\s*", self.size, re.IGNORECASE)
-        if match is None or not float(match[1]) > 0:
+        size = size_in_bytes(self.size)
+        if size is None:
             raise RecipeError(f"--size {self.size}: give a number and a unit, 400MB or 1.5GiB for example.")
-        unit = (match[2] or "").lower()
-        base = 1024 if unit.endswith("i") else 1000
-        return int(float(match[1]) * base ** " kmg".index(unit[:1] or " "))
+        return size
 
     # -- grids ---------------------------------------------------------------------------------------
 
@@ -337,6 +337,16 @@ class Recipe:
 
 DEFAULT_GROUP: Final = 32
 """Inputs per scale: the finest that every runtime runs fast, 0.5 bit per weight."""
+
+
+def size_in_bytes(text: str) -> int | None:
+    """``400MB`` or ``1.5GiB`` in bytes; None for what is no size above 0."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?)?B?\s*", text, re.IGNORECASE)
+    if match is None or not float(match[1]) > 0:
+        return None
+    unit = (match[2] or "").lower()
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(match[1]) * base ** " kmg".index(unit[:1] or " "))
 
 
 def recipe_from_mapping(values: Mapping[str, Any], origin: str) -> Recipe:

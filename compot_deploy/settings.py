@@ -19,9 +19,10 @@ from compot_deploy.plan import GridChoice, Plain
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe
 from compot_deploy.weights import Grid, Pattern, Storage
 
-_BYTES_PER_LINEAR: Final = 2700
-_RECORDS: Final = 29_000
-"""About what graph and manifest take for a linear, and report, card and configuration once."""
+_BYTES_PER_LINEAR: Final = 3600
+_RECORDS: Final = 31_000
+"""About what graph, manifest and report.json take for a linear, and card and configuration once; the page
+report.html, which nobody ships, does not count."""
 _BYTES_PER_EVALUATION_TOKEN: Final = 5
 
 
