@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import types
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -290,13 +290,11 @@ def to_junit(report: Report) -> str:
 
 def printable(text: str) -> str:
     """Control characters and half characters as escapes: XML cannot hold them, a terminal would obey them."""
-    return "".join(f"\\x{ord(c):02x}" if _is_control(c) else c for c in text)
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
-def _is_control(character: str) -> bool:
-    if character in "\t\n":
-        return False
-    return unicodedata.category(character) in ("Cc", "Cs") or character in "\ufffe\uffff"
+_CONTROL: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+"""Of Unicode's categories Cc and Cs, without tab and newline, and what XML forbids besides."""
 
 
 # Tables

@@ -34,11 +34,15 @@ from compot_deploy.report_facts import LayerFigures
 from compot_deploy.report_plots import Plot, plots, steps
 from compot_deploy.report_style import STYLE
 
-_LONGEST_TEXT: Final = 20_000
+_LONGEST_TEXT: Final = 3_000
 """Characters of a continuation that are shown; report.json has the rest."""
 
-_MOST_TEXTS: Final = 24
+_MOST_TEXTS: Final = 12
 """Prompts that are shown."""
+
+_MOST_ROWS: Final = 500
+"""Rows of a table and entries of a list that are shown; report.json has the rest. These limits keep the page
+below 2 MB whatever the report."""
 
 _FOLDED_ROWS: Final = 12
 """Tables with more rows are folded on a screen; on paper they are open."""
@@ -291,7 +295,7 @@ def _layers(report: Report, drawn: Mapping[str, Plot]) -> str:
     table = choice_table(report)
     blocks = [layer for layer in report.layers if layer.block is not None]
     maps = ""
-    if blocks:
+    if 0 < len(blocks) <= _MOST_ROWS:
         maps = (
             '<div class="columns maps">'
             + _map("Bits per weight", blocks, "bits", lambda layer: layer.bits, "{:.1f}")
@@ -352,7 +356,7 @@ def _layer_table(layers: Sequence[LayerFigures]) -> str:
     effects = any(layer.effect is not None for layer in layers)
     before = any(layer.unquantized_error is not None for layer in layers)
     rows = []
-    for number, layer in enumerate(layers):
+    for number, layer in enumerate(layers[:_MOST_ROWS]):
         place = f"layers.{number}"
         reason = f"<small>{_text(layer.reason)}</small>" if layer.reason else ""
         cells = [
@@ -384,7 +388,8 @@ def _layer_table(layers: Sequence[LayerFigures]) -> str:
         )
         + "</p>"
     )
-    return _folded(f"Every matrix ({len(layers)})", _table(columns, rows, wide=True) + note, len(rows))
+    table = _table(columns, rows, wide=True) + _left_out("p", len(layers))
+    return _folded(f"Every matrix ({len(layers)})", table + note, len(rows))
 
 
 def _plan(report: Report, drawn: Mapping[str, Plot]) -> str:
@@ -604,7 +609,8 @@ def _list(entries: Iterable[str], label: str = "notes") -> str:
     known = list(entries)
     if not known:
         return ""
-    items = "".join(f"<li>{_text(entry)}</li>" for entry in known)
+    items = "".join(f"<li>{_text(entry[:_LONGEST_TEXT])}</li>" for entry in known[:_MOST_ROWS])
+    items += _left_out("li", len(known))
     body = f'<ul class="notes">{items}</ul>'
     if len(known) > _FOLDED_NOTES:
         return _folded(f"{len(known)} {label}", body, len(known), _FOLDED_NOTES)
@@ -638,9 +644,16 @@ def _plain_table(table: Table, *, numbers: bool = False) -> str:
         f'<tr><th scope="row">{_text(row[0])}</th>'
         + "".join(f"<td{right}>{_text(cell)}</td>" for cell in row[1:])
         + "</tr>\n"
-        for row in table.rows
+        for row in table.rows[:_MOST_ROWS]
     ]
-    return _table(table.columns, rows, numbers=numbers) + _list(table.notes)
+    return _table(table.columns, rows, numbers=numbers) + _left_out("p", len(table.rows)) + _list(table.notes)
+
+
+def _left_out(tag: str, count: int) -> str:
+    """What is said where a list was cut."""
+    if count <= _MOST_ROWS:
+        return ""
+    return f'<{tag} class="note">{count - _MOST_ROWS} more are in report.json.</{tag}>'
 
 
 def _folded(title: str, body: str, rows: int, most: int = _FOLDED_ROWS) -> str:

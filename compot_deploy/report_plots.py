@@ -24,6 +24,9 @@ WIDTH: Final = 440
 
 _FONT: Final = 11
 
+_MOST_POINTS: Final = 1000
+"""Of a scatter plot: more would be a blot, and a megabyte of page."""
+
 _COLOURS: Final = {
     "ink": "#010101",
     "muted": "#020202",
@@ -228,7 +231,7 @@ def _divergence(report: Report) -> Plot | None:
 
 def _errors(report: Report) -> Plot | None:
     layers = [layer for layer in report.layers if layer.error is not None and layer.block is not None]
-    if not layers:
+    if not 0 < len(layers) <= _MOST_POINTS:
         return None
     canvas, axes = _canvas(height=250)
     roles = sorted({layer.role for layer in layers}, key=[layer.role for layer in layers].index)
@@ -286,8 +289,8 @@ def _frontier(report: Report) -> Plot | None:
         return None
     canvas, axes = _canvas(height=280)
     for label, points, colour in (
-        ("all forms", planned.all_forms, "second"),
         ("plain integers alone", planned.plain, "other"),
+        ("all forms", planned.all_forms, "second"),
     ):
         shown = [point for point in points if point.loss > 0]
         if shown:
