@@ -254,7 +254,9 @@ def _compress_as_planned(
         outcome.facts,
         drafted.task.windows,
         notes,
-        unquantized_absent="the plan's factors were made on their grids and never existed without",
+        unquantized_absent="the plan's factors were made on their grids and never existed without"
+        if any(isinstance(entry.candidate.form, Joint) for entry in outcome.plan.chosen)
+        else "the plan factorises no linear",
         frontier=frontier_of(drafted, outcome.plan, recipe.budget),
         effects=drafted.effects,
     )
