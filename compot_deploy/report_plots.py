@@ -187,12 +187,15 @@ def _divergence(report: Report) -> Plot | None:
     for row, (name, loss) in enumerate(rows):
         histogram = loss.comparison.divergence.histogram
         tallest = max(histogram) or 1
+        filled = [index for index, count in enumerate(histogram) if count]
+        span = slice(filled[0], filled[-1] + 1) if filled else slice(0)
         outline_x, outline_y = [], []
-        for left, count in zip(places, histogram, strict=True):
+        for left, count in zip(places[span], histogram[span], strict=True):
             outline_x += [left, left + width]
             outline_y += [row - 0.78 * count / tallest] * 2
         colour = _COLOURS["muted" if name == "noise floor" else "accent" if name == "total" else "second"]
         axes.fill_between(outline_x, outline_y, row, color=colour, alpha=0.28, linewidth=0)
+        axes.axhline(row, color=colour, linewidth=0.8)
         axes.plot(outline_x, outline_y, color=colour, linewidth=1)
         mean = loss.comparison.divergence.mean.value
         if mean > 0:

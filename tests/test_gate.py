@@ -29,6 +29,12 @@ from compot_deploy.report import Report, to_json, to_junit, verdict
 from compot_deploy.summary import to_summary
 
 ROOT = Path(__file__).parents[1]
+SIZES = {
+    "max_bytes": 5_250_001,
+    "max_weight_bytes": 4_200_002,
+    "max_transport_bytes": 4_900_006,
+    "max_memory_bytes": 4_600_007,
+}
 
 
 def with_kl(made: Report, kl: float, noise: float = 1e-12) -> Report:
@@ -49,10 +55,15 @@ def results(made: Report) -> dict[str, bool]:
 # Limits
 
 
-@pytest.mark.parametrize("key", BYTE_LIMITS)
+def test_every_limit_on_bytes_is_tried() -> None:
+    assert set(SIZES) == set(BYTE_LIMITS)
+
+
+@pytest.mark.parametrize("key", SIZES)
 def test_a_limit_on_bytes_holds_at_the_size_and_fails_one_below(key: str) -> None:
     made = full()
-    size = getattr(made.sizes, BYTE_LIMITS[key][0])
+    size = SIZES[key]
+    assert size in (made.sizes.artifact, made.sizes.weights, made.sizes.memory, made.sizes.transport)
     for limit, passed in ((size, True), (size - 1, False)):
         judged = Demands(gate_from_mapping({key: limit}, "gate.toml")).apply(made)
         assert results(judged)[key] is passed
