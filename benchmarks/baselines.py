@@ -94,8 +94,12 @@ class Baseline:
     seconds: float = 5.0
 
 
-def baselines(factorized_bits: Sequence[float], cospadi_bits: Sequence[float]) -> tuple[Baseline, ...]:
-    """All of them; factorised ones at the given bits per weight."""
+def baselines(
+    factorized_bits: Sequence[float],
+    cospadi_bits: Sequence[float],
+    types: Sequence[str] = LLAMA_TYPES,
+) -> tuple[Baseline, ...]:
+    """All of them; factorised ones at the given bits per weight, and these types of llama.cpp."""
     found = [
         Baseline(
             "GPTQ as published",
@@ -125,6 +129,7 @@ def baselines(factorized_bits: Sequence[float], cospadi_bits: Sequence[float]) -
                 partial(_each, partial(llama, kind=kind, padded=padded)),
             )
             for kind in kinds
+            if kind in types
         ]
     found += [
         Baseline(

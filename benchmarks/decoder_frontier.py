@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from baselines import VERSION, Baseline, Small, baselines, paper_row
-from encoder_frontier import paper_claims, plan_sizes
+from encoder_frontier import LARGEST, paper_claims
 from frontier import (
     MIXED,
     PLANNED,
@@ -32,9 +32,11 @@ from frontier import (
     compare,
     compare_at_sizes,
     digest,
+    distinct,
     draw,
     report,
     table,
+    unmatched,
     verdicts,
 )
 from torch import Tensor
@@ -144,7 +146,7 @@ class Laboratory:
         plain = [one.only(lambda form: isinstance(form, Plain)) for one in curves]
         points = []
         for size in sizes:
-            budget = int(size * self.numbers / 8)
+            budget = int(size * self.numbers / 8 + 1e-3)  # the size of a baseline is a whole number
             if smallest_bytes(plain) <= budget:
                 points.append(self._point(jobs, MIXED, MIXED, (knapsack(plain, budget, effects),)))
             if smallest_bytes(curves) <= budget:
@@ -203,8 +205,10 @@ def frontier(
     jobs = Jobs(arguments.cache, 5.0 * (len(entries) + len(row_entries) + 60))
     print(f"-- {quantized.label}", flush=True)
     points = quantized.measured(jobs, entries)
-    points += quantized.planned(jobs, plan_sizes(points, arguments.bits))
-    points = list({(point.method, round(point.bits, 6)): point for point in points}.values())
+    points += quantized.planned(jobs, arguments.bits)
+    while (size := unmatched(points, DIVERGENCE, LARGEST)) is not None:
+        points += quantized.planned(jobs, [size])
+    points = distinct(points)
     row = quantized.measured(jobs, row_entries)
     if arguments.ratios:
         search = Search(GridChoice({}), unquantized=True, floating=FLOATING)

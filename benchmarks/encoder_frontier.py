@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from baselines import VERSION, Baseline, Small, baselines, paper_row
+from baselines import LLAMA_TYPES, VERSION, Baseline, Small, baselines, paper_row
 from encoder import Encoder
 from frontier import (
     MIXED,
@@ -37,11 +37,13 @@ from frontier import (
     compare,
     compare_at_sizes,
     digest,
+    distinct,
     draw,
     next_larger,
     replace_between,
     report,
     table,
+    unmatched,
     verdicts,
 )
 from torch import Tensor
@@ -76,7 +78,7 @@ FLOORS = {1.4: 0.72, 2.0: 0.82, 2.5: 0.88, 3.0: 0.93, 3.5: 0.968, 4.5: 0.988}
 BUDGETS = (1.4, 1.5, 2.0, 2.5, 3.0, 3.5, 4.5)
 PLAN_SECONDS = 20.0
 LARGEST = 4.6
-"""Bits up to which a plan is made at the size of every baseline."""
+"""Bits up to which a plan is made at the size of a baseline that the next smaller plan does not reach."""
 
 COSINE = Score("cosine", "cosine")
 SCORES = (
@@ -215,7 +217,8 @@ def planned(
     plain = [one.only(lambda form: isinstance(form, Plain)) for one in curves]
     points = []
     for target in sizes:
-        budget = int(target * laboratory.numbers / 8)
+        # Rounded, for the size of a baseline is a whole number of bytes.
+        budget = int(target * laboratory.numbers / 8 + 1e-3)
         if budget < smallest_bytes(curves):
             continue
         plans = [knapsack(curves, budget, weights)]
@@ -246,13 +249,15 @@ def everywhere(laboratory: Laboratory, grid: Grid) -> Small:
     return Small(made, size)
 
 
-def rivals(laboratory: Laboratory, factorized: Sequence[float], cospadi: Sequence[float]) -> list[Baseline]:
+def rivals(
+    laboratory: Laboratory, factorized: Sequence[float], cospadi: Sequence[float], types: Sequence[str]
+) -> list[Baseline]:
     """Every baseline with quantization."""
     ours = [
         Baseline("GPTQ, one grid", f"GPTQ {grid}", lambda _, grid=grid: everywhere(laboratory, grid))
         for grid in SEARCH.grids.grids
     ]
-    return [*ours, *baselines(factorized, cospadi)]
+    return [*ours, *baselines(factorized, cospadi, types)]
 
 
 def measured(laboratory: Laboratory, jobs: Jobs, entries: Sequence[Baseline]) -> list[Point]:
@@ -308,16 +313,6 @@ def paper_claims(points: Sequence[Point], ratios: Sequence[float], score: Score)
         claim("the knapsack beats uniform COMPOT", "compot-deploy, knapsack", f"{compot}, uniform")
         claim("the knapsack beats uniform CoSpaDi", "compot-deploy, knapsack", "CoSpaDi, uniform")
     return found
-
-
-def plan_sizes(points: Sequence[Point], budgets: Sequence[float]) -> list[float]:
-    """The budgets, and the size of every baseline; sizes closer than 0.01 bits share the smaller."""
-    sizes = sorted({*budgets, *(point.bits for point in points if min(budgets) <= point.bits <= LARGEST)})
-    kept: list[float] = []
-    for size in sizes:
-        if size in budgets or not kept or size - kept[-1] > 0.01:
-            kept.append(size)
-    return kept
 
 
 def write(
@@ -408,13 +403,14 @@ def main() -> int:
     parser.add_argument("--bits", type=float, nargs="+", default=list(BUDGETS))
     parser.add_argument("--factorized-bits", type=float, nargs="*", default=[2.0, 3.0, 4.0])
     parser.add_argument("--cospadi-bits", type=float, nargs="*", default=[2.0, 3.0])
+    parser.add_argument("--types", nargs="*", default=list(LLAMA_TYPES), help="of llama.cpp")
     parser.add_argument("--ratios", type=float, nargs="*", default=[0.2, 0.3, 0.4], help="the paper's row")
     parser.add_argument("--cospadi-ratios", type=float, nargs="*", default=[0.4])
     arguments = parser.parse_args()
     arguments.cache.mkdir(parents=True, exist_ok=True)
     encoder = Encoder(arguments.calibration, arguments.test, arguments.cache)
     laboratory = Laboratory(encoder, arguments.cache)
-    entries = rivals(laboratory, arguments.factorized_bits, arguments.cospadi_bits)
+    entries = rivals(laboratory, arguments.factorized_bits, arguments.cospadi_bits, arguments.types)
     row_entries = paper_row(arguments.ratios, arguments.cospadi_ratios)
     jobs = Jobs(arguments.cache, sum(e.seconds for e in (*entries, *row_entries)) + 30 * PLAN_SECONDS)
     about = {
@@ -424,8 +420,10 @@ def main() -> int:
     }
     points = measured(laboratory, jobs, entries)
     curves = laboratory.curves()
-    points += planned(laboratory, jobs, curves, plan_sizes(points, arguments.bits))
-    points = list({(point.method, round(point.bits, 6)): point for point in points}.values())
+    points += planned(laboratory, jobs, curves, arguments.bits)
+    while (size := unmatched(points, COSINE, LARGEST)) is not None:
+        points += planned(laboratory, jobs, curves, [size])
+    points = distinct(points)
     floors = {bits: floor for bits, floor in FLOORS.items() if bits in arguments.bits}
     comparisons = compare(points, COSINE, arguments.bits, floors) + compare_at_sizes(points, COSINE)
     write(points, (), comparisons, about, arguments.out)

@@ -200,7 +200,7 @@ def compare_at_sizes(points: Sequence[Point], score: Score, tolerance: float = 0
     found = []
     smallest, largest = min(p.bits for p in plans), max(p.bits for p in plans)
     for rival in sorted(points, key=lambda point: point.bits):
-        if rival.family in (PLANNED, MIXED) or not smallest <= rival.bits <= largest + 0.1:
+        if rival.family in (PLANNED, MIXED) or not smallest <= rival.bits <= largest:
             continue
         plan = score.best(point for point in plans if point.bits <= rival.bits + 1e-6)
         lost, mine = rival.scores[score.key], plan.scores[score.key]
@@ -214,6 +214,37 @@ def compare_at_sizes(points: Sequence[Point], score: Score, tolerance: float = 0
             )
         )
     return found
+
+
+def unmatched(points: Sequence[Point], score: Score, largest: float) -> float | None:
+    """Bits of the smallest baseline that no plan of no more bytes reaches, if a plan could be made there.
+
+    Args:
+        points: of baselines and plans.
+        score: by which to judge.
+        largest: bits to look up to.
+    """
+    plans = [point for point in points if point.family == PLANNED]
+    smallest = min(point.bits for point in plans)
+    for rival in sorted(points, key=lambda point: point.bits):
+        if rival.family in (PLANNED, MIXED) or not smallest <= rival.bits <= largest:
+            continue
+        below = [plan for plan in plans if plan.bits <= rival.bits + 1e-6]
+        # A plan seldom spends its budget to the last byte; one within a hundredth of a bit is the one.
+        if not score.at_least(score.best(below), rival) and max(p.bits for p in below) < rival.bits - 0.01:
+            return rival.bits
+    return None
+
+
+def distinct(points: Sequence[Point]) -> list[Point]:
+    """Each method at each size once; of a family's equal points the first.
+
+    Types of llama.cpp that fall back to one and the same are one point.
+    """
+    found: dict[object, Point] = {}
+    for point in points:
+        found.setdefault((point.family, round(point.bits, 6), tuple(point.scores.items())), point)
+    return list(found.values())
 
 
 def next_larger(points: Sequence[Point], score: Score, budget: float) -> Point | None:

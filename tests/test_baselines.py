@@ -20,7 +20,17 @@ from baselines import (
     then_int4,
 )
 from cospadi import cospadi, ksvd, pursue, update_atoms
-from frontier import PLANNED, Point, Score, compare, compare_at_sizes, next_larger, replace_between
+from frontier import (
+    PLANNED,
+    Point,
+    Score,
+    compare,
+    compare_at_sizes,
+    distinct,
+    next_larger,
+    replace_between,
+    unmatched,
+)
 from reference_baselines import slow_atom, slow_pursuit, slow_round_to_range
 from torch import Tensor
 
@@ -83,6 +93,14 @@ def test_a_pursuit_finds_planted_codes() -> None:
         chosen = torch.randperm(100, generator=torch.Generator().manual_seed(column))[:4]
         codes[chosen, column] = 1.0 + random(4, 1, column)[:, 0].abs()
     torch.testing.assert_close(pursue(dictionary, dictionary @ codes, 4), codes, rtol=1e-6, atol=1e-6)
+
+
+def test_a_column_that_is_met_early_stays_met() -> None:
+    dictionary = unit_columns(20, 15, 1)
+    codes = torch.zeros(15, 40, dtype=torch.float64)
+    codes[torch.arange(40) % 15, torch.arange(40)] = 2.0
+    found = pursue(dictionary, dictionary @ codes, 6)
+    torch.testing.assert_close(dictionary @ found, dictionary @ codes, rtol=1e-6, atol=1e-6)
 
 
 def test_more_atoms_never_leave_a_larger_error() -> None:
@@ -269,6 +287,20 @@ def test_at_its_own_size_a_baseline_meets_the_plan_of_no_more_bytes() -> None:
     assert [one.holds for one in compare_at_sizes(points, COSINE)] == [False]
     points.append(point(PLANNED, 2.5, 0.93))
     assert [one.holds for one in compare_at_sizes(points, COSINE)] == [True]
+
+
+def test_plans_are_made_at_the_sizes_of_unmatched_baselines() -> None:
+    plans = [point(PLANNED, 2.0, 0.9), point(PLANNED, 3.0, 0.95)]
+    weak, strong, small = point("weak", 2.4, 0.89), point("strong", 2.5, 0.92), point("small", 1.0, 0.99)
+    assert unmatched([*plans, weak, small], COSINE, 3.0) is None
+    assert unmatched([*plans, weak, strong], COSINE, 3.0) == 2.5
+    assert unmatched([*plans, weak, strong], COSINE, 2.4) is None
+    assert unmatched([*plans, strong, point(PLANNED, 2.495, 0.91)], COSINE, 3.0) is None  # it was tried
+
+
+def test_equal_points_of_a_family_are_one() -> None:
+    twice = [point("a", 2.0, 0.9), point("a", 2.0, 0.9), point("b", 2.0, 0.9), point("a", 2.0, 0.8)]
+    assert distinct(twice) == [twice[0], twice[2], twice[3]]
 
 
 def test_less_divergence_is_better() -> None:
