@@ -60,7 +60,7 @@ from compot_deploy.whiten import Whitening
 
 STORAGE = PaperStorage()
 GRIDS = GridChoice({2: (32, 64, 128), 3: (32, 64, 128), 4: (32, 64, 128), 8: (128,)})
-FLOATING = tuple(round(0.3 + 0.05 * step, 2) for step in range(14))
+FLOATING = tuple(round(0.3 + 0.1 * step, 1) for step in range(7))
 BUDGETS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.5)
 EVALUATION_TOKENS = 4096
 
@@ -201,7 +201,7 @@ def frontier(
         for grid in GRIDS.grids
     ]
     entries += baselines(arguments.factorized_bits, arguments.factorized_bits)
-    row_entries = paper_row(arguments.ratios, arguments.ratios)
+    row_entries = paper_row(arguments.ratios, arguments.cospadi_ratios)
     jobs = Jobs(arguments.cache, 5.0 * (len(entries) + len(row_entries) + 60))
     print(f"-- {quantized.label}", flush=True)
     points = quantized.measured(jobs, entries)
@@ -273,6 +273,7 @@ def main() -> int:
     parser.add_argument("--bits", type=float, nargs="+", default=list(BUDGETS))
     parser.add_argument("--factorized-bits", type=float, nargs="*", default=[2.0, 3.0, 4.0])
     parser.add_argument("--ratios", type=float, nargs="*", default=[0.2, 0.3, 0.4])
+    parser.add_argument("--cospadi-ratios", type=float, nargs="*", default=[0.4])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=128)
     arguments = parser.parse_args()

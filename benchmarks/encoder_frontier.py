@@ -401,7 +401,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for table, JSON and plot")
     parser.add_argument("--readme", type=Path, help="Markdown whose table between two comments is replaced")
     parser.add_argument("--bits", type=float, nargs="+", default=list(BUDGETS))
-    parser.add_argument("--factorized-bits", type=float, nargs="*", default=[2.0, 3.0, 4.0])
+    parser.add_argument("--factorized-bits", type=float, nargs="*", default=[1.6, 2.0, 3.0])
     parser.add_argument("--cospadi-bits", type=float, nargs="*", default=[2.0, 3.0])
     parser.add_argument("--types", nargs="*", default=list(LLAMA_TYPES), help="of llama.cpp")
     parser.add_argument("--ratios", type=float, nargs="*", default=[0.2, 0.3, 0.4], help="the paper's row")
