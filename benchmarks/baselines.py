@@ -43,7 +43,7 @@ LLAMA_TYPES: Final = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "IQ4_NL",
     "Q4_0", "Q4_K",
 )  # fmt: skip
-LLAMA_FALLBACK: Final = ("IQ1_S", "IQ2_XS", "Q2_K", "IQ3_XXS", "Q3_K", "Q4_K")
+LLAMA_FALLBACK: Final = ("Q2_K", "Q3_K", "Q4_K")
 """Types that are shown with llama.cpp's fallback as well; the others lie between them."""
 
 _NF4_BLOCK: Final = 64
