@@ -216,7 +216,7 @@ def frontier(
         row += plain.floating(jobs, arguments.ratios)
     comparisons = [
         *compare(points, DIVERGENCE, arguments.bits, {}),
-        *compare_at_sizes(points, DIVERGENCE),
+        *compare_at_sizes(points, DIVERGENCE, LARGEST),
         *paper_claims(row, arguments.ratios, DIVERGENCE),
     ]
     return quantized.label, points, row, comparisons

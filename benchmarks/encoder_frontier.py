@@ -77,7 +77,7 @@ QUANTIZER, QUANTIZER_NAME = partial(gptq, sweeps=2), "gptq, 2 sweeps"
 FLOORS = {1.4: 0.72, 2.0: 0.82, 2.5: 0.88, 3.0: 0.93, 3.5: 0.968, 4.5: 0.988}
 BUDGETS = (1.4, 1.5, 2.0, 2.5, 3.0, 3.5, 4.5)
 PLAN_SECONDS = 20.0
-LARGEST = 4.6
+LARGEST = 4.75
 """Bits up to which a plan is made at the size of a baseline that the next smaller plan does not reach."""
 
 COSINE = Score("cosine", "cosine")
@@ -227,7 +227,10 @@ def planned(
             points.append(_plan_point(laboratory, jobs, MIXED, MIXED, plans[1]))
         best = better_of(plans, lambda plan: laboratory.remembered("effect", laboratory.product(plan)))
         points.append(_plan_point(laboratory, jobs, PLANNED, PLANNED, best))
-        print(f"    {'joint plan' if best is plans[0] else 'plain mix'} {_census(best)}", flush=True)
+        print(
+            f"    {'the plan' if best is plans[0] else 'the plain mix is better'}: {_census(best)}",
+            flush=True,
+        )
     return points
 
 
@@ -425,7 +428,7 @@ def main() -> int:
         points += planned(laboratory, jobs, curves, [size])
     points = distinct(points)
     floors = {bits: floor for bits, floor in FLOORS.items() if bits in arguments.bits}
-    comparisons = compare(points, COSINE, arguments.bits, floors) + compare_at_sizes(points, COSINE)
+    comparisons = compare(points, COSINE, arguments.bits, floors) + compare_at_sizes(points, COSINE, LARGEST)
     write(points, (), comparisons, about, arguments.out)
     row = measured(laboratory, jobs, row_entries)
     if arguments.ratios:

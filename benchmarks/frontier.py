@@ -158,7 +158,8 @@ def compare(
         floors: least score by budget.
     """
     plans = [point for point in points if point.family == PLANNED]
-    rivals = [point for point in points if point.family != PLANNED]
+    mixes = [point for point in points if point.family == MIXED]
+    baselines = [point for point in points if point.family not in (PLANNED, MIXED)]
     found = []
     for budget in budgets:
         mine = [point for point in plans if point.bits <= budget + 1e-6]
@@ -174,12 +175,14 @@ def compare(
                     "reaches its floor", budget, score.at_least(plan, floor), f"{value}, {floors[budget]:g}"
                 )
             )
-        below = [point for point in rivals if point.bits <= budget + 1e-6]
-        if below:
+        for kind, families in (("baseline", baselines), ("mix of plain grids", mixes)):
+            below = [point for point in families if point.bits <= budget + 1e-6]
+            if not below:
+                continue
             rival = score.best(below)
             found.append(
                 Comparison(
-                    "no baseline of the same or fewer bytes is better",
+                    f"no {kind} of the same or fewer bytes is better",
                     budget,
                     all(score.at_least(plan, point) for point in below),
                     f"{value}; best of {len(below)}: {_named(rival, score)}",
@@ -188,29 +191,28 @@ def compare(
     return found
 
 
-def compare_at_sizes(points: Sequence[Point], score: Score, tolerance: float = 0.0) -> list[Comparison]:
-    """At the size of every baseline that a plan was made for: the plan of no more bytes is no worse.
+def compare_at_sizes(points: Sequence[Point], score: Score, largest: float) -> list[Comparison]:
+    """At the size of every baseline: the plan of no more bytes is no worse.
 
     Args:
         points: all of them.
         score: by which to judge.
-        tolerance: of the score, relative; differences below it are none.
+        largest: bits to look up to.
     """
     plans = [point for point in points if point.family == PLANNED]
     found = []
-    smallest, largest = min(p.bits for p in plans), max(p.bits for p in plans)
     for rival in sorted(points, key=lambda point: point.bits):
-        if rival.family in (PLANNED, MIXED) or not smallest <= rival.bits <= largest:
+        below = [plan for plan in plans if plan.bits <= rival.bits + 1e-6]
+        if rival.family in (PLANNED, MIXED) or not below or rival.bits > largest:
             continue
-        plan = score.best(point for point in plans if point.bits <= rival.bits + 1e-6)
-        lost, mine = rival.scores[score.key], plan.scores[score.key]
-        near = abs(mine - lost) <= tolerance * abs(lost)
+        plan = score.best(below)
+        mine = format(plan.scores[score.key], score.form)
         found.append(
             Comparison(
                 f"no worse than {rival.method} at its size",
                 rival.bits,
-                score.at_least(plan, rival) or near,
-                f"{format(mine, score.form)} at {plan.bits:.3f}; {_named(rival, score)}",
+                score.at_least(plan, rival),
+                f"{mine} at {plan.bits:.3f}; {_named(rival, score)}",
             )
         )
     return found

@@ -21,6 +21,7 @@ from baselines import (
 )
 from cospadi import cospadi, ksvd, pursue, update_atoms
 from frontier import (
+    MIXED,
     PLANNED,
     Point,
     Score,
@@ -275,6 +276,11 @@ def test_a_baseline_of_the_same_or_fewer_bytes_must_not_be_better() -> None:
         assert "better" in found[0].text
 
 
+def test_a_better_mix_of_plain_grids_is_reported() -> None:
+    points = [point(PLANNED, 2.0, 0.9), point(MIXED, 2.0, 0.91), point("rival", 2.0, 0.8)]
+    assert [one.holds for one in compare(points, COSINE, [2.0], {})] == [True, False]
+
+
 def test_a_floor_and_a_missing_plan_are_reported() -> None:
     plan = point(PLANNED, 1.99, 0.9)
     assert [one.holds for one in compare([plan], COSINE, [2.0], {2.0: 0.91})] == [False]
@@ -284,9 +290,10 @@ def test_a_floor_and_a_missing_plan_are_reported() -> None:
 
 def test_at_its_own_size_a_baseline_meets_the_plan_of_no_more_bytes() -> None:
     points = [point(PLANNED, 2.0, 0.9), point(PLANNED, 3.0, 0.95), point("rival", 2.5, 0.92)]
-    assert [one.holds for one in compare_at_sizes(points, COSINE)] == [False]
+    assert [one.holds for one in compare_at_sizes(points, COSINE, 4.0)] == [False]
+    assert not compare_at_sizes(points, COSINE, 2.4)
     points.append(point(PLANNED, 2.5, 0.93))
-    assert [one.holds for one in compare_at_sizes(points, COSINE)] == [True]
+    assert [one.holds for one in compare_at_sizes(points, COSINE, 4.0)] == [True]
 
 
 def test_plans_are_made_at_the_sizes_of_unmatched_baselines() -> None:
@@ -307,7 +314,7 @@ def test_less_divergence_is_better() -> None:
     score = Score("cosine", "KL", higher=False)
     points = [point(PLANNED, 2.0, 0.5), point("rival", 2.0, 0.4)]
     assert [one.holds for one in compare(points, score, [2.0], {})] == [False]
-    assert [one.holds for one in compare_at_sizes(points, score)] == [False]
+    assert [one.holds for one in compare_at_sizes(points, score, 4.0)] == [False]
 
 
 def test_the_next_larger_baseline_is_the_nearest() -> None:
