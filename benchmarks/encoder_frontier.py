@@ -7,7 +7,8 @@ command writes `encoder_frontier.md`, `.json` and `.png`:
 
 Whatever was measured is kept in the cache, named after what it was made from: a run that was stopped goes on,
 and a change of the numerics (`compot_deploy.candidates.VERSION`, `baselines.VERSION`) measures anew. The
-program ends with 1 if a baseline of the same or fewer bytes is better than the plan, or a floor is missed.
+program ends with 1 if a baseline of the same or fewer bytes is better than the plan, or the nearest of no fewer
+bytes is, or a floor is missed.
 """
 
 from __future__ import annotations
@@ -376,7 +377,7 @@ def readme_table(points: Sequence[Point], budgets: Sequence[float]) -> str:
         below = [point for point in known if point.bits <= budget + 1e-6]
         above = next_larger(points, COSINE, budget)
         cells = [_cell(COSINE.best(below)) if below else "none", _cell(above) if above else "none"]
-        lines.append(f"| {budget:g} | {plan.scores['cosine']:.3f} | {' | '.join(cells)} |")
+        lines.append(f"| {budget:.1f} | {plan.scores['cosine']:.3f} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -428,7 +429,9 @@ def main() -> int:
         points += planned(laboratory, jobs, curves, [size])
     points = distinct(points)
     floors = {bits: floor for bits, floor in FLOORS.items() if bits in arguments.bits}
-    comparisons = compare(points, COSINE, arguments.bits, floors) + compare_at_sizes(points, COSINE, LARGEST)
+    comparisons = compare(points, COSINE, arguments.bits, floors, beyond=True) + compare_at_sizes(
+        points, COSINE, LARGEST
+    )
     write(points, (), comparisons, about, arguments.out)
     row = measured(laboratory, jobs, row_entries)
     if arguments.ratios:

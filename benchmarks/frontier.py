@@ -145,17 +145,21 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def compare(
-    points: Sequence[Point], score: Score, budgets: Sequence[float], floors: Mapping[float, float]
+    points: Sequence[Point],
+    score: Score,
+    budgets: Sequence[float],
+    floors: Mapping[float, float],
+    *,
+    beyond: bool = False,
 ) -> list[Comparison]:
     """The plan at every budget, against all baselines of the same or fewer bytes, and against its floor.
-
-    Besides, as facts and not as claims: the nearest baselines of no fewer bytes.
 
     Args:
         points: all of them.
         score: by which to judge.
         budgets: bits per weight.
         floors: least score by budget.
+        beyond: whether the plan must also be no worse than the nearest baseline of no fewer bytes.
     """
     plans = [point for point in points if point.family == PLANNED]
     mixes = [point for point in points if point.family == MIXED]
@@ -188,6 +192,11 @@ def compare(
                     f"{value}; best of {len(below)}: {_named(rival, score)}",
                 )
             )
+        above = next_larger(points, score, budget)
+        if above is not None and beyond:
+            claim = "no worse than the nearest baseline of no fewer bytes"
+            text = f"{value}; {_named(above, score)}"
+            found.append(Comparison(claim, budget, score.at_least(plan, above), text))
     return found
 
 

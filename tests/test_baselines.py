@@ -276,6 +276,13 @@ def test_a_baseline_of_the_same_or_fewer_bytes_must_not_be_better() -> None:
         assert "better" in found[0].text
 
 
+def test_the_nearest_larger_baseline_can_be_compared_as_well() -> None:
+    points = [point(PLANNED, 2.0, 0.9), point("near", 2.1, 0.91), point("far", 2.5, 0.99)]
+    assert compare(points, COSINE, [2.0], {}) == []
+    assert [one.holds for one in compare(points, COSINE, [2.0], {}, beyond=True)] == [False]
+    assert [one.holds for one in compare([points[0], points[2]], COSINE, [2.6], {}, beyond=True)] == [False]
+
+
 def test_a_better_mix_of_plain_grids_is_reported() -> None:
     points = [point(PLANNED, 2.0, 0.9), point(MIXED, 2.0, 0.91), point("rival", 2.0, 0.8)]
     assert [one.holds for one in compare(points, COSINE, [2.0], {})] == [True, False]
