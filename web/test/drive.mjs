@@ -1,0 +1,94 @@
+// Opens the page in a headless Chromium, does what it is told, and prints what came of it as JSON.
+//
+//   node drive.mjs '{"url": "http://127.0.0.1:8377/", "chromium": "/usr/bin/chromium", "steps": [...]}'
+//
+// Steps: {"generate": prompt, "tokens": n, "temperature": t, "stopAfter": seconds} {"screenshot": path} and {"wait": seconds}.
+// Options: "arguments" of Chromium, "script" to run before the page's own, "width", "height", "scheme" (light, dark),
+// "touch" (a phone), "until" (the state that ends loading, "ready" unless given).
+import { chromium } from "playwright-core";
+
+const PATIENCE = 90_000; // milliseconds; the machine may be busy
+
+const plan = JSON.parse(process.argv[2]);
+const browser = await chromium.launch({
+  executablePath: plan.chromium,
+  // Containers lack the privileges that the sandbox needs, and a large /dev/shm.
+  args: ["--no-sandbox", "--disable-dev-shm-usage", ...(plan.arguments ?? [])],
+});
+try {
+  const context = await browser.newContext({
+    viewport: { width: plan.width ?? 1280, height: plan.height ?? 900 },
+    colorScheme: plan.scheme ?? "light",
+    deviceScaleFactor: plan.touch ? 2 : 1,
+    isMobile: Boolean(plan.touch),
+    hasTouch: Boolean(plan.touch),
+  });
+  const page = await context.newPage();
+  if (plan.script) await page.addInitScript(plan.script);
+  const messages = [];
+  const requests = [];
+  page.on("console", (message) => messages.push(`${message.type()}: ${message.text()}`));
+  page.on("pageerror", (error) => messages.push(`pageerror: ${error.message}`));
+  context.on("request", (request) => requests.push(request.url()));
+
+  await page.goto(plan.url);
+  await inState(page, plan.until ?? "ready");
+  const results = [];
+  for (const step of plan.steps ?? []) {
+    if (step.screenshot) await page.screenshot({ path: step.screenshot, fullPage: true });
+    else if (step.wait) await page.waitForTimeout(step.wait * 1000);
+    else if (!(await broken(page))) results.push(await generate(page, step));
+  }
+  const shown = (id) => page.locator(`#${id}`).innerText();
+  const alert = page.locator("#alert");
+  console.log(
+    JSON.stringify({
+      results,
+      messages,
+      requests,
+      alert: (await alert.isVisible()) ? await alert.innerText() : null,
+      verdict: await shown("verdict"),
+      facts: await shown("facts"),
+      download: `${await shown("download")} ${await shown("download-unit")}`,
+      heap: `${await shown("heap")} ${await shown("heap-unit")}`,
+      isolated: await page.evaluate(() => self.crossOriginIsolated),
+      width: await page.evaluate(() => [document.documentElement.scrollWidth, innerWidth]),
+    }),
+  );
+} finally {
+  await browser.close();
+}
+
+async function inState(page, name) {
+  await page.locator(`body[data-state="${name}"], body[data-state="broken"]`).waitFor({ timeout: PATIENCE });
+}
+
+/** Whether the page has said that nothing can be generated. */
+async function broken(page) {
+  return (await page.locator("body").getAttribute("data-state")) === "broken";
+}
+
+async function generate(page, { generate: prompt, tokens = 32, temperature = 0, stopAfter = null }) {
+  await page.fill("#prompt", prompt);
+  await page.fill("#tokens", String(tokens));
+  await page.fill("#temperature", String(temperature));
+  await page.click("#generate");
+  let streamed = 0;
+  if (stopAfter !== null) {
+    await page.waitForTimeout(stopAfter * 1000);
+    streamed = (await page.locator("#added").textContent()).length;
+    await page.click("#stop");
+  }
+  await inState(page, "ready");
+  if (await broken(page)) return null;
+  const text = (id) => page.locator(`#${id}`).textContent();
+  return {
+    ids: JSON.parse((await page.locator("#text").getAttribute("data-ids")) ?? "[]"),
+    text: await text("added"),
+    given: await text("given"),
+    note: await text("note"),
+    speed: await text("speed"),
+    firstToken: await text("first-token"),
+    streamed,
+  };
+}
