@@ -26,11 +26,18 @@ WebAssembly.Memory = class extends WebAssembly.Memory {
 };
 
 let model, tokenizer, limit;
+let failed = false;
 let stopping = new InterruptableStoppingCriteria();
 const fetched = { model: {}, runtime: {} }; // bytes by address
 
 const send = (message) => self.postMessage(message);
-const fail = (error) => send({ type: "error", sentence: sentence(error), fatal: !model });
+
+/** Tells the page. What stops the loading has consequences that fail in turn: the first is the reason. */
+function fail(error) {
+  if (failed) return;
+  failed = !model;
+  send({ type: "error", sentence: sentence(error), fatal: failed });
+}
 
 self.addEventListener("unhandledrejection", (event) => {
   event.preventDefault();

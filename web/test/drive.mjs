@@ -2,12 +2,13 @@
 //
 //   node drive.mjs '{"url": "http://127.0.0.1:8377/", "chromium": "/usr/bin/chromium", "steps": [...]}'
 //
-// Steps: {"generate": prompt, "tokens": n, "temperature": t, "stopAfter": seconds} {"screenshot": path} and {"wait": seconds}.
-// Options: "arguments" of Chromium, "script" to run before the page's own, "width", "height", "scheme" (light, dark),
-// "touch" (a phone), "until" (the state that ends loading, "ready" unless given).
+// Steps: {"generate": prompt, "tokens": n, "temperature": t, "stopAfter": seconds}, {"screenshot": path},
+// {"size": [width, height]} and {"wait": seconds}. What was generated comes back in order, as "results".
+// Options: "arguments" of Chromium, "script" to run before the page's own, "size", "scheme" (light, dark), "touch" (a
+// phone), "until" (the state that ends loading, "ready" unless given), "raw" (another page: only its text).
 import { chromium } from "playwright-core";
 
-const PATIENCE = 90_000; // milliseconds; the machine may be busy
+const PATIENCE = 60_000; // milliseconds; the machine may be busy
 
 const plan = JSON.parse(process.argv[2]);
 const browser = await chromium.launch({
@@ -17,7 +18,7 @@ const browser = await chromium.launch({
 });
 try {
   const context = await browser.newContext({
-    viewport: { width: plan.width ?? 1280, height: plan.height ?? 900 },
+    viewport: size(plan.size ?? [1280, 900]),
     colorScheme: plan.scheme ?? "light",
     deviceScaleFactor: plan.touch ? 2 : 1,
     isMobile: Boolean(plan.touch),
@@ -32,31 +33,43 @@ try {
   context.on("request", (request) => requests.push(request.url()));
 
   await page.goto(plan.url);
-  await inState(page, plan.until ?? "ready");
+  try {
+    await inState(page, plan.until ?? "ready");
+  } catch (error) {
+    throw new Error([error.message, ...messages, ...requests].join("\n"));
+  }
   const results = [];
   for (const step of plan.steps ?? []) {
     if (step.screenshot) await page.screenshot({ path: step.screenshot, fullPage: true });
+    else if (step.size) await page.setViewportSize(size(step.size));
     else if (step.wait) await page.waitForTimeout(step.wait * 1000);
     else if (!(await broken(page))) results.push(await generate(page, step));
   }
+  if (plan.raw) console.log(JSON.stringify({ messages, requests, body: await page.locator("body").textContent() }));
+  else await show(page, { results, messages, requests });
+} finally {
+  await browser.close();
+}
+
+/** Prints what was collected, and what stands on the page. */
+async function show(page, collected) {
   const shown = (id) => page.locator(`#${id}`).innerText();
   const alert = page.locator("#alert");
   console.log(
     JSON.stringify({
-      results,
-      messages,
-      requests,
+      ...collected,
       alert: (await alert.isVisible()) ? await alert.innerText() : null,
       verdict: await shown("verdict"),
       facts: await shown("facts"),
       download: `${await shown("download")} ${await shown("download-unit")}`,
       heap: `${await shown("heap")} ${await shown("heap-unit")}`,
       isolated: await page.evaluate(() => self.crossOriginIsolated),
-      width: await page.evaluate(() => [document.documentElement.scrollWidth, innerWidth]),
     }),
   );
-} finally {
-  await browser.close();
+}
+
+function size([width, height]) {
+  return { width, height };
 }
 
 async function inState(page, name) {
@@ -82,7 +95,10 @@ async function generate(page, { generate: prompt, tokens = 32, temperature = 0, 
   await inState(page, "ready");
   if (await broken(page)) return null;
   const text = (id) => page.locator(`#${id}`).textContent();
+  const alert = page.locator("#alert");
   return {
+    alert: (await alert.isVisible()) ? await alert.textContent() : null,
+    overhang: await page.evaluate(() => document.documentElement.scrollWidth - innerWidth),
     ids: JSON.parse((await page.locator("#text").getAttribute("data-ids")) ?? "[]"),
     text: await text("added"),
     given: await text("given"),
