@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from compot_deploy import __version__
-from compot_deploy.accuracy import Evaluation, Gate, check
+from compot_deploy.accuracy import Evaluation, Gate, check, measure
 from compot_deploy.checkpoint import Checkpoint, open_checkpoint
 from compot_deploy.embedded import MODEL
 from compot_deploy.errors import InputError
@@ -27,7 +27,7 @@ from compot_deploy.exporters.model_card import model_card
 from compot_deploy.gate import Demands
 from compot_deploy.progress import Progress, silent
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe, recipe_from_mapping
-from compot_deploy.report import SCHEMA_MINOR, Report, Sizes, from_json, to_json, to_junit
+from compot_deploy.report import SCHEMA_MINOR, Report, Rival, Sizes, from_json, to_json, to_junit
 from compot_deploy.report_facts import Origin
 from compot_deploy.report_html import to_html
 from compot_deploy.report_manifest import (
@@ -37,13 +37,13 @@ from compot_deploy.report_manifest import (
     origin_of,
     plain_memory_of,
 )
-from compot_deploy.runners import RUNNERS, TorchRunner, compressed_runner, torch_runner
+from compot_deploy.runners import RUNNERS, Runner, TorchRunner, compressed_runner, torch_runner
 from compot_deploy.store import write_text
 from compot_deploy.texts import read_evaluation
 from compot_deploy.tokens import (
     load_tokenizer,
 )
-from compot_deploy.weights import CompressedModel, Grid, Matrix
+from compot_deploy.weights import CompressedModel, Grid, Matrix, Quantized, leaves, matrix_bytes
 
 REPORT: Final = "compot/report.json"
 JUNIT: Final = "compot/report.junit.xml"
@@ -146,6 +146,7 @@ def judge_folder(
     artifact: str | None = None,
     unquantized: Mapping[str, Matrix] | None = None,
     unquantized_absent: str = "the folder does not hold the factors before quantization",
+    rival: Mapping[str, Matrix] | None = None,
 ) -> Report:
     """Lint a folder, read evaluation text with up to five models, and put everything into a report.
 
@@ -161,6 +162,7 @@ def judge_folder(
         artifact: name of the folder, where it is not there yet.
         unquantized: factorised linears before quantization, multiplied out; they split the method loss.
         unquantized_absent: why there are none.
+        rival: the matrices of the same model through another quantizer, which is read beside it.
     """
     exporter = EXPORTERS[manifest.exporter]
     findings = exporter.lint(folder)
@@ -200,6 +202,33 @@ def judge_folder(
         layers=layers_of(manifest),
         frontier=frontier_of(manifest),
         origin=origin_of(manifest),
+        rival=None
+        if rival is None or reference is None
+        else _rival(reference, model, rival, evaluation, manifest),
+    )
+
+
+def _rival(
+    reference: Runner,
+    model: CompressedModel,
+    matrices: Mapping[str, Matrix],
+    evaluation: Evaluation,
+    manifest: Manifest,
+) -> Rival:
+    beside = replace(model, matrices=matrices)
+    exporter = EXPORTERS[manifest.exporter]
+    storage = exporter.storage(exporter.options(manifest.recipe))
+    grid = next(
+        leaf.grid
+        for name, matrix in matrices.items()
+        if _is_linear(name)
+        for leaf in leaves(matrix)
+        if isinstance(leaf, Quantized)
+    )
+    return Rival(
+        name=f"gptq {grid}",
+        bytes=sum(matrix_bytes(matrices, storage).values()),
+        loss=measure(reference, compressed_runner(beside), evaluation),
     )
 
 

@@ -64,6 +64,21 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Rival:
+    """The same factors in as many bytes, quantized by another quantizer: what the choice of quantizer costs.
+
+    Attributes:
+        name: quantizer and grid, ``gptq int4/g32``.
+        bytes: of the weights.
+        loss: its method loss.
+    """
+
+    name: str
+    bytes: int
+    loss: Loss
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that is known about how good an artifact is.
 
@@ -84,6 +99,7 @@ class Report:
         layers: one entry per matrix, in block order.
         frontier: what a plan could have chosen; None where nothing was planned.
         origin: calibration and provenance.
+        rival: the same factors through GPTQ, where another quantizer was chosen; None otherwise.
     """
 
     model: str
@@ -102,6 +118,7 @@ class Report:
     layers: tuple[LayerFigures, ...] = ()
     frontier: Frontier | None = None
     origin: Origin = field(default_factory=Origin)
+    rival: Rival | None = None
 
     @property
     def passed(self) -> bool:
@@ -379,8 +396,10 @@ def loss_table(report: Report) -> Table:
     columns: dict[str, Loss | None] = {}
     if accuracy.factorization is not None:
         columns = {"factorisation": accuracy.factorization, "quantization": accuracy.quantization}
+    columns["method"] = accuracy.method
+    if report.rival is not None:
+        columns[f"method, {report.rival.name}"] = report.rival.loss
     columns |= {
-        "method": accuracy.method,
         "export, exact": accuracy.export_exact,
         "export, shipped": accuracy.export_shipped,
         "total": accuracy.total,
@@ -402,6 +421,12 @@ def loss_table(report: Report) -> Table:
         notes.append(f"No method and total loss: {accuracy.reference_absent}.")
     elif accuracy.factorization is not None:
         notes.append("The method loss is split: factorisation alone, then what quantization adds to it.")
+    rival = report.rival
+    if rival is not None:
+        notes.append(
+            f"{rival.name} is the same model with the same factors, quantized by {rival.name.split()[0]} instead, in "
+            f"{rival.bytes:,} bytes of weights; this one has {report.sizes.weights:,}."
+        )
     return Table("Accuracy", ("", *columns), rows, tuple(notes))
 
 

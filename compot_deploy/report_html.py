@@ -214,6 +214,12 @@ def _loss(report: Report, drawn: Mapping[str, Plot]) -> str:
         )
         losses["quantization"] = ("quantization", accuracy.quantization, "factors → quantized factors")
     losses["method"] = ("method", accuracy.method, "original → compressed, in torch")
+    if report.rival is not None:
+        losses["rival"] = (
+            f"method, {_text(report.rival.name)}",
+            report.rival.loss,
+            "the same factors, another quantizer",
+        )
     losses["export_exact"] = ("export, exact", accuracy.export_exact, "compressed → file, computed exactly")
     losses["export_shipped"] = (
         "export, shipped",
@@ -226,8 +232,7 @@ def _loss(report: Report, drawn: Mapping[str, Plot]) -> str:
 
     def row(label: str, cell: Any) -> str:
         cells = "".join(
-            f'<td class="number">{cell(f"accuracy.{key}.comparison", loss)}</td>'
-            for key, (_, loss, _) in measured.items()
+            f'<td class="number">{cell(_place(key), loss)}</td>' for key, (_, loss, _) in measured.items()
         )
         return f'<tr><th scope="row">{label}</th>{cells}</tr>\n'
 
@@ -273,6 +278,11 @@ def _loss(report: Report, drawn: Mapping[str, Plot]) -> str:
         for _, loss, _ in measured.values()
         if loss is not None
     )
+    if report.rival is not None:
+        notes.append(
+            f"{report.rival.name} is the same model with the same factors, quantized otherwise, in "
+            f"{report.rival.bytes:,} bytes of weights; this one has {report.sizes.weights:,}."
+        )
     if bad:
         notes.append(f"{bad} logits are NaN or infinite; their positions are left out.")
     summary = "".join(
@@ -473,6 +483,11 @@ def _text_card(text: Continuation) -> str:
         f'<article class="text"><p class="prompt"><span>prompt</span>{_text(prompt)}</p>'
         f'<div class="voices">{"".join(cards)}</div></article>\n'
     )
+
+
+def _place(key: str) -> str:
+    """Where a comparison lies in report.json."""
+    return "rival.loss.comparison" if key == "rival" else f"accuracy.{key}.comparison"
 
 
 def _shared(first: str, second: str) -> int:

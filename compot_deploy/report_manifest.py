@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from compot_deploy.errors import InputError
 from compot_deploy.exporters.artifact import LeafRecord, Manifest, MatrixRecord
 from compot_deploy.plan import InMemory
 from compot_deploy.recipe import DEFAULT_GROUP
 from compot_deploy.report_facts import Frontier, FrontierPoint, LayerFigures, Origin
-from compot_deploy.weights import DENSE, Grid, Pattern, Storage
+from compot_deploy.weights import DENSE, Codebook, Grid, Pattern, Storage
 
 _BLOCK: Final = re.compile(r"(?:^|\.)(\d+)\.")
 
@@ -154,12 +154,18 @@ def _bits_of_groups(records: Sequence[MatrixRecord]) -> dict[str, float]:
 
 
 def _leaf(leaf: LeafRecord) -> str:
-    return f"float{leaf.bits}" if leaf.group is None else f"int{leaf.bits}/g{leaf.group}"
+    grid = _grid(leaf)
+    return f"float{leaf.bits}" if grid is None else str(grid)
 
 
 def _loaded(leaf: LeafRecord, pattern: Pattern, storage: Storage) -> int:
-    grid = None if leaf.group is None else Grid(leaf.bits, leaf.group)
-    return storage.leaf_bytes(leaf.inputs, leaf.outputs, grid, pattern)
+    return storage.leaf_bytes(leaf.inputs, leaf.outputs, _grid(leaf), pattern)
+
+
+def _grid(leaf: LeafRecord) -> Grid | None:
+    if leaf.group is None:
+        return None
+    return Grid(leaf.bits, leaf.group, cast(Codebook, leaf.codebook))
 
 
 def _pattern(text: str) -> Pattern:

@@ -24,7 +24,10 @@ from compot_deploy.report import from_json, to_json
 ROOT = Path(__file__).parents[1]
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
 WORKFLOW = yaml.safe_load((ROOT / "examples" / "ci" / "compot-gate.yml").read_text(encoding="utf-8"))
-QUICK = "--samples 4 --length 32 --evaluation-tokens 64 --rounds 2 --max-perplexity-ratio 1e9"
+QUICK = (
+    "--samples 4 --length 32 --evaluation-tokens 64 --rounds 2 --max-perplexity-ratio 1e9 "
+    "--embeddings none --head none"
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluation_tokens=64,
         rounds=2,
         max_perplexity_ratio=1e9,
+        embeddings="none",  # what quantization costs is what quantizing the factors costs
+        head="none",
     )
     (folder / "ci" / "baseline.json").write_text(to_json(good.report), encoding="utf-8")
     (folder / "ci" / "gate.toml").write_text('max_bytes = "1MB"\n[regression]\nkl = "10%"\nbytes = "2%"\n')
