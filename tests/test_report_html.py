@@ -16,7 +16,7 @@ from test_report import FINDINGS, loss, report
 
 from compot_deploy.accuracy import Continuation
 from compot_deploy.measures import Estimate
-from compot_deploy.report import Report, Sizes, to_json
+from compot_deploy.report import Report, Rival, Sizes, to_json
 from compot_deploy.report_facts import Frontier, FrontierPoint, LayerFigures, Origin
 from compot_deploy.report_html import to_html
 from compot_deploy.report_plots import plots
@@ -62,6 +62,7 @@ def full(blocks: int = 3) -> Report:
         ),
         layers=tuple(layers),
         frontier=Frontier("file", 3456, 777_777, points[1], points, points[2:]),
+        rival=Rival("gptq int4/g32", 4_200_010, loss("original", "gptq", 0.9)),
         origin=Origin("ab" * 32, "some text", "cd" * 32, 128, 32_768, 7),
         accuracy=replace(
             made.accuracy,
@@ -148,6 +149,7 @@ def test_the_page_shows_every_size_loss_criterion_layer_and_point() -> None:
             f"accuracy.{key}.comparison.{name}"
             for name in ("nmse", "perplexity_ratio.value", "divergence.mean.value", "divergence.p99")
         }
+    wanted.add("rival.loss.comparison.nmse")
     for n in range(len(made.layers)):
         wanted |= {f"layers.{n}.{key}" for key in ("bits", "bytes", "error", "unquantized_error", "effect")}
     wanted |= {f"frontier.all_forms.{n}.loss" for n in range(5)} | {"frontier.chosen.bytes"}
