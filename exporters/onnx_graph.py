@@ -93,6 +93,9 @@ EXPANSION_WEIGHTS: Final = "/constants/two_of_four/weights"
 """Two tensors that all packed codes of a graph share: bytes by row, and (1, 6), which make
 ``pattern + 6·value`` of a row as a product, because no standard operator adds two bytes."""
 
+TRACED: Final = "compot.traced"
+"""Metadata of a graph that was traced, and what for: ``features`` or ``generation``."""
+
 INLINE_BYTES: Final = 1024
 """Tensors up to this size are kept in the graph, larger ones in the data file."""
 
