@@ -2,13 +2,15 @@
 #   make demo   compress the model that ships with the project, export it to ONNX, check it
 #   make test   format, lint, types, tests
 #   make dev    what `make test` needs, plus the git hooks
+#   make docs   the documentation into out/site, warnings are errors; runs every code block in it
+#   make examples   runs the scripts of examples/
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO = out/demo
 
-.PHONY: demo test lint types dev compatibility clean
+.PHONY: demo test lint types dev compatibility docs examples clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/compot-deploy --quant int4 --format onnx --out $(DEMO) --force
@@ -38,6 +40,13 @@ compatibility: $(VENV)/dev.stamp
 		tests/test_onnx_graph.py tests/test_runners.py tests/test_tokens.py
 	COMPOT_DEPLOY_OPTIMUM_PYTHON=$(OLD)/bin/python $(BIN)/python -m pytest -q tests/test_onnx_folder.py -k optimum
 
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python docs/run_blocks.py
+
+examples: $(VENV)/dev.stamp
+	set -e; for script in examples/[0-9]*.py; do echo "$$script"; $(BIN)/python $$script; done
+
 # A CPU build of torch is preferred where there is none; a torch that is already there (CUDA, say) stays.
 # An interpreter that has torch is shared with the environment, so that nothing is downloaded twice.
 $(VENV)/bin/python:
@@ -61,6 +70,10 @@ $(VENV)/dev.stamp: pyproject.toml | $(VENV)/bin/python
 	@ln -sfn ../runtime compot_deploy/llama
 	@ln -sfn ../examples/embedded compot_deploy/embedded
 	@touch $@ $(VENV)/demo.stamp
+
+$(VENV)/docs.stamp: $(VENV)/dev.stamp
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .venv-* out build dist *.egg-info compot_deploy/exporters compot_deploy/quant compot_deploy/llama compot_deploy/embedded
