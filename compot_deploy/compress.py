@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from compot_deploy.allocate import Choice
-from compot_deploy.factorize import METHODS, Alternation
+from compot_deploy.factorize import METHODS, alternation_of
 from compot_deploy.quant import QUANTIZERS
 from compot_deploy.quantize_factors import quantize_factors
 from compot_deploy.recipe import Recipe
@@ -69,7 +69,7 @@ def compress_linear(
             whitening,
             choice.atoms,
             choice.pattern,
-            Alternation(rounds=recipe.rounds, paper_exact=recipe.paper_exact),
+            alternation_of(recipe.rounds, paper_exact=recipe.paper_exact),
         )
         quantized = quantize_factors(
             factors,
