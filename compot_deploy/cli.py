@@ -15,6 +15,7 @@ Exit codes: 0 done and gate passed · 1 gate failed (the folder is kept, marked)
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import signal
@@ -351,6 +352,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # It misses an optional kernel, aloud, whenever it is imported.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ from compot_deploy.settings import (
     budget_of,
     check_format,
     check_groups,
+    check_quantizer,
     device_of,
     other_bytes,
     search_of,
@@ -118,6 +119,7 @@ def deploy(model: str | None = None, *, progress: Progress = silent, **knobs: An
 
 def run(recipe: Recipe, progress: Progress = silent) -> tuple[Deployment, ...]:
     """Everything, from a recipe: check what can be checked, compress, then export and judge each format."""
+    check_quantizer(recipe)
     checkpoint = open_checkpoint(recipe.model or MODEL, allow_pickle=recipe.allow_pickle)
     targets = targets_of(recipe)
     for kind, target in targets.items():
@@ -345,7 +347,7 @@ def allocate(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, progress:
         return Plan(attempt(recipe), recipe)
     except RecipeError:
         finer = DEFAULT_GROUP // 2
-        if recipe.code_group is not None or recipe.code_grid is None:
+        if recipe.code_group is not None or recipe.code_grid is None or recipe.code_grid.table:
             raise
         recipe = override(recipe, code_group=finer)
         note = f"groups of {DEFAULT_GROUP} atoms are too coarse for this ratio: codes use groups of {finer}"

@@ -461,7 +461,29 @@ def llama_runner(folder: Path, *, exact: bool = False, threads: int = 0) -> Runn
     return LlamaRunner(folder, exact=exact, threads=threads)
 
 
-RUNNERS: Final[Mapping[str, RunnerFactory]] = MappingProxyType({"onnx": onnx_runner, "gguf": llama_runner})
+def huggingface_runner(folder: Path, *, exact: bool = False, threads: int = 0) -> TorchRunner:
+    """An exported Hugging Face folder in transformers, in float32; there are no approximations to switch off.
+
+    The folder is loaded as a user would, by the Auto class, but no code of it is run: see
+    `compot_deploy.huggingface.layout.read_config`.
+
+    Raises:
+        ArtifactError: files and configuration disagree, or point elsewhere.
+    """
+    from compot_deploy.huggingface.layout import read_config
+
+    read_config(folder)
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
+    return TorchRunner(model, f"transformers {transformers.__version__}, packed factors")
+
+
+RUNNERS: Final[Mapping[str, RunnerFactory]] = MappingProxyType(
+    {"onnx": onnx_runner, "gguf": llama_runner, "huggingface": huggingface_runner}
+)
 """Kind of artifact → the function that opens it."""
 
 
