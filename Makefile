@@ -34,11 +34,12 @@ OLD = .venv-transformers4
 compatibility: $(VENV)/dev.stamp
 	$(MAKE) VENV=$(OLD) $(OLD)/bin/python
 	$(OLD)/bin/python -m pip install --quiet -e ".[onnx]" "transformers==4.57.6" "optimum-onnx==0.1.0" \
-		"pytest>=8" "hypothesis>=6" "beartype>=0.20"
+		"onnxscript>=0.5" "pytest>=8" "hypothesis>=6" "beartype>=0.20"
 	COMPOT_DEPLOY_OPTIMUM_PYTHON=$(OLD)/bin/python $(OLD)/bin/python -m pytest -q \
 		tests/test_calibrate.py tests/test_checkpoint.py tests/test_cli.py tests/test_onnx_folder.py \
-		tests/test_onnx_graph.py tests/test_runners.py tests/test_tokens.py
-	COMPOT_DEPLOY_OPTIMUM_PYTHON=$(OLD)/bin/python $(BIN)/python -m pytest -q tests/test_onnx_folder.py -k optimum
+		tests/test_onnx_graph.py tests/test_onnx_traced.py tests/test_runners.py tests/test_tokens.py
+	COMPOT_DEPLOY_OPTIMUM_PYTHON=$(OLD)/bin/python $(BIN)/python -m pytest -q \
+		tests/test_onnx_folder.py tests/test_onnx_traced.py tests/test_traced.py -k optimum
 
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

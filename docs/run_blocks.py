@@ -31,7 +31,7 @@ LANGUAGES = ("console", "python")
 SMALL = {"samples": 8, "length": 64, "rounds": 3, "evaluation_tokens": 512}
 """Knobs that make a run short, and its figures coarse."""
 
-LIMIT = 600
+LIMIT = 1800
 """Seconds that a block may take."""
 
 _FENCE = re.compile(

@@ -165,7 +165,7 @@ def interface_of(model: nn.Module) -> Interface:
         sizes = ("sequence_length", sizes[1])
     inputs: tuple[str, ...] = ("input_ids", "attention_mask")
     if task == "generation":
-        return Interface(task, inputs, output, sizes, _cache_sizes(found.past_key_values, name))
+        return Interface(task, inputs, output, sizes, _cache_sizes(found.get("past_key_values"), name))
     if "token_type_ids" in parameters and int(getattr(config, "type_vocab_size", 0) or 0) > 1:
         inputs = (*inputs, "token_type_ids")
     return Interface(task, inputs, output, sizes)
@@ -686,7 +686,8 @@ def export(
         source: folder of the original model, for tokenizer and pooling; None copies none.
 
     Returns:
-        What was written, in the model's order.
+        What was written, in the model's order. A matrix that the output does not depend on, a pooler's for
+        example, is not traced and not written.
 
     Raises:
         MissingDependencyError, UnsupportedModelError, RecipeError, InputError: see `build_traced` and
@@ -701,12 +702,14 @@ def export(
         ... }
         >>> export(model, folder, matrices, source=Path("encoder"))
     """
-    written = matrices_of(model, matrices)
+    found = matrices_of(model, matrices)
     graph, data = folder / GRAPH, folder / DATA
     graph.parent.mkdir(exist_ok=True)
     with data.open("wb") as file:
-        proto = build_traced(model, file, data.name, written, options)
+        proto = build_traced(model, file, data.name, found, options)
     graph.write_bytes(proto.SerializeToString(deterministic=True))
+    held = set(OnnxMatrices(graph)) if found else set()
+    written = {name: matrix for name, matrix in found.items() if name in held}
     config = _config_json(model)
     write_json(folder / "config.json", config)
     if interface_task(proto) == "generation":

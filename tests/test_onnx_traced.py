@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -253,6 +256,29 @@ def test_onnxruntime_genai_continues_as_torch_does(decoder: Case) -> None:
     found = tuple(int(token) for token in generator.get_sequence(0)[3:])
     expected = OnnxRunner(decoder.folder, threads=1).generate([5, 6, 7], 12)
     assert len(found) > 2 and found == expected[: len(found)]
+
+
+@pytest.mark.consumer
+def test_optimum_continues_a_traced_decoder_in_its_own_environment(decoder: Case, tmp_path: Path) -> None:
+    python = os.environ.get("COMPOT_DEPLOY_OPTIMUM_PYTHON", "")
+    if shutil.which(python) is None:
+        pytest.skip("set COMPOT_DEPLOY_OPTIMUM_PYTHON to the python of an environment with optimum-onnx")
+    program = (
+        "import sys, torch\n"
+        "from optimum.onnxruntime import ORTModelForCausalLM\n"
+        "model = ORTModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "ids, mask = torch.tensor([[5, 6, 7], [0, 8, 9]]), torch.tensor([[1, 1, 1], [0, 1, 1]])\n"
+        "options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)\n"
+        "print(model.generate(input_ids=ids, attention_mask=mask, **options)[:, 3:].tolist())\n"
+    )
+    result = subprocess.run(
+        [python, "-c", program, str(decoder.folder)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    runner = OnnxRunner(decoder.folder, threads=1)
+    # The second row is padded on the left; unpadded it continues alike.
+    expected = [list(runner.generate(prompt, 8)) for prompt in ([5, 6, 7], [8, 9])]
+    assert json.loads(result.stdout.splitlines()[-1]) == expected
 
 
 def test_losses_are_kept_apart(encoder: Case) -> None:
