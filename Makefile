@@ -29,8 +29,9 @@ dev: $(VENV)/dev.stamp
 	$(BIN)/pre-commit install
 
 # transformers 4.57, the newest that optimum accepts, in an environment of its own: our code runs there too, and
-# optimum loads the folders that it wrote.
+# optimum loads the folders that it wrote. onnxruntime-genai runs them in an environment without torch.
 OLD = .venv-transformers4
+GENAI = .venv-genai
 compatibility: $(VENV)/dev.stamp
 	$(MAKE) VENV=$(OLD) $(OLD)/bin/python
 	$(OLD)/bin/python -m pip install --quiet -e ".[onnx]" "transformers==4.57.6" "optimum-onnx==0.1.0" \
@@ -40,6 +41,9 @@ compatibility: $(VENV)/dev.stamp
 		tests/test_onnx_graph.py tests/test_onnx_traced.py tests/test_runners.py tests/test_tokens.py
 	COMPOT_DEPLOY_OPTIMUM_PYTHON=$(OLD)/bin/python $(BIN)/python -m pytest -q \
 		tests/test_onnx_folder.py tests/test_onnx_traced.py tests/test_traced.py -k optimum
+	$(PYTHON) -m venv $(GENAI)
+	$(GENAI)/bin/python -m pip install --quiet "onnxruntime-genai==0.18.0" numpy
+	COMPOT_DEPLOY_GENAI_PYTHON=$(GENAI)/bin/python $(BIN)/python -m pytest -q tests/test_onnx_folder.py -k genai_generates
 
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -3,7 +3,7 @@
     python docs/run_blocks.py [--list] [PAGE …]
 
 ``console`` and ``python`` blocks of README.md and docs/*.md are run in order, each page in a temporary folder of
-its own. ``MODEL`` stands for the model that ships, ``DIR`` for a folder. Every block stands by itself, but for the
+its own. ``MODEL`` stands for the model that ships, ``DIR`` for a folder, ``text.txt`` for a text. Every block stands by itself, but for the
 files that earlier blocks of its page wrote. A block that cannot be run has a comment in the line before it, which
 says why::
 
@@ -106,7 +106,7 @@ def run(block: Block, folder: Path, tools: Path) -> str:
     """Run a block in a folder; what it printed, if it failed, otherwise nothing."""
     from compot_deploy.embedded import MODEL
 
-    text = re.sub(r"\bMODEL\b", str(MODEL), block.text)
+    text = re.sub(r"\bMODEL\b|path/to/model", str(MODEL), block.text)
     text = re.sub(r"\bDIR\b", "dir", text)
     if block.language == "console":
         command = ["bash", "-euo", "pipefail", "-c", text]
@@ -148,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--list", action="store_true", help="only say what would be run")
     options = parser.parse_args(argv)
+    from compot_deploy.embedded import HELD_OUT_TEXT
+
     chosen = [page.resolve() for page in options.pages] or pages()
     failed = ran = 0
     left: list[Block] = []
@@ -156,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for page in chosen:
             folder = Path(scratch) / page.stem
             folder.mkdir()
+            (folder / "text.txt").write_bytes(HELD_OUT_TEXT.read_bytes())
             for block in blocks_of(page):
                 if block.reason:
                     left.append(block)
