@@ -58,6 +58,8 @@ from compot_deploy.recipe import Recipe, default_of, knob_type, knobs, recipe_fr
 from compot_deploy.report import tables, verdict
 from compot_deploy.serve import DEFAULT_PORT, PageServer
 from compot_deploy.summary import STEP_SUMMARY, to_summary, write_summary
+from compot_deploy.traced import TracedDeployment, deploy_traced, is_traced
+from compot_deploy.traced import overview as traced_overview
 
 _GROUPS: Final = {
     "model": "what and where",
@@ -125,6 +127,10 @@ def _deploy(arguments: list[str], out: Console, err: Console) -> int:
             "No model given: using the small model that ships with compot-deploy (1.6M parameters, trained on "
             "Python's documentation)."
         )
+    if is_traced(recipe):
+        with _bars(err) as progress:
+            deployment = deploy_traced(recipe, progress)
+        return _show_traced(deployment, out)
     with _bars(err) as progress:
         deployments = run(recipe, progress)
     return max((_show(deployment, out) for deployment in deployments), default=EXIT_OK)
@@ -409,6 +415,11 @@ def _show(deployment: Deployment, out: Console) -> int:
         for note in table.notes:
             out.print(Text(f"  {note}"), style="dim")
     out.print(Text(f"{deployment.folder}: {verdict(deployment.report)}"), style="bold")
+    return EXIT_OK if deployment.passed else EXIT_GATE_FAILED
+
+
+def _show_traced(deployment: TracedDeployment, out: Console) -> int:
+    _print_overview(out, traced_overview(deployment))
     return EXIT_OK if deployment.passed else EXIT_GATE_FAILED
 
 

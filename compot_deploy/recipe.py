@@ -173,6 +173,12 @@ class Recipe:
     min_top1: float | None = _knob(
         None, "gate: share of positions with the original's most likely token", unit="fraction", group="gate"
     )
+    min_cosine: float = _knob(
+        0.9,
+        "gate for encoders and other models that are traced: mean cosine of embeddings to the original's",
+        unit="cosine",
+        group="gate",
+    )
     max_export_nmse: float = _knob(
         1e-4,
         "gate, always on: normalised squared error that the export itself may add",
@@ -310,6 +316,8 @@ class Recipe:
                 raise RecipeError(f"--{name.replace('_', '-')} {limit}: a limit cannot be negative or NaN.")
         if self.min_top1 is not None and not 0 <= self.min_top1 <= 1:
             raise RecipeError(f"--min-top1 {self.min_top1}: give a fraction between 0 and 1.")
+        if not -1 <= self.min_cosine <= 1:
+            raise RecipeError(f"--min-cosine {self.min_cosine}: give a number between -1 and 1.")
         if not self.format:
             raise RecipeError("--format: give at least one format.")
 

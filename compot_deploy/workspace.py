@@ -28,6 +28,7 @@ _DOES_NOT_CHANGE_WEIGHTS: Final = frozenset(
         "max_perplexity_ratio",
         "max_kl",
         "min_top1",
+        "min_cosine",
         "max_export_nmse",
     )
 )
