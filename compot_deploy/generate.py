@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compot_deploy.errors import ArtifactError, InputError
-from compot_deploy.huggingface.layout import CODE
 from compot_deploy.runners import Runner, huggingface_runner, onnx_runner
 from compot_deploy.tokens import load_tokenizer
 
@@ -48,9 +47,9 @@ def generate(path: Path, prompt: str, *, tokens: int = 64, threads: int = 1) -> 
         made = generate_in_llama(find_gguf(path), prompt, max_tokens=tokens, threads=threads)
         return Generated(made.text, made.tokens, made.tokens_per_second)
     onnx = (path / "onnx" / "model.onnx").is_file()
-    if not onnx and not (path / CODE).is_file():
+    if not onnx and not list(path.glob("model*.safetensors")):
         raise ArtifactError(
-            f"{path} holds neither onnx/model.onnx nor a GGUF file nor packed safetensors: export a model there "
+            f"{path} holds neither onnx/model.onnx nor a GGUF file nor model.safetensors: export a model there "
             "first."
         )
     tokenizer = load_tokenizer(path)

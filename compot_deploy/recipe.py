@@ -63,7 +63,9 @@ class Recipe:
         group="size",
     )
     size: str | None = _knob(
-        None, "budget instead of --ratio: size of the whole output, 400MB for example", group="size"
+        None,
+        "budget instead of --ratio: size of the whole output but report.html, 400MB for example",
+        group="size",
     )
     budget: Literal["file", "memory"] = _knob(
         "file",
@@ -89,7 +91,9 @@ class Recipe:
     )
 
     # Method
-    method: Literal["compot", "svd-llm"] = _knob("compot", "how a matrix is factorised")
+    method: Literal["compot", "svd-llm", "plain"] = _knob(
+        "compot", "how a matrix is factorised; plain only quantizes, whatever the ratio"
+    )
     allocation: Literal["auto", "knapsack", "uniform", "spectral"] = _knob(
         "auto",
         "how the budget is spread over the matrices: knapsack weighs measured forms of each by what they cost "
@@ -209,12 +213,10 @@ class Recipe:
         """
         if self.size is None:
             return None
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?)?B?\s*", self.size, re.IGNORECASE)
-        if match is None or not float(match[1]) > 0:
+        size = size_in_bytes(self.size)
+        if size is None:
             raise RecipeError(f"--size {self.size}: give a number and a unit, 400MB or 1.5GiB for example.")
-        unit = (match[2] or "").lower()
-        base = 1024 if unit.endswith("i") else 1000
-        return int(float(match[1]) * base ** " kmg".index(unit[:1] or " "))
+        return size
 
     # -- grids ---------------------------------------------------------------------------------------
 
@@ -280,6 +282,8 @@ class Recipe:
                 f"--atoms-per-nonzero {self.atoms_per_nonzero:g}: a column cannot use more atoms than there are; "
                 "give 1 (dense codes) or more."
             )
+        if self.method == "plain" and self.planned:
+            raise RecipeError("--method plain has nothing to plan: leave --bits and --size out.")
         if self.code_pattern != "column" and (self.atoms_per_nonzero != 2 or self.method == "svd-llm"):
             other = "--method svd-llm" if self.method == "svd-llm" else "--atoms-per-nonzero"
             raise RecipeError(
@@ -376,6 +380,16 @@ class Recipe:
 
 DEFAULT_GROUP: Final = 32
 """Inputs per scale: the finest that every runtime runs fast, 0.5 bit per weight."""
+
+
+def size_in_bytes(text: str) -> int | None:
+    """``400MB`` or ``1.5GiB`` in bytes; None for what is no size above 0."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?)?B?\s*", text, re.IGNORECASE)
+    if match is None or not float(match[1]) > 0:
+        return None
+    unit = (match[2] or "").lower()
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(match[1]) * base ** " kmg".index(unit[:1] or " "))
 
 
 def recipe_from_mapping(values: Mapping[str, Any], origin: str) -> Recipe:

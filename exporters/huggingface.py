@@ -8,6 +8,9 @@
 Factors are stored packed, at their true size, each shared dictionary once; see `compot_deploy.packed` for the
 bytes and `compot_deploy.huggingface.layout` for the configuration. What is given is written bit for bit, one
 matrix in memory at a time but for the shard that is being filled. Nothing here imports transformers.
+
+A model of plain linears on bitsandbytes' grids with floating-point tables is written in bitsandbytes' own layout
+instead, under the model type of the original, for everybody who has bitsandbytes: `exporters.huggingface_bnb`.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -25,12 +28,19 @@ from torch import Tensor
 
 from compot_deploy.architectures import Architecture, find_architecture
 from compot_deploy.checkpoint import TOKENIZER_FILES
-from compot_deploy.errors import ArtifactError, InputError
+from compot_deploy.errors import ArtifactError, InputError, RecipeError
+from compot_deploy.exporters.huggingface_bnb import (
+    BnbStorage,
+    matrix_of,
+    quantization_config,
+    tensors_of,
+)
 from compot_deploy.findings import Finding
 from compot_deploy.huggingface.layout import (
     AUTO_MAP,
     CODE,
     CODE_TEXT,
+    FORMAT,
     INDEX,
     MODEL_TYPE,
     POINTER,
@@ -40,11 +50,14 @@ from compot_deploy.huggingface.layout import (
     check_tensors,
     entry_of,
     from_json,
+    grid_from_json,
     leaf_name,
     read_config,
+    read_object,
     reveal,
     tied_head,
     to_json,
+    weight_files,
 )
 from compot_deploy.packed import PackedStorage, pack, unpack
 from compot_deploy.weights import (
@@ -74,9 +87,11 @@ class HuggingFaceOptions:
 
     Attributes:
         shard_bytes: a file is closed before it grows beyond this.
+        layout: ``compot``, our own, for everything; ``bnb``, bitsandbytes' own, for plain linears on its grids.
     """
 
     shard_bytes: int = SHARD_BYTES
+    layout: Literal["compot", "bnb"] = "compot"
 
 
 @dataclass(frozen=True)
@@ -90,12 +105,14 @@ class HuggingFaceExporter:
     name: str = "huggingface"
 
     def options(self, knobs: Mapping[str, Any]) -> HuggingFaceOptions:
-        """There is nothing to choose in a recipe."""
-        return HuggingFaceOptions()
+        """Bitsandbytes' layout for what it can hold whole: plain linears, tables as they are."""
+        plain = knobs.get("quantizer") == "bnb" and knobs.get("method") == "plain"
+        floating = knobs.get("embeddings") == knobs.get("head") == "none"
+        return HuggingFaceOptions(layout="bnb" if plain and floating else "compot")
 
-    def storage(self, options: HuggingFaceOptions) -> PackedStorage:
+    def storage(self, options: HuggingFaceOptions) -> PackedStorage | BnbStorage:
         """What a leaf takes in the file."""
-        return PackedStorage()
+        return BnbStorage() if options.layout == "bnb" else PackedStorage()
 
     def check(
         self,
@@ -108,9 +125,12 @@ class HuggingFaceExporter:
 
     def write(self, model: CompressedModel, folder: Path, options: HuggingFaceOptions) -> None:
         """Write every file but the manifest into an existing folder."""
+        shards = _Shards(folder, options.shard_bytes)
+        if options.layout == "bnb":
+            _write_bnb(model, folder, shards)
+            return
         owners: dict[str, str] = {}
         entries: list[Entry] = []
-        shards = _Shards(folder, options.shard_bytes)
         for name, matrix in model.matrices.items():
             if isinstance(matrix, Dense):
                 shards.add(f"{name}.weight", matrix.weight.T)
@@ -138,10 +158,7 @@ class HuggingFaceExporter:
         }
         _write_json(folder / "config.json", config)
         (folder / CODE).write_text(CODE_TEXT, encoding="utf-8", newline="\n")
-        source = Path(model.source) if model.source else None
-        for name in ("generation_config.json", *TOKENIZER_FILES):
-            if source is not None and (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        _copy_texts(model, folder)
 
     def read(self, folder: Path) -> Mapping[str, Matrix]:
         """Every matrix of a folder, read when it is asked for.
@@ -149,8 +166,7 @@ class HuggingFaceExporter:
         Raises:
             ArtifactError: files and configuration disagree, or point elsewhere.
         """
-        config = read_config(folder)
-        return _Matrices(folder, config, find_architecture(reveal(config["base_config"])))
+        return self.read_model(folder).matrices
 
     def read_model(self, folder: Path) -> CompressedModel:
         """The whole model of a folder, from its own files alone: what `write` was given.
@@ -159,6 +175,8 @@ class HuggingFaceExporter:
             ArtifactError: a file is missing or damaged, or files and configuration disagree.
             UnsupportedModelError: a base model that is not one of the decoders; load it with transformers.
         """
+        if is_bnb(folder):
+            return _read_bnb(folder)
         config = read_config(folder)
         base = reveal(config["base_config"])
         architecture = find_architecture(base)
@@ -176,6 +194,10 @@ class HuggingFaceExporter:
     def lint(self, folder: Path) -> tuple[Finding, ...]:
         """What is wrong about the structure of a folder; the first error hides what comes after it."""
         try:
+            if is_bnb(folder):
+                for matrix in _read_bnb(folder).matrices.values():
+                    _ = matrix.shape  # every linear is read and compared
+                return ()
             config = read_config(folder)
             check_tensors(folder, from_json(config.get("compot"), "config.json"), "config.json")
         except ArtifactError as error:
@@ -191,6 +213,111 @@ class HuggingFaceExporter:
                 ),
             )
         return ()
+
+
+EXPORTER: Final = HuggingFaceExporter()
+"""For whoever needs this one and not the table of all."""
+
+
+def is_bnb(folder: Path) -> bool:
+    """Whether a folder is in bitsandbytes' own layout.
+
+    Raises:
+        ArtifactError: config.json cannot be read.
+    """
+    settings = read_object(folder / "config.json").get("quantization_config")
+    return isinstance(settings, Mapping) and settings.get("quant_method") == "bitsandbytes"
+
+
+def _write_bnb(model: CompressedModel, folder: Path, shards: _Shards) -> None:
+    grids: set[Grid] = set()
+    for name, matrix in model.matrices.items():
+        if isinstance(matrix, Dense):
+            shards.add(f"{name}.weight", matrix.weight.T)
+        elif isinstance(matrix, Quantized) and name not in (
+            model.architecture.embedding,
+            model.architecture.head,
+        ):
+            grids.add(matrix.grid)
+            for tensor, value in tensors_of(name, matrix):
+                shards.add(tensor, value)
+        else:
+            raise RecipeError(f"{name} cannot be written in bitsandbytes' layout: only plain linears can.")
+    if len(grids) != 1:
+        raise RecipeError(f"bitsandbytes' layout has one grid for all linears, and here are {len(grids)}.")
+    for name in model.tensors:
+        if not name.endswith("rotary_emb.inv_freq"):
+            shards.add(name, model.tensors[name])
+    shards.finish()
+    (grid,) = grids
+    own = {"format": FORMAT, "linears": str(grid)}
+    config = {key: value for key, value in model.config.items() if key != "auto_map"}
+    config |= {
+        "quantization_config": quantization_config(grid),
+        "tie_word_embeddings": model.tied,
+        "compot": own,
+    }
+    _write_json(folder / "config.json", config)
+    _copy_texts(model, folder)
+
+
+def _read_bnb(folder: Path) -> CompressedModel:
+    where = folder / "config.json"
+    config = read_object(where)
+    own = config.pop("compot", None)
+    if config.get("auto_map"):
+        raise ArtifactError(f"{where}: auto_map points to code, which this folder does not need: refused.")
+    if not isinstance(own, Mapping) or own.get("format") != FORMAT:
+        raise ArtifactError(f"{where}: compot-deploy did not write this folder, or a newer version did.")
+    grid = grid_from_json(own.get("linears"), str(where))
+    if config.pop("quantization_config") != quantization_config(grid):
+        raise ArtifactError(f"{where}: quantization_config is not what belongs to {grid}. Export it again.")
+    architecture = find_architecture(config)
+    layers = config.get("num_hidden_layers")
+    if not isinstance(layers, int):
+        raise ArtifactError(f"{where}: num_hidden_layers is {layers!r}, not a number. Export again.")
+    tensors = {name: _read(path, name) for name, path in weight_files(folder).items()}
+    sizes = linear_shapes(architecture, config)
+    matrices: dict[str, Matrix] = {}
+    used: set[str] = set()
+    for name in architecture.linear_names(layers):
+        matrices[name] = matrix_of(name, tensors, sizes[name.rpartition(".")[2]], grid)
+        used |= {key for key in tensors if key.startswith((f"{name}.weight", f"{name}.SCB"))}
+    for name in (architecture.embedding, architecture.head):
+        if f"{name}.weight" in tensors:
+            matrices[name] = Dense(tensors[f"{name}.weight"].T)
+            used.add(f"{name}.weight")
+    return CompressedModel(
+        architecture=architecture,
+        config=config,
+        matrices=matrices,
+        tensors={name: tensor for name, tensor in tensors.items() if name not in used},
+        tied=architecture.head not in matrices,
+        source=str(folder),
+    )
+
+
+def linear_shapes(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """(in, out) of every kind of linear, from the configuration."""
+    hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+    heads, head = int(config["num_attention_heads"]), architecture.head_size(config)
+    keys = int(config.get("num_key_value_heads") or heads)
+    return {
+        "q_proj": (hidden, heads * head),
+        "k_proj": (hidden, keys * head),
+        "v_proj": (hidden, keys * head),
+        "o_proj": (heads * head, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
+    }
+
+
+def _copy_texts(model: CompressedModel, folder: Path) -> None:
+    source = Path(model.source) if model.source else None
+    for name in ("generation_config.json", *TOKENIZER_FILES):
+        if source is not None and (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 class _Matrices(Mapping[str, Matrix]):
@@ -298,7 +425,9 @@ class _Shards:
 
     def _close(self) -> None:
         # transformers refuses files without this note.
-        save_file(self._pending, self._part(len(self._closed)), metadata={"format": "pt"})
+        part = self._part(len(self._closed))
+        save_file(self._pending, part, metadata={"format": "pt"})
+        part.chmod((self._folder.stat().st_mode & 0o444) | 0o200)  # safetensors lets nobody else read it
         self._closed.append(tuple(self._pending))
         self._pending, self._bytes = {}, 0
 

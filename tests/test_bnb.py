@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from dataclasses import replace
@@ -12,13 +13,18 @@ import onnx
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from compot_deploy.cli import main
-from compot_deploy.errors import MissingDependencyError, RecipeError
+from compot_deploy.errors import ArtifactError, MissingDependencyError, RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.artifact import read_manifest
+from compot_deploy.exporters.huggingface_bnb import dequantized
 from compot_deploy.exporters.packing import BNB_TYPES, pack_bnb4, pack_nbits, unpack_bnb4
 from compot_deploy.recipe import Recipe
+from compot_deploy.report import from_json, loss_table
+from compot_deploy.runners import huggingface_runner
 from compot_deploy.store import load_matrices, save_matrices
 from compot_deploy.weights import Codebook, Grid, Quantized, same_matrix
 
@@ -212,6 +218,13 @@ def test_both_formats_carry_it_end_to_end(
     records = [record for record in read_manifest(out / "onnx").matrices if record.pairs]
     codebooks = {pair.codes.codebook for record in records for pair in record.pairs}
     assert codebooks == {"nf4" if quant == "nf4" else "integer"}
+    report = from_json((out / "onnx/compot/report.json").read_text())
+    assert report.rival is not None
+    assert report.rival.bytes == report.sizes.weights, "compared with GPTQ at the same bytes"
+    assert report.rival.name == f"gptq int{8 if quant == 'int8' else 4}/g32"
+    table = loss_table(report)
+    assert table.columns[2] == f"method, {report.rival.name}"
+    assert all(len(row) == len(table.columns) for row in table.rows)
     capsys.readouterr()
     assert main(["inspect", str(out / "onnx")]) == 0
     assert ("nf4/g32" in capsys.readouterr().out) == (quant == "nf4")
@@ -247,3 +260,77 @@ def test_other_formats_refuse_tables() -> None:
         with pytest.raises(RecipeError, match="nf4"):
             exporter.check(ARCHITECTURES["llama"], config, grids, options)
     assert replace(recipe, quant="int8").code_grid == Grid(8, 32)
+
+
+# --- bitsandbytes' own folder ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quant", ["nf4", "fp4", "int8"])
+def test_a_plain_model_is_written_in_the_librarys_own_layout(quant: str, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    source, out = tiny.save(tmp_path / "model", num_hidden_layers=1), tmp_path / "out"
+    recipe = [
+        "--quantizer",
+        "bnb",
+        "--quant",
+        quant,
+        "--method",
+        "plain",
+        "--embeddings",
+        "none",
+        "--head",
+        "none",
+    ]
+    recipe += ["--format", "huggingface", "--samples", "4", "--length", "32", "--evaluation-tokens", "64"]
+    assert main([str(source), *recipe, "--max-perplexity-ratio", "100", "--out", str(out)]) == 0
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert type(loaded).__name__ == "LlamaForCausalLM", "no class of ours"
+    kind = "Linear8bitLt" if quant == "int8" else "Linear4bit"
+    assert type(loaded.model.layers[0].mlp.down_proj).__name__ == kind
+    model = EXPORTERS["huggingface"].read_model(out)
+    multiplied_out = dequantized(loaded)
+    for name, matrix in model.matrices.items():
+        found = multiplied_out.get_submodule(name).weight.T
+        assert torch.allclose(found, matrix.dequantize(), rtol=1e-6, atol=0), name
+    promised = sum(record.bytes for record in read_manifest(out).matrices)
+    norms = sum(tensor.nbytes for tensor in model.tensors.values())
+    assert sum(tensor.nbytes for tensor in load_file(out / "model.safetensors").values()) == promised + norms
+    assert main(["check", str(out)]) == 0
+
+
+def test_a_changed_bnb_folder_is_one_clear_sentence(tmp_path: Path) -> None:
+    source, out = tiny.save(tmp_path / "model", num_hidden_layers=1), tmp_path / "out"
+    recipe = [
+        "--quantizer",
+        "bnb",
+        "--quant",
+        "nf4",
+        "--method",
+        "plain",
+        "--embeddings",
+        "none",
+        "--head",
+        "none",
+    ]
+    recipe += ["--format", "huggingface", "--samples", "4", "--length", "32", "--evaluation-tokens", "64"]
+    main([str(source), *recipe, "--max-perplexity-ratio", "100", "--out", str(out)])
+    config, tensors = json.loads((out / "config.json").read_text()), load_file(out / "model.safetensors")
+    q = "model.layers.0.self_attn.q_proj"
+
+    def attempt(sentence: str) -> None:
+        with pytest.raises(ArtifactError, match=sentence):
+            huggingface_runner(out)
+
+    (out / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "evil.Config"}}))
+    attempt("auto_map points to code")
+    (out / "config.json").write_text(json.dumps({**config, "compot": {"format": 1, "linears": "nf4/g64"}}))
+    attempt("is not as compot-deploy writes it: another quant_state")
+    (out / "config.json").write_text(json.dumps(config))
+    for changed, sentence in (
+        ({f"{q}.weight.absmax": tensors[f"{q}.weight.absmax"] * 1.0001}, "no float16"),
+        ({f"{q}.weight.quant_map": torch.zeros(16)}, "another table"),
+        ({f"{q}.weight": tensors[f"{q}.weight"][:-16]}, "is not as compot-deploy writes it"),
+    ):
+        save_file({**tensors, **changed}, out / "model.safetensors", metadata={"format": "pt"})
+        attempt(sentence)
+        assert [finding.severity for finding in EXPORTERS["huggingface"].lint(out)] == ["error"]

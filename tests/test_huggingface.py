@@ -211,7 +211,7 @@ def run(program: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_without_the_package_nothing_loads_and_with_it_everything(folder: Path) -> None:
+def test_without_the_package_nothing_loads_and_with_it_it_runs_and_compiles(folder: Path) -> None:
     program = """
 import sys
 sys.modules["compot_deploy"] = None
@@ -228,7 +228,14 @@ for kind, arguments in attempts:
         print(kind.__name__, "LOADED")
 del sys.modules["compot_deploy"]
 import compot_deploy
-print("now", type(t.AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)
+import torch
+model = t.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+print("now", type(model).__name__)
+ids = torch.arange(12).view(1, 12)
+with torch.no_grad():
+    expected = model(ids, use_cache=False).logits
+    compiled = torch.compile(model, fullgraph=True, backend="eager")  # an error at any graph break
+    print("compiled", torch.equal(compiled(ids, use_cache=False).logits, expected))
 """
     found = run(program, str(folder)).splitlines()
     lines = [line for line in found if "|" in line or "LOADED" in line]
@@ -236,21 +243,17 @@ print("now", type(t.AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)
     assert not [line for line in lines if "LOADED" in line]
     assert sum("pip install compot-deploy" in line for line in lines) == 2
     assert "now CompotForCausalLM" in found
+    assert "compiled True" in found
 
 
-def test_importing_is_cheap_and_the_model_compiles_without_graph_breaks(folder: Path) -> None:
+def test_importing_is_cheap_and_transformers_learns_of_us_when_it_comes() -> None:
     program = """
 import sys, compot_deploy
 assert not {"torch", "transformers"} & set(sys.modules)
-import torch, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-ids = torch.arange(12).view(1, 12)
-with torch.no_grad():
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
-print("equal")
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+print(CONFIG_MAPPING["compot"].__name__)
 """
-    assert "equal" in run(program, str(folder))
+    assert "CompotConfig" in run(program)
 
 
 # --- bad input -------------------------------------------------------------------------------------------
@@ -528,8 +531,8 @@ def test_the_sentence_encoder_survives(tmp_path: Path) -> None:
     with torch.no_grad():
         reference = model(**batch).last_hidden_state[:, 0]
     # Plain int8 but for one matrix that is factorised: seconds, not minutes.
-    # The attention of one layer: seconds, not minutes.
-    skip = [name for name in linears_of(model) if "layer.0.attention" not in name]
+    # One matrix: a second, not minutes.
+    skip = [name for name in linears_of(model) if "layer.0.attention.self.query" not in name]
     made = factorize(model, [batch], ratio=0.15, rounds=1, allocation="uniform", skip=skip)
     assert all(not fact.reason for fact in made.facts)
     made.model.save_pretrained(tmp_path)

@@ -74,6 +74,8 @@ def factorize(
         RecipeError: a knob out of range, or a ratio that cannot be met.
     """
     recipe = recipe_from_mapping(knobs, origin="factorize()")
+    if recipe.method == "plain":
+        raise RecipeError("factorize() with --method plain would factorise nothing: use compot or svd-llm.")
     if recipe.planned:
         raise RecipeError(
             "factorize() takes a --ratio: budgets by --bits or --size are planned for decoders only."

@@ -228,7 +228,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         ArtifactError: it is missing, damaged, of another type, or points elsewhere.
     """
     path = folder / "config.json"
-    config = _read_object(path)
+    config = read_object(path)
     check_config(config, str(path))
     return config
 
@@ -268,7 +268,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     index = folder / INDEX
     if not index.is_file():
         return dict.fromkeys(_names(folder / WEIGHTS), folder / WEIGHTS)
-    promised = _read_object(index).get("weight_map")
+    promised = read_object(index).get("weight_map")
     if not isinstance(promised, Mapping) or not promised:
         raise ArtifactError(f"{index} has no weight_map. Export the model again.")
     for shard in sorted({str(name) for name in promised.values()}):
@@ -387,6 +387,18 @@ def _values_from_json(values: object, where: str) -> tuple[Grid | None, torch.dt
     raise ArtifactError(f"{where} stores values as {values!r}, which does not exist. Export it again.")
 
 
+def grid_from_json(values: object, where: str) -> Grid:
+    """The grid that a configuration names.
+
+    Raises:
+        ArtifactError: there is no such grid.
+    """
+    grid, _ = _values_from_json(values, where)
+    if grid is None:
+        raise ArtifactError(f"{where} names no grid but {values!r}. Export it again.")
+    return grid
+
+
 def _pattern_from_json(pattern: object, where: str) -> Pattern:
     match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", pattern) if isinstance(pattern, str) else None
     try:
@@ -424,7 +436,12 @@ def _get(raw: object, key: str) -> Any:
     return raw.get(key) if isinstance(raw, Mapping) else None
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object of a folder.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
