@@ -39,7 +39,7 @@ from compot_deploy.llama.library import (
 )
 from compot_deploy.llama.plugin import Leaf, Plugin, has_plugin, leaf, load_plugin
 
-Execution: TypeAlias = Literal["auto", "plugin", "expand"]
+Execution: TypeAlias = Literal["auto", "plugin", "float", "expand"]
 
 MAX_THREADS: Final = 512
 """ggml's own limit, GGML_MAX_N_THREADS."""
@@ -92,7 +92,8 @@ class LlamaModel:
         threads: threads of llama.cpp.
         context: positions to keep; None takes what the file promises.
         exact: F32 cache and no flash attention, for logits that can be compared; otherwise llama.cpp's defaults.
-        execution: ``plugin`` runs factors as they are, ``expand`` multiplies them out when loading (exact up to
+        execution: ``plugin`` runs factors as they are, on activations in int8; ``float`` does so with nothing
+            rounded, slowly; ``expand`` multiplies them out when loading (exact up to
             float32, and as large as the original model), ``auto`` takes the plug-in where there is one.
         batch: most tokens computed at a time.
 
@@ -105,7 +106,7 @@ class LlamaModel:
     Raises:
         ArtifactError: the file is damaged.
         InputError: too many threads, or a context that the model was not made for.
-        MissingDependencyError: no llama.cpp library; or `plugin` was asked for and was not built.
+        MissingDependencyError: no llama.cpp library; or `plugin` or `float` was asked for and was not built.
         UnsupportedLlamaError: the library is not one that was tested.
         LlamaError: llama.cpp refused the file.
     """
@@ -284,8 +285,8 @@ class LlamaModel:
     def _load_factorized(self, file: GgufFile, execution: Execution) -> None:
         check_layout()
         index = gguf.read_index(file)
-        use_plugin = execution == "plugin" or (execution == "auto" and has_plugin())
-        self.execution = "plugin" if use_plugin else "expand"
+        use_plugin = execution in ("plugin", "float") or (execution == "auto" and has_plugin())
+        self.execution = "float" if execution == "float" else "plugin" if use_plugin else "expand"
         parts = _Parts(file, index)
         if use_plugin:
             self._attach(parts)
@@ -314,6 +315,7 @@ class LlamaModel:
         if not state:
             raise MemoryError("The plug-in got no memory.")
         self._state = state
+        plugin.c.compot_plugin_exact(state, int(self.execution == "float"))
         for name, pairs, leaves, bundle in linears:
             array = (Leaf * len(leaves))(*leaves)
             wrong = plugin.c.compot_plugin_add(state, name.encode(), pairs, array, bundle)
