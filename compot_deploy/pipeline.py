@@ -11,12 +11,14 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors.torch import load_file
 
+from compot_deploy import __version__
 from compot_deploy.accuracy import Evaluation
 from compot_deploy.allocate import (
     ALLOCATIONS,
@@ -26,7 +28,7 @@ from compot_deploy.allocate import (
     Precision,
     Sparsity,
 )
-from compot_deploy.calibrate import BlockStream
+from compot_deploy.calibrate import BlockStream, importance
 from compot_deploy.checkpoint import Checkpoint, open_checkpoint
 from compot_deploy.compress import LinearFacts, compress_linear
 from compot_deploy.embedded import MODEL
@@ -49,6 +51,7 @@ from compot_deploy.planning import (
     carry_out,
     choose,
     collect_grams,
+    importances,
     measure_curves,
     measure_effects,
 )
@@ -66,7 +69,7 @@ from compot_deploy.settings import (
     storage_of,
     table_grid,
 )
-from compot_deploy.store import StoredMatrices, save_matrices, write_text
+from compot_deploy.store import StoredMatrices, save_matrices, write_tensors, write_text
 from compot_deploy.texts import EVALUATION, calibration_windows, evaluation_json, evaluation_of
 from compot_deploy.tokens import (
     TokenWindows,
@@ -74,7 +77,14 @@ from compot_deploy.tokens import (
 )
 from compot_deploy.weights import DENSE, CompressedModel, Dense, Matrix, Storage
 from compot_deploy.whiten import whiten
-from compot_deploy.workspace import block_file, facts_file, kept_when_interrupted, targets_of, work_folder
+from compot_deploy.workspace import (
+    block_file,
+    facts_file,
+    importance_file,
+    kept_when_interrupted,
+    targets_of,
+    work_folder,
+)
 
 RECIPE: Final = "compot/recipe.toml"
 
@@ -89,6 +99,7 @@ class Compression:
         facts: one per linear, in block order.
         calibration: the windows that were used.
         notes: facts about the run that a report must state.
+        importance: linear to the diagonal of its Gram relative to its mean, shape (in,); for formats that round.
     """
 
     model: CompressedModel
@@ -96,6 +107,7 @@ class Compression:
     facts: tuple[LinearFacts, ...]
     calibration: TokenWindows
     notes: tuple[str, ...]
+    importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def deploy(model: str | None = None, *, progress: Progress = silent, **knobs: Any) -> tuple[Deployment, ...]:
@@ -151,7 +163,7 @@ def compress(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progr
     stream: BlockStream | None = None
     for layer in range(checkpoint.layers):
         progress(layer, checkpoint.layers, label)
-        if not block_file(work, layer).exists():
+        if not (block_file(work, layer).exists() and importance_file(work, layer).exists()):
             if stream is None:
                 stream = BlockStream(checkpoint, windows, device=device_of(recipe), dtype=recipe.dtype)
                 for done in range(layer):
@@ -171,7 +183,7 @@ def compress(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progr
     )
     model = _model(recipe, checkpoint, files, work)
     notes = (*planned.notes, *_notes(windows, facts))
-    return Compression(model, allocation, facts, windows, notes)
+    return Compression(model, allocation, facts, windows, notes, _importance(checkpoint, work))
 
 
 def _compress_as_planned(
@@ -203,7 +215,9 @@ def _compress_as_planned(
         *_notes(drafted.task.windows, outcome.facts),
     )
     allocation = Allocation(ordered, outcome.plan.budget)
-    return Compression(model, allocation, outcome.facts, drafted.task.windows, notes)
+    return Compression(
+        model, allocation, outcome.facts, drafted.task.windows, notes, importances(drafted.task)
+    )
 
 
 def draft(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progress = silent) -> Draft:
@@ -280,8 +294,23 @@ def _compress_block(
             result = compress_linear(weight, whitening, allocation.choices[name], recipe)
             matrices[name] = result.matrix
             facts.append(asdict(result.facts))
+    write_tensors(
+        importance_file(work, layer), {name: importance(gram.matrix) for name, gram in grams.items()}, {}
+    )
     write_text(facts_file(work, layer), json.dumps(facts, indent=1))
     save_matrices(block_file(work, layer), matrices)
+
+
+def _importance(checkpoint: Checkpoint, work: Path) -> dict[str, torch.Tensor]:
+    """How much each input of every linear matters, as the work folder holds it."""
+    architecture = checkpoint.architecture
+    return {
+        f"{architecture.block_path(layer)}.{path}": stored[shared.name]
+        for layer in range(checkpoint.layers)
+        for stored in (load_file(importance_file(work, layer)),)
+        for shared in architecture.inputs
+        for path in shared.linears
+    }
 
 
 def _compress_tables(recipe: Recipe, checkpoint: Checkpoint, work: Path) -> dict[str, Path]:
@@ -362,11 +391,14 @@ def _export(
     progress: Progress,
 ) -> Deployment:
     exporter = EXPORTERS[kind]
-    options = exporter.options(asdict(recipe))
+    options = exporter.options(
+        asdict(recipe)
+        | {"importance": compression.importance, "provenance": _provenance(recipe, compression.calibration)}
+    )
     storage = exporter.storage(options)
     with staged_folder(target, recipe.force) as folder:
         progress(0, 1, f"Write {kind}")
-        exporter.write(compression.model, folder, options)
+        differences = exporter.write(compression.model, folder, options) or ()
         progress(1, 1, f"Write {kind}")
         (folder / EVALUATION).parent.mkdir(exist_ok=True)
         write_text(folder / EVALUATION, evaluation_json(evaluation))
@@ -388,7 +420,7 @@ def _export(
                     facts={
                         "source": checkpoint.fingerprint,
                         "calibration": compression.calibration.source,
-                        "notes": list(compression.notes),
+                        "notes": [*compression.notes, *(fact.rstrip(".") for fact in differences)],
                         "linears": [asdict(fact) for fact in compression.facts],
                     },
                 ),
@@ -401,6 +433,19 @@ def _export(
     if recipe.archive:
         write_archive(target, recipe.force)
     return Deployment(target, report)
+
+
+def _provenance(recipe: Recipe, calibration: TokenWindows) -> dict[str, str]:
+    """What a file that stands alone says about where it comes from; the same run writes the same bytes."""
+    places = ("out", "force", "archive")
+    knobs = {
+        name: value for name, value in asdict(recipe).items() if name not in places and value is not None
+    }
+    return {
+        "recipe": json.dumps(knobs, sort_keys=True),
+        "calibration": calibration.digest,
+        "version": __version__,
+    }
 
 
 def _rounds(kind: str, options: Any) -> bool:

@@ -15,6 +15,7 @@ from compot_deploy.candidates import Search
 from compot_deploy.checkpoint import Checkpoint, checkpoint_shape
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
+from compot_deploy.exporters.gguf_storage import ProductStorage
 from compot_deploy.plan import GridChoice, Plain
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe
 from compot_deploy.weights import Grid, Pattern, Storage
@@ -60,6 +61,27 @@ def check_format(recipe: Recipe, checkpoint: Checkpoint, kind: str) -> None:
     }
     exporter = EXPORTERS[kind]
     exporter.check(checkpoint.architecture, checkpoint.config, grids, exporter.options(asdict(recipe)))
+    _check_budget(recipe, checkpoint)
+
+
+def _check_budget(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Refuse a budget that a dense GGUF file cannot keep: it holds products, whatever the factors take."""
+    if not recipe.planned or recipe.quant == "none" or not isinstance(storage_of(recipe), ProductStorage):
+        return
+    if recipe.gguf_type != "auto":
+        raise RecipeError(
+            f"--gguf-type {recipe.gguf_type} decides the bytes of every linear, so --bits and --size have "
+            "nothing to choose: leave one of them out."
+        )
+    storage = storage_of(recipe)
+    budget = budget_of(recipe, checkpoint, storage, other_bytes(recipe, checkpoint))
+    names = checkpoint.architecture.linear_names(checkpoint.layers)
+    least = sum(storage.leaf_bytes(*shape_of(checkpoint, name), Grid(4, DEFAULT_GROUP)) for name in names)
+    if budget < least:
+        raise RecipeError(
+            f"{budget} bytes are too few for the linears of a dense GGUF file, in which factors are multiplied "
+            f"out: {least} is the least (Q4_0). Use --gguf-layout sparse, or allow more."
+        )
 
 
 def storage_of(recipe: Recipe) -> Storage:
@@ -105,6 +127,11 @@ def search_of(recipe: Recipe, checkpoint: Checkpoint) -> Search:
         )
     exporter = EXPORTERS[recipe.format[0]]
     options = exporter.options(asdict(recipe))
+    if isinstance(exporter.storage(options), ProductStorage):
+        # Factors are multiplied out: they would cost what the product costs, and finer grids as much as Q4_0.
+        return Search(
+            GridChoice(dict.fromkeys((4, 8), (DEFAULT_GROUP,))), rates=(), sparse=(), unquantized=True
+        )
 
     def takes(grid: Grid) -> bool:
         try:

@@ -100,6 +100,11 @@ def block_file(work: Path, layer: int) -> Path:
     return work / f"block-{layer:04d}.safetensors"
 
 
+def importance_file(work: Path, layer: int) -> Path:
+    """How much each input of the linears of a block matters, by shared input."""
+    return work / f"importance-{layer:04d}.safetensors"
+
+
 def facts_file(work: Path, layer: int) -> Path:
     """What happened to the linears of a block."""
     return work / f"facts-{layer:04d}.json"

@@ -29,7 +29,7 @@ from compot_deploy.exporters.gguf_index import (
     read_leaf,
 )
 from compot_deploy.exporters.gguf_model import GgufModel, read, read_file
-from compot_deploy.exporters.gguf_storage import GgufStorage
+from compot_deploy.exporters.gguf_storage import GgufStorage, ProductStorage
 from compot_deploy.exporters.gguf_writer import GgufOptions, GgufResult, write
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "Layout",
     "LeafEntry",
     "PairEntry",
+    "ProductStorage",
     "first_outputs",
     "plane_format",
     "read",

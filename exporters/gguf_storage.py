@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from compot_deploy.exporters import gguf_blocks, gguf_planes
+from compot_deploy.exporters import gguf_blocks, gguf_planes, gguf_quantize
 from compot_deploy.exporters.gguf_index import Layout
 from compot_deploy.weights import DENSE, Grid, Pattern
 
 
 @dataclass(frozen=True)
 class GgufStorage:
-    """True bytes of a leaf in a layout, and which grids it stores exactly. Implements `weights.Storage`.
+    """True bytes of a leaf in a factorised layout, and which grids it stores exactly. Implements `weights.Storage`.
 
     Attributes:
-        layout: ``factorized`` or ``sparse``; a dense file holds products, counted as plain matrices.
+        layout: ``factorized`` or ``sparse``.
+        float_bytes: bytes of one floating-point weight: 4, or 2 for leaves in float16 or bfloat16. A leaf is
+            stored as wide as it is, and those of a compression are float32.
     """
 
     layout: Layout
+    float_bytes: int = 4
 
     def leaf_bytes(self, rows: int, columns: int, grid: Grid | None, pattern: Pattern = DENSE) -> int:
         """Bytes of an (rows, columns) leaf, scales, positions and padding included.
@@ -27,7 +30,7 @@ class GgufStorage:
             RecipeError: the layout cannot hold the grid exactly.
         """
         if grid is None:
-            return 2 * rows * columns
+            return self.float_bytes * rows * columns
         if self.layout == "sparse":
             return gguf_planes.PlaneFormat.of(rows, grid, pattern).nbytes(columns)
         gguf_blocks.check_group(grid, rows)
@@ -41,3 +44,20 @@ class GgufStorage:
             RecipeError: naming what it can.
         """
         self.leaf_bytes(rows, 1, grid, pattern)
+
+
+@dataclass(frozen=True)
+class ProductStorage:
+    """True bytes of a matrix in a dense file, which holds no factors, only products, in llama.cpp's own types.
+
+    Attributes:
+        type: ggml type of matrices that are not integers, as `GgufOptions.type` names it.
+    """
+
+    type: str = "auto"
+
+    def leaf_bytes(self, rows: int, columns: int, grid: Grid | None, pattern: Pattern = DENSE) -> int:
+        """Bytes of an (rows, columns) matrix, in the wider type where its rows do not split into blocks."""
+        floating = "F16" if self.type == "auto" else self.type
+        kind = floating if grid is None else gguf_blocks.block_type(grid)
+        return columns * gguf_quantize.row_bytes(gguf_quantize.fitting_type(kind, rows), rows)

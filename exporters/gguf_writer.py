@@ -161,6 +161,8 @@ class _Plan:
         self._leaves: dict[str, dict[str, Any]] = {}
         self._pairs: dict[str, list[dict[str, Any]]] = {}
         self._dictionaries: dict[tuple[str, int], str] = {}
+        self._wider: dict[tuple[str, str], list[tuple[str, int]]] = {}
+        self._unweighted: dict[str, list[str]] = {}
         frequencies = gguf_metadata.rope_frequencies(model.architecture, model.config)
         if frequencies is not None:
             self._floats("rope_freqs.weight", frequencies.shape, "F32", lambda: frequencies)
@@ -175,6 +177,24 @@ class _Plan:
             if name.endswith("rotary_emb.inv_freq"):
                 continue
             self._tensor(name, names.tensor(name), names.order(name.rpartition(".")[0]))
+        self.facts += self._remarks()
+
+    def _remarks(self) -> list[str]:
+        """What many matrices have in common is said once."""
+        result = []
+        for (wanted, kind), cases in self._wider.items():
+            tensor = cases[0][0]
+            others = f" and {len(cases) - 1} more" if len(cases) > 1 else ""
+            widths = ", ".join(map(str, sorted({inputs for _, inputs in cases})))
+            result.append(
+                f"{tensor}{others}: rows of {widths} do not split into blocks of {wanted}; stored as {kind}."
+            )
+        for kind, tensors in self._unweighted.items():
+            result.append(
+                f"{tensors[0]} and {len(tensors) - 1} more: rounded to {kind} without importance weights, "
+                "which need llama.cpp's library (the extra llama)."
+            )
+        return result
 
     def keys(self) -> dict[str, gguf_metadata.Value]:
         """The description of factorised matrices; nothing for a dense file."""
@@ -326,14 +346,15 @@ class _Plan:
                 )
                 return
         if kind != wanted:
-            self.facts.append(
-                f"{tensor}: rows of {inputs} do not split into blocks of {wanted}; stored as {kind}."
-            )
-        if kind in gguf_quantize.NEED_IMPORTANCE and name not in (self.options.importance or {}):
+            self._wider.setdefault((wanted, kind), []).append((tensor, inputs))
+        important = name in (self.options.importance or {})
+        if kind in gguf_quantize.NEED_IMPORTANCE and not important:
             raise RecipeError(
                 f"{name}: {kind} needs importance weights, the diagonal of its Gram. "
                 f"Calibrate, or use IQ2_S or Q2_K."
             )
+        if important and gguf_quantize.searched(kind) and not gguf_quantize.weighs(kind):
+            self._unweighted.setdefault(kind, []).append(tensor)
         nbytes = outputs * gguf_quantize.row_bytes(kind, inputs)
         self.entries.append(
             _Entry(
