@@ -47,21 +47,8 @@ from compot_deploy.weights import CompressedModel, Dense, Matrix
 
 BLOCK = 256
 PLAIN = ("Q8_0", "Q5_0", "Q4_0", "IQ4_NL")
-BLOCKS = (
-    "Q8_0",
-    "Q6_K",
-    "Q5_K",
-    "Q4_K",
-    "IQ4_XS",
-    "Q3_K",
-    "IQ3_S",
-    "IQ3_XXS",
-    "Q2_K",
-    "IQ2_S",
-    "IQ2_XS",
-    "IQ2_XXS",
-)
-UNWEIGHTED = ("Q4_K", "Q3_K", "Q2_K", "IQ3_XXS", "IQ2_S")
+BLOCKS = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XXS")
+UNWEIGHTED = ("Q4_K", "Q3_K", "Q2_K")
 BITS = (1.8, 2.2, 2.6, 3.0, 3.5, 4.5)
 RATIOS = (0.2, 0.35)
 
@@ -296,7 +283,7 @@ class Judge:
             found.divergence.mean.value,
             found.divergence.mean.standard_error,
             found.perplexity_ratio.value,
-            found.top1.value,
+            found.top1_agreement.value,
             middle,
             low,
             high,
@@ -401,7 +388,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for what is finished; it can go on")
     parser.add_argument("--out", type=Path, required=True, help="folder for table, JSON and plot")
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=4096, help="to judge on")
+    parser.add_argument("--tokens", type=int, default=2048, help="to judge on")
     parser.add_argument("--bits", type=float, nargs="*", default=BITS)
     parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS)
     parser.add_argument("--rounds", type=int, default=21, help="of the measurement of speed")

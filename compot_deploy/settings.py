@@ -16,11 +16,13 @@ from compot_deploy.checkpoint import Checkpoint, checkpoint_shape
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.gguf_storage import ProductStorage
+from compot_deploy.exporters.gguf_tokenizer import tokenizer_bytes as gguf_tokenizer_bytes
 from compot_deploy.plan import GridChoice, Plain
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe
 from compot_deploy.weights import Grid, Pattern, Storage
 
 _BYTES_PER_LINEAR: Final = 2700
+_BYTES_PER_GGUF_LINEAR: Final = 1000
 _RECORDS: Final = 29_000
 """About what graph and manifest take for a linear, and report, card and configuration once."""
 _BYTES_PER_EVALUATION_TOKEN: Final = 5
@@ -199,9 +201,14 @@ def other_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
         for name in checkpoint.tensors
         if name not in matrices
     )
-    total += 4 * architecture.head_size(checkpoint.config) * checkpoint.context
-    total += sum(path.stat().st_size for path in checkpoint.folder.glob("*token*") if path.is_file())
-    total += _BYTES_PER_LINEAR * len(names) + _RECORDS
+    tokenizer = sum(path.stat().st_size for path in checkpoint.folder.glob("*token*") if path.is_file())
+    if recipe.format[0] == "gguf":
+        # No graph and no rotary tables; the tokenizer once more, inside the file.
+        total += tokenizer + gguf_tokenizer_bytes(checkpoint.folder, checkpoint.config)
+        total += _BYTES_PER_GGUF_LINEAR * len(names) + _RECORDS
+    else:
+        total += 4 * architecture.head_size(checkpoint.config) * checkpoint.context
+        total += tokenizer + _BYTES_PER_LINEAR * len(names) + _RECORDS
     return total + _BYTES_PER_EVALUATION_TOKEN * recipe.evaluation_tokens
 
 

@@ -308,18 +308,20 @@ def test_batches_and_single_steps_agree(folders: dict[str, Path]) -> None:
 # --- bad input --------------------------------------------------------------------------------------------------
 
 
-def test_stock_llama_cpp_refuses_a_factorised_file(folders: dict[str, Path]) -> None:
-    _, path = exported(folders["llama"], "sparse")
+@pytest.mark.parametrize("name", ["factorized", "sparse"])
+def test_stock_llama_cpp_refuses_a_factorised_file(folders: dict[str, Path], name: str) -> None:
+    _, path = exported(folders["llama"], name)
     library = library_module.load_library()
     library.clear_log()
     assert not library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
     assert "unknown model architecture: 'compot'" in library.said
 
 
-def test_transformers_refuses_a_factorised_file(folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("name", ["factorized", "sparse"])
+def test_transformers_refuses_a_factorised_file(folders: dict[str, Path], name: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    _, path = exported(folders["llama"], "factorized")
+    _, path = exported(folders["llama"], name)
     with pytest.raises(Exception, match="compot"):
         AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
 
