@@ -426,9 +426,7 @@ def _export(
                 ),
             ),
         )
-        report = judge_folder(
-            folder, manifest, compression.model, checkpoint, evaluation, gate_of(recipe), progress
-        )
+        report = judge_folder(folder, manifest, model, checkpoint, evaluation, gate_of(recipe), progress)
         write_report(folder, report, manifest)
     if recipe.archive:
         write_archive(target, recipe.force)

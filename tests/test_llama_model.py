@@ -298,6 +298,21 @@ def test_text_in_text_out(folders: dict[str, Path]) -> None:
     assert made.text.startswith("".join(heard))
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "F16", "BF16", "IQ4_NL"])
+def test_dense_files_of_any_type_run_exactly_when_expanded(
+    folders: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    """Their own arithmetic rounds activations; in F32 what remains is what the file holds."""
+    for name in ("llama3", "qwen2"):
+        gguf.write(compressed(folders[name]), tmp_path / "m.gguf", gguf.GgufOptions(type=kind))
+        held = gguf.read(tmp_path / "m.gguf")
+        expected = torch_logits(torch_model(folders[name], held))  # type: ignore[arg-type]
+        runner = LlamaRunner(tmp_path / "m.gguf", exact=True, threads=1)
+        (got,) = runner.logits(TOKENS, 50)
+        assert np.abs(got[0].numpy() - expected).max() < EXACT and "expand" in runner.name
+        runner.close()
+
+
 def test_batches_and_single_steps_agree(folders: dict[str, Path]) -> None:
     _, path = exported(folders["llama"], "dense", type="F32")
     with LlamaModel(path, exact=True) as whole, LlamaModel(path, exact=True, batch=7) as pieces:
