@@ -157,7 +157,8 @@ def real_bytes(path: Path, model: CompressedModel) -> tuple[int, int]:
     linears = total = 0
     for tensor in read_header(path).tensors.values():
         nbytes = tensor.nbytes
-        if tensor.name in shapes and tensor.shape != tuple(reversed(shapes[tensor.name])):
+        # Only rows of a dense file can have been widened; payloads have shapes of their own.
+        if tensor.kind != "I8" and tensor.name in shapes and tensor.shape != shapes[tensor.name][::-1]:
             inputs, outputs = shapes[tensor.name]
             nbytes = round(outputs * inputs * row_bytes(tensor.kind, BLOCK) / BLOCK)
         total += nbytes
@@ -418,6 +419,11 @@ def main() -> None:
         "back as llama.cpp does. Speeds: median of ratios in one process, quartiles in brackets. "
         "Made by `benchmarks/gguf_frontier.py`."
     )
+    if laboratory.numbers < 20_000_000:
+        about += (
+            " In a model so small a step is mostly a fixed cost per node of the graph, and factors are two products "
+            "instead of one: for speed see `benchmarks/llama_speed.py`, which has 181 million weights."
+        )
     publish(points, arguments.out, about)
 
 
