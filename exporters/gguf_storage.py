@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import gguf_blocks, gguf_planes, gguf_quantize
 from compot_deploy.exporters.gguf_index import Layout
 from compot_deploy.weights import DENSE, Grid, Pattern
@@ -31,6 +32,11 @@ class GgufStorage:
         """
         if grid is None:
             return self.float_bytes * rows * columns
+        if grid.codebook != "integer":
+            raise RecipeError(
+                f"GGUF has no {grid.codebook}: use --gguf-layout dense, which multiplies factors out, or "
+                "--quant int4."
+            )
         if self.layout == "sparse":
             return gguf_planes.PlaneFormat.of(rows, grid, pattern).nbytes(columns)
         gguf_blocks.check_group(grid, rows)

@@ -18,6 +18,7 @@ from compot_deploy.errors import RecipeError, UnsupportedModelError
 from compot_deploy.exporters import gguf_blocks, gguf_metadata, gguf_planes, gguf_quantize
 from compot_deploy.exporters.gguf_index import ARCHITECTURE, LAYOUT_VERSION, LAYOUTS, Layout
 from compot_deploy.exporters.gguf_names import GgufNames
+from compot_deploy.exporters.gguf_storage import GgufStorage
 from compot_deploy.exporters.gguf_tokenizer import tokenizer_keys
 from compot_deploy.weights import (
     DENSE,
@@ -289,6 +290,7 @@ class _Plan:
             self._floats(tensor, (outputs, inputs), kind, lambda: _float_rows(get(), kind, order))
             return
         grid = leaf.grid
+        GgufStorage(self.options.layout).check(inputs, grid, pattern)
         entry |= {"bits": grid.bits, "group": grid.group}
         if self.options.layout == "sparse":
             form = gguf_planes.PlaneFormat.of(inputs, grid, pattern)
@@ -329,7 +331,8 @@ class _Plan:
         tensor = f"{stem}.weight"
         wanted = self._dense_type(matrix, table)
         kind = gguf_quantize.fitting_type(wanted, inputs)
-        if isinstance(matrix, Quantized) and kind in gguf_blocks.BLOCK_BYTES:
+        integers = isinstance(matrix, Quantized) and matrix.grid.codebook == "integer"
+        if isinstance(matrix, Quantized) and integers and kind in gguf_blocks.BLOCK_BYTES:
             group_fits = matrix.grid.group % gguf_blocks.BLOCK == 0 or matrix.grid.group >= inputs
             bits_fit = matrix.grid.bits <= (4 if kind == "Q4_0" else 8)
             if group_fits and bits_fit:

@@ -139,6 +139,23 @@ def test_dense_files_carry_integers_over_exactly(folders: dict[str, Path], tmp_p
     assert set(written.kinds.values()) == {"Q4_0 exact", "Q8_0 exact", "F32"}
 
 
+def test_values_of_a_codebook_are_rounded_like_floats(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Its numbers are places in a table: carried over as integers they would mean something else."""
+
+    def change(name: str, weight: torch.Tensor) -> Matrix:
+        made = quantized_by_rounding(weight, Grid(4, 32))
+        return Quantized(made.integers.clamp(min=-7), made.scales, Grid(4, 32, "nf4"))
+
+    model = compressed(folders["llama"], change)
+    written = gguf.write(model, tmp_path / "m.gguf")
+    assert not any("exact" in kind for kind in written.kinds.values())
+    back = gguf.read(written.path).matrices["model.layers.0.mlp.up_proj"].dequantize()
+    expected = model.matrices["model.layers.0.mlp.up_proj"].dequantize()
+    assert float(((back - expected).norm() / expected.norm()) ** 2) < 0.02
+    with pytest.raises(RecipeError, match="no nf4"):
+        gguf.write(model, tmp_path / "m.gguf", gguf.GgufOptions(layout="sparse"))
+
+
 def test_factors_are_multiplied_out_in_dense_files(folders: dict[str, Path], tmp_path: Path) -> None:
     model = compressed(folders["qwen3"], MIXES["2:4"])
     gguf.write(model, tmp_path / "m.gguf", gguf.GgufOptions(type="F32"))
