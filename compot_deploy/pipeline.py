@@ -45,6 +45,7 @@ from compot_deploy.exporters.artifact import (
 from compot_deploy.factorize import singular_spectrum
 from compot_deploy.judging import Deployment, gate_of, judge_folder, write_report
 from compot_deploy.plan import InMemory, Joint, Plain
+from compot_deploy.plan_report import frontier_of
 from compot_deploy.planning import (
     Draft,
     Task,
@@ -58,6 +59,7 @@ from compot_deploy.planning import (
 from compot_deploy.progress import Progress, silent
 from compot_deploy.quant import rtn
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe, override, recipe_from_mapping
+from compot_deploy.report_facts import Frontier
 from compot_deploy.settings import (
     budget_of,
     check_format,
@@ -86,10 +88,17 @@ from compot_deploy.workspace import (
     kept_when_interrupted,
     rival_file,
     targets_of,
+    unquantized_file,
     work_folder,
 )
 
 RECIPE: Final = "compot/recipe.toml"
+
+SPLIT_WEIGHTS: Final = 2**30
+"""Linears of more weights are judged without the factors before quantization: these are one more model in memory,
+4 bytes a weight."""
+
+_LARGEST_HALF: Final = 6e4
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,10 @@ class Compression:
         facts: one per linear, in block order.
         calibration: the windows that were used.
         notes: facts about the run that a report must state.
+        unquantized: the factorised linears before quantization, multiplied out; None if not kept.
+        unquantized_absent: why they were not kept.
+        frontier: loss predicted against bytes, where a knapsack planned.
+        effects: what a unit of squared error of each linear costs, where a knapsack planned.
         rival: the same factors through GPTQ, where another quantizer is compared with it.
         importance: linear to the diagonal of its Gram relative to its mean, shape (in,); for formats that round.
     """
@@ -111,6 +124,10 @@ class Compression:
     facts: tuple[LinearFacts, ...]
     calibration: TokenWindows
     notes: tuple[str, ...]
+    unquantized: Mapping[str, Matrix] | None = None
+    unquantized_absent: str = ""
+    frontier: Frontier | None = None
+    effects: Mapping[str, float] = field(default_factory=dict)
     rival: Mapping[str, Matrix] | None = None
     importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
@@ -169,7 +186,8 @@ def compress(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progr
     stream: BlockStream | None = None
     for layer in range(checkpoint.layers):
         progress(layer, checkpoint.layers, label)
-        if not (block_file(work, layer).exists() and importance_file(work, layer).exists()):
+        finished = (block_file, importance_file, unquantized_file)
+        if not all(path(work, layer).exists() for path in finished):
             if stream is None:
                 stream = BlockStream(checkpoint, windows, device=device_of(recipe), dtype=recipe.dtype)
                 for done in range(layer):
@@ -194,7 +212,31 @@ def compress(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progr
         beside = {name: rival_file(work, numbers[path]) for name, path in files.items()}
         rival = StoredMatrices({**beside, **_compress_tables(recipe, checkpoint, work)})
     notes = (*planned.notes, *_notes(windows, facts))
-    return Compression(model, allocation, facts, windows, notes, rival, _importance(checkpoint, work))
+    kept = _keeps_unquantized(checkpoint)
+    return Compression(
+        model,
+        allocation,
+        facts,
+        windows,
+        notes,
+        rival=rival,
+        importance=_importance(checkpoint, work),
+        unquantized=StoredMatrices(
+            {
+                name: unquantized_file(work, layer)
+                for layer in range(checkpoint.layers)
+                for path in checkpoint.architecture.linears
+                if allocation.choices[
+                    name := f"{checkpoint.architecture.block_path(layer)}.{path}"
+                ].factorized
+            }
+        )
+        if kept
+        else None,
+        unquantized_absent=""
+        if kept
+        else f"a model of more than {SPLIT_WEIGHTS:,} weights would be in memory once more for it",
+    )
 
 
 def _compress_as_planned(
@@ -233,6 +275,11 @@ def _compress_as_planned(
         drafted.task.windows,
         notes,
         importance=importances(drafted.task),
+        unquantized_absent="the plan's factors were made on their grids and never existed without"
+        if any(isinstance(entry.candidate.form, Joint) for entry in outcome.plan.chosen)
+        else "the plan factorises no linear",
+        frontier=frontier_of(drafted, outcome.plan, recipe.budget),
+        effects=drafted.effects,
     )
 
 
@@ -301,6 +348,7 @@ def _compress_block(
     device = device_of(recipe)
     grams = stream.advance(layer)
     matrices: dict[str, Matrix] = {}
+    unquantized: dict[str, Matrix] = {}
     beside: dict[str, Matrix] = {}
     rival = rival_of(recipe)
     facts = []
@@ -313,6 +361,8 @@ def _compress_block(
             factors = factorize_linear(weight, whitening, choice, recipe)
             result = quantize_linear(weight, whitening, choice, recipe, factors)
             matrices[name] = result.matrix
+            if result.unquantized is not None:
+                unquantized[name] = _halved(result.unquantized)
             if rival is not None:
                 beside[name] = quantize_linear(weight, whitening, choice, rival, factors).matrix
             facts.append(asdict(result.facts))
@@ -322,6 +372,7 @@ def _compress_block(
     write_text(facts_file(work, layer), json.dumps(facts, indent=1))
     if rival is not None:
         save_matrices(rival_file(work, layer), beside)
+    save_matrices(unquantized_file(work, layer), unquantized if _keeps_unquantized(checkpoint) else {})
     save_matrices(block_file(work, layer), matrices)
 
 
@@ -335,6 +386,16 @@ def _importance(checkpoint: Checkpoint, work: Path) -> dict[str, torch.Tensor]:
         for shared in architecture.inputs
         for path in shared.linears
     }
+
+
+def _keeps_unquantized(checkpoint: Checkpoint) -> bool:
+    names = checkpoint.architecture.linear_names(checkpoint.layers)
+    return sum(math.prod(shape_of(checkpoint, name)) for name in names) <= SPLIT_WEIGHTS
+
+
+def _halved(matrix: Dense) -> Dense:
+    """In 16 bits on disk: that rounds by 1e-7 of the power, and factorisation loses 1e-3 and more."""
+    return Dense(matrix.weight.half()) if float(matrix.weight.abs().max()) < _LARGEST_HALF else matrix
 
 
 def _compress_tables(recipe: Recipe, checkpoint: Checkpoint, work: Path) -> dict[str, Path]:
@@ -452,8 +513,12 @@ def _export(
                     facts={
                         "source": checkpoint.fingerprint,
                         "calibration": compression.calibration.source,
+                        "calibration_windows": len(compression.calibration.windows),
+                        "calibration_tokens": sum(map(len, compression.calibration.windows)),
                         "notes": [*compression.notes, *(fact.rstrip(".") for fact in differences)],
                         "linears": [asdict(fact) for fact in compression.facts],
+                        "frontier": None if compression.frontier is None else asdict(compression.frontier),
+                        "effects": dict(compression.effects),
                     },
                 ),
             ),
@@ -466,6 +531,9 @@ def _export(
             evaluation,
             gate_of(recipe),
             progress,
+            artifact=target.resolve().name,
+            unquantized=compression.unquantized,
+            unquantized_absent=compression.unquantized_absent,
             rival=compression.rival,
         )
         write_report(folder, report, manifest)

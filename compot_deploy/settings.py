@@ -22,10 +22,11 @@ from compot_deploy.quant import require_bitsandbytes
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe, override
 from compot_deploy.weights import Grid, Pattern, Storage
 
-_BYTES_PER_LINEAR: Final = 2700
-_BYTES_PER_GGUF_LINEAR: Final = 1000
-_RECORDS: Final = 29_000
-"""About what graph and manifest take for a linear, and report, card and configuration once."""
+_BYTES_PER_LINEAR: Final = 3600
+_BYTES_PER_GGUF_LINEAR: Final = 1900
+_RECORDS: Final = 31_000
+"""About what graph, manifest and report.json take for a linear, and card and configuration once; the page
+report.html, which nobody ships, does not count."""
 _BYTES_PER_EVALUATION_TOKEN: Final = 5
 
 

@@ -425,7 +425,9 @@ class _Shards:
 
     def _close(self) -> None:
         # transformers refuses files without this note.
-        save_file(self._pending, self._part(len(self._closed)), metadata={"format": "pt"})
+        part = self._part(len(self._closed))
+        save_file(self._pending, part, metadata={"format": "pt"})
+        part.chmod((self._folder.stat().st_mode & 0o444) | 0o200)  # safetensors lets nobody else read it
         self._closed.append(tuple(self._pending))
         self._pending, self._bytes = {}, 0
 
