@@ -425,7 +425,9 @@ def main() -> int:
     points = measured(laboratory, jobs, entries)
     curves = laboratory.curves()
     points += planned(laboratory, jobs, curves, arguments.bits)
-    while (size := unmatched(points, COSINE, LARGEST)) is not None:
+    tried: set[float] = set()
+    while (size := unmatched(points, COSINE, LARGEST, tried)) is not None:
+        tried.add(size)
         points += planned(laboratory, jobs, curves, [size])
     points = distinct(points)
     floors = {bits: floor for bits, floor in FLOORS.items() if bits in arguments.bits}

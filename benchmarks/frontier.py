@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
@@ -45,20 +45,24 @@ class Score:
         title: with its unit.
         form: how a table prints it.
         higher: whether more is better.
+        noise: relative differences up to this are none.
     """
 
     key: str
     title: str
     form: str = ".4f"
     higher: bool = True
+    noise: float = 0.0
 
     def best(self, points: Iterable[Point]) -> Point:
         """The best of some points."""
         return (max if self.higher else min)(points, key=lambda point: point.scores[self.key])
 
     def at_least(self, one: Point, other: Point) -> bool:
-        """Whether one is no worse than another."""
+        """Whether one is no worse than another, but for noise."""
         first, second = one.scores[self.key], other.scores[self.key]
+        if abs(first - second) <= self.noise * abs(second):
+            return True
         return first >= second if self.higher else first <= second
 
 
@@ -227,13 +231,16 @@ def compare_at_sizes(points: Sequence[Point], score: Score, largest: float) -> l
     return found
 
 
-def unmatched(points: Sequence[Point], score: Score, largest: float) -> float | None:
-    """Bits of the smallest baseline that no plan of no more bytes reaches, if a plan could be made there.
+def unmatched(
+    points: Sequence[Point], score: Score, largest: float, tried: Collection[float] = ()
+) -> float | None:
+    """Bits of the smallest baseline that no plan of no more bytes reaches, and where none was made yet.
 
     Args:
         points: of baselines and plans.
         score: by which to judge.
         largest: bits to look up to.
+        tried: sizes at which a plan was made.
     """
     plans = [point for point in points if point.family == PLANNED]
     smallest = min(point.bits for point in plans)
@@ -241,8 +248,7 @@ def unmatched(points: Sequence[Point], score: Score, largest: float) -> float | 
         if rival.family in (PLANNED, MIXED) or not smallest <= rival.bits <= largest:
             continue
         below = [plan for plan in plans if plan.bits <= rival.bits + 1e-6]
-        # A plan seldom spends its budget to the last byte; one within a hundredth of a bit is the one.
-        if not score.at_least(score.best(below), rival) and max(p.bits for p in below) < rival.bits - 0.01:
+        if not score.at_least(score.best(below), rival) and rival.bits not in tried:
             return rival.bits
     return None
 

@@ -309,7 +309,7 @@ def test_plans_are_made_at_the_sizes_of_unmatched_baselines() -> None:
     assert unmatched([*plans, weak, small], COSINE, 3.0) is None
     assert unmatched([*plans, weak, strong], COSINE, 3.0) == 2.5
     assert unmatched([*plans, weak, strong], COSINE, 2.4) is None
-    assert unmatched([*plans, strong, point(PLANNED, 2.495, 0.91)], COSINE, 3.0) is None  # it was tried
+    assert unmatched([*plans, weak, strong], COSINE, 3.0, {2.5}) is None
 
 
 def test_equal_points_of_a_family_are_one() -> None:
@@ -322,6 +322,13 @@ def test_less_divergence_is_better() -> None:
     points = [point(PLANNED, 2.0, 0.5), point("rival", 2.0, 0.4)]
     assert [one.holds for one in compare(points, score, [2.0], {})] == [False]
     assert [one.holds for one in compare_at_sizes(points, score, 4.0)] == [False]
+
+
+def test_differences_within_the_noise_are_none() -> None:
+    score = Score("cosine", "KL", higher=False, noise=0.05)
+    for rival, holds in ((0.48, True), (0.4, False), (0.6, True)):
+        found = compare([point(PLANNED, 2.0, 0.5), point("rival", 2.0, rival)], score, [2.0], {})
+        assert [one.holds for one in found] == [holds]
 
 
 def test_the_next_larger_baseline_is_the_nearest() -> None:
