@@ -10,12 +10,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
-
-import torch
+from typing import Any
 
 from compot_deploy.accuracy import Evaluation
 from compot_deploy.allocate import (
@@ -41,8 +39,10 @@ from compot_deploy.exporters.artifact import (
     write_manifest,
 )
 from compot_deploy.factorize import singular_spectrum
+from compot_deploy.footprint import fit_size, predicted_bytes
 from compot_deploy.judging import Deployment, gate_of, judge_folder, write_report
-from compot_deploy.plan import InMemory, Joint, Plain
+from compot_deploy.plan import InMemory, Joint, Plain, plain_plan, smallest_bytes
+from compot_deploy.plan import Plan as KnapsackPlan
 from compot_deploy.planning import (
     Draft,
     Task,
@@ -51,6 +51,7 @@ from compot_deploy.planning import (
     collect_grams,
     measure_curves,
     measure_effects,
+    verdict,
 )
 from compot_deploy.progress import Progress, silent
 from compot_deploy.quant import rtn
@@ -60,13 +61,13 @@ from compot_deploy.settings import (
     check_format,
     check_groups,
     device_of,
-    other_bytes,
+    multiplies_out,
     search_of,
     shape_of,
     storage_of,
     table_grid,
 )
-from compot_deploy.store import StoredMatrices, save_matrices, write_text
+from compot_deploy.store import StoredMatrices, Without, save_matrices, write_text
 from compot_deploy.texts import EVALUATION, calibration_windows, evaluation_json, evaluation_of
 from compot_deploy.tokens import (
     TokenWindows,
@@ -74,9 +75,14 @@ from compot_deploy.tokens import (
 )
 from compot_deploy.weights import DENSE, CompressedModel, Dense, Matrix, Storage
 from compot_deploy.whiten import whiten
-from compot_deploy.workspace import block_file, facts_file, kept_when_interrupted, targets_of, work_folder
-
-RECIPE: Final = "compot/recipe.toml"
+from compot_deploy.workspace import (
+    RECIPE,
+    block_file,
+    facts_file,
+    kept_when_interrupted,
+    targets_of,
+    work_folder,
+)
 
 
 @dataclass(frozen=True)
@@ -195,10 +201,8 @@ def _compress_as_planned(
             )
     ordered = {name: choices[name] for name in outcome.files}
     model = _model(recipe, checkpoint, outcome.files, work)
-    bits = outcome.plan.bytes * 8 / sum(math.prod(shape_of(checkpoint, name)) for name in ordered)
     notes = (
-        f"the plan spends {outcome.plan.bytes} of {outcome.plan.budget} bytes ({recipe.budget}) on the "
-        f"linears, {bits:.3f} bits per weight",
+        *_notes_of_plan(recipe, checkpoint, outcome.plan),
         *outcome.notes,
         *_notes(drafted.task.windows, outcome.facts),
     )
@@ -221,13 +225,28 @@ def draft(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progress
         dtype=recipe.dtype,
         progress=progress,
     )
-    other = other_bytes(recipe, checkpoint)
-    budget = budget_of(recipe, checkpoint, task.storage, other)
+    evaluation = evaluation_of(recipe, checkpoint, work, progress)
+    names = checkpoint.architecture.linear_names(checkpoint.layers)
+    sizes = {name: shape_of(checkpoint, name) for name in names}
+
+    def predict(plan: KnapsackPlan) -> int:
+        notes = _notes_of_plan(recipe, checkpoint, plan)
+        notes += (verdict((plan,) * 3, (0.12345,) * 3), *windows.notes) if plan.chosen else windows.notes
+        return predicted_bytes(recipe, checkpoint, plan, windows, evaluation, notes)
+
+    plain = plain_plan(sizes, recipe.dictionary_grid, storage)
+    budget = budget_of(recipe, checkpoint, task.storage, predict(plain) - plain.bytes)
     collect_grams(task)
     curves = measure_curves(task)
     effects = measure_effects(task)
-    sizes = {name: shape_of(checkpoint, name) for name in effects}
-    return Draft(task, curves, effects, choose(curves, effects, budget), sizes, other)
+    size = recipe.size_bytes
+    if size is None:
+        plans = choose(curves, effects, budget)
+    else:
+        plans = fit_size(
+            size, budget, smallest_bytes(curves), lambda limit: choose(curves, effects, limit), predict
+        )
+    return Draft(task, curves, effects, plans, sizes, predict(plans[0]) - plans[0].bytes)
 
 
 def plan_only(recipe: Recipe, progress: Progress = silent) -> Draft:
@@ -253,7 +272,7 @@ def _model(recipe: Recipe, checkpoint: Checkpoint, files: Mapping[str, Path], wo
         architecture=checkpoint.architecture,
         config=checkpoint.config,
         matrices=StoredMatrices(files),
-        tensors=_Without(checkpoint.tensors, {f"{name}.weight" for name in files} | {checkpoint.head_name}),
+        tensors=Without(checkpoint.tensors, {f"{name}.weight" for name in files} | {checkpoint.head_name}),
         tied=checkpoint.tied,
         source=str(checkpoint.folder),
     )
@@ -373,7 +392,7 @@ def _export(
         write_text(folder / RECIPE, recipe.to_toml())
         choices = compression.allocation.choices
         # What a file rounds is described and judged by what it holds.
-        model = exporter.read_model(folder) if _rounds(kind, options) else compression.model
+        model = exporter.read_model(folder) if multiplies_out(kind, options) else compression.model
         manifest = write_manifest(
             folder,
             describe(
@@ -403,9 +422,13 @@ def _export(
     return Deployment(target, report)
 
 
-def _rounds(kind: str, options: Any) -> bool:
-    """Whether a file holds other numbers than it was given, so that what it holds is what must be judged."""
-    return kind == "gguf" and options.layout == "dense"
+def _notes_of_plan(recipe: Recipe, checkpoint: Checkpoint, plan: KnapsackPlan) -> tuple[str, ...]:
+    names = [name for entry in plan.chosen for name in entry.names]
+    bits = plan.bytes * 8 / sum(math.prod(shape_of(checkpoint, name)) for name in names)
+    return (
+        f"the plan spends {plan.bytes} of {plan.budget} bytes ({recipe.budget}) on the linears, {bits:.3f} bits "
+        "per weight",
+    )
 
 
 def _notes(windows: TokenWindows, facts: tuple[LinearFacts, ...]) -> tuple[str, ...]:
@@ -418,22 +441,3 @@ def _notes(windows: TokenWindows, facts: tuple[LinearFacts, ...]) -> tuple[str, 
             f"diagonal (first: {escalated[0]}); more calibration text would help"
         )
     return tuple(notes)
-
-
-class _Without(Mapping[str, torch.Tensor]):
-    """A mapping less some keys, still lazy."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], without: set[str]) -> None:
-        self._tensors = tensors
-        self._names = [name for name in tensors if name not in without]
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)

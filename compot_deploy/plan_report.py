@@ -19,7 +19,7 @@ from compot_deploy.plan import (
     frontier,
     smallest_bytes,
 )
-from compot_deploy.planning import Draft
+from compot_deploy.planning import Draft, name_of
 from compot_deploy.weights import Grid
 
 _PLAIN_INT4: Final = Plain(Grid(4, 32))
@@ -82,15 +82,15 @@ def overview(planned: Planned) -> Overview:
         ("all linears", f"{bits:.3f} bits", "", f"{plan.loss:.3g}", f"{plan.bytes:,}", f"{total_plain:,}")
     )
     lines = [
-        f"Budget {plan.budget:,} bytes for the linears; everything else takes about {draft.other_bytes:,}: "
+        f"Budget {plan.budget:,} bytes for the linears; everything else takes {draft.other_bytes:,}: "
         f"predicted output {planned.artifact_bytes:,} bytes.",
         "Error is the relative error of a matrix's output on calibration text; loss is predicted, in nats per token.",
     ]
-    if len(draft.plans) > 1:
-        plain_mix = draft.plans[1]
+    for other in draft.plans[1:]:
+        name = name_of(other)
         lines.append(
-            f"The best mix of plain grids within the same budget takes {plain_mix.bytes:,} bytes and has a "
-            f"predicted loss of {plain_mix.loss:.3g}; both are measured on the model before one is exported."
+            f"{name[0].upper()}{name[1:]} within the same budget takes {other.bytes:,} bytes and has a predicted "
+            f"loss of {other.loss:.3g}; it is measured on the model beside the plan before one is exported."
         )
     lines += [f"{note[0].upper()}{note[1:]}." for note in plan.notes]
     return Overview(

@@ -110,7 +110,7 @@ class Draft:
         task: what it is for.
         curves: candidates of every input.
         effects: what a unit of squared error of each linear costs, in nats per token.
-        plans: the plan; behind it the plain mix of the same budget that it will be compared with.
+        plans: the plan; behind it what it will be compared with, see `choose`.
         sizes: (in, out) of each linear.
         other_bytes: predicted bytes of everything in the output that is not a linear.
     """
@@ -187,26 +187,54 @@ def measure_effects(task: Task) -> dict[str, float]:
             if all(name in known for name in names):
                 continue
             whitening = task.whitening(layer, shared)
-            for name, weight in task.weights(names).items():
+            for name in names:
                 task.progress(len(known), total, label)
-                probe = _probe(forms(weight, whitening, task.storage, task.search))
-                made = realize(
-                    probe, {name: weight}, whitening, task.search, quantizer=QUANTIZERS[task.quantizer]
-                )
-                error = made.errors[name]
-                known[name] = effect(made.matrices) / error if error > 0.0 else 0.0
+                known[name] = _effect_of(name, task, whitening, effect)
             write_text(path, json.dumps(known))
     task.progress(total, total, label)
     return known
 
 
+def _effect_of(name: str, task: Task, whitening: Whitening, effect: _Effect) -> float:
+    (weight,) = task.weights([name]).values()
+    probe = _probe(forms(weight, whitening, task.storage, task.search))
+    made = realize(probe, {name: weight}, whitening, task.search, quantizer=QUANTIZERS[task.quantizer])
+    error = made.errors[name]
+    return effect(made.matrices) / error if error > 0.0 else 0.0
+
+
 def choose(curves: Sequence[Curve], weights: Mapping[str, float], budget: int) -> tuple[Plan, ...]:
-    """The plan, and the plain mix of the same budget where there is one that differs."""
+    """The plan, then what it must not be worse than: the best mix of plain grids and the best single grid.
+
+    All within the same budget; those that are possible and differ.
+    """
+
+    def possible(some: Sequence[Curve]) -> bool:
+        return all(all(one.alone) for one in some) and smallest_bytes(some) <= budget
+
     plan = knapsack(curves, budget, weights)
     plain = [one.only(lambda form: isinstance(form, Plain)) for one in curves]
-    factorized = any(isinstance(entry.candidate.form, Joint) for entry in plan.chosen)
-    possible = all(all(one.alone) for one in plain) and smallest_bytes(plain) <= budget
-    return (plan, knapsack(plain, budget, weights)) if factorized and possible else (plan,)
+    contenders = [plain] if possible(plain) else []
+    singles = [
+        [one.only(lambda form, only=form: form == only) for one in plain]  # type: ignore[misc]
+        for form in dict.fromkeys(entry.form for entry in plain[0].alone[0])
+    ]
+    made = [knapsack(some, budget, weights) for some in singles if possible(some)]
+    plans = [plan, *(knapsack(some, budget, weights) for some in contenders)]
+    plans += [min(made, key=lambda one: one.loss)] if made else []
+    different = {forms_of(one): one for one in reversed(plans)}
+    return tuple(one for one in plans if different[forms_of(one)] is one)
+
+
+def forms_of(plan: Plan) -> tuple[tuple[tuple[str, ...], Form], ...]:
+    """What a plan makes of what; two plans of equal forms make equal matrices."""
+    return tuple((entry.names, entry.candidate.form) for entry in plan.chosen)
+
+
+def name_of(plan: Plan) -> str:
+    """What a plan of plain forms is called beside the chosen one."""
+    forms = {entry.candidate.form for entry in plan.chosen}
+    return f"{forms.pop()} for all linears" if len(forms) == 1 else "the best mix of plain grids"
 
 
 def carry_out(task: Task, plans: Sequence[Plan]) -> Outcome:
@@ -218,13 +246,20 @@ def carry_out(task: Task, plans: Sequence[Plan]) -> Outcome:
         effect = _Effect(task)
         effects = [effect(StoredMatrices(files)) for files, _ in made]
         best = min(range(len(plans)), key=effects.__getitem__)
-        verdict = "the plan" if best == 0 else "plain quantization, which is taken"
-        notes.append(
-            f"on calibration text the plan costs {effects[0]:.4g} nats per token and the best mix of plain "
-            f"grids within the same bytes {effects[1]:.4g}: better is {verdict}"
-        )
+        notes.append(verdict(plans, effects))
     files, facts = made[best]
     return Outcome(plans[best], files, facts, tuple(notes))
+
+
+def verdict(plans: Sequence[Plan], effects: Sequence[float]) -> str:
+    """What the final check found, as a note for the report."""
+    best = min(range(len(plans)), key=effects.__getitem__)
+    others = " and ".join(
+        f"{name_of(plan)} within the same bytes {effect:.4g}"
+        for plan, effect in zip(plans[1:], effects[1:], strict=True)
+    )
+    winner = "the plan" if best == 0 else f"{name_of(plans[best])}, which is taken"
+    return f"on calibration text the plan costs {effects[0]:.4g} nats per token, {others}: better is {winner}"
 
 
 # -- pieces --------------------------------------------------------------------------------------------

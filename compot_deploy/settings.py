@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import Final
+from typing import Any
 
 import torch
 
-from compot_deploy.allocate import (
-    PaperStorage,
-)
+from compot_deploy.allocate import PaperStorage
 from compot_deploy.candidates import Search
 from compot_deploy.checkpoint import Checkpoint, checkpoint_shape
 from compot_deploy.errors import RecipeError
@@ -18,11 +16,6 @@ from compot_deploy.exporters import EXPORTERS
 from compot_deploy.plan import GridChoice, Plain
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe
 from compot_deploy.weights import Grid, Pattern, Storage
-
-_BYTES_PER_LINEAR: Final = 2700
-_RECORDS: Final = 29_000
-"""About what graph and manifest take for a linear, and report, card and configuration once."""
-_BYTES_PER_EVALUATION_TOKEN: Final = 5
 
 
 def check_groups(recipe: Recipe, checkpoint: Checkpoint) -> None:
@@ -105,10 +98,18 @@ def search_of(recipe: Recipe, checkpoint: Checkpoint) -> Search:
         )
     exporter = EXPORTERS[recipe.format[0]]
     options = exporter.options(asdict(recipe))
+    multiplied = multiplies_out(recipe.format[0], options)
+    if multiplied and recipe.gguf_type != "auto":
+        raise RecipeError(
+            f"--gguf-type {recipe.gguf_type} stores every linear alike, which leaves nothing to plan: leave it out, "
+            "or give a --ratio without --allocation knapsack."
+        )
+    storage = storage_of(recipe)
 
     def takes(grid: Grid) -> bool:
         try:
             exporter.check(checkpoint.architecture, checkpoint.config, {"dictionary": grid}, options)
+            storage.leaf_bytes(256, 1, grid)  # some formats refuse the grid only here
         except RecipeError:
             return False
         return True
@@ -117,7 +118,8 @@ def search_of(recipe: Recipe, checkpoint: Checkpoint) -> Search:
         bits: tuple(group for group in (16, 32, 64, 128) if takes(Grid(bits, group))) for bits in (2, 3, 4, 8)
     }
     grids = GridChoice({bits: found for bits, found in groups.items() if found}, step=16)
-    storage = storage_of(recipe)
+    if multiplied:  # a factorised form would take the bytes of its product
+        return Search(grids, rates=(), sparse=(), unquantized=True)
 
     def packs(pattern: Pattern) -> bool:
         four = [grid for grid in grids.grids if grid.bits == 4]
@@ -135,8 +137,13 @@ def search_of(recipe: Recipe, checkpoint: Checkpoint) -> Search:
     )
 
 
+def multiplies_out(kind: str, options: Any) -> bool:
+    """Whether a format stores the product of dictionary and codes, rounded, instead of both."""
+    return bool(kind == "gguf" and options.layout == "dense")
+
+
 def budget_of(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, other: int) -> int:
-    """Bytes for the linears, from --bits, --size or --ratio.
+    """Bytes for the linears, from --bits, --ratio or --size; the last a first guess, see `footprint.fit_size`.
 
     Raises:
         RecipeError: a size that the rest of the output uses up.
@@ -154,28 +161,6 @@ def budget_of(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, other: i
         return size - other
     plain = Plain(recipe.dictionary_grid)
     return math.floor((1 - recipe.ratio) * sum(plain.bytes(*shape, storage) for shape in shapes))
-
-
-def other_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
-    """About what everything but the linears takes: tables, norms, rotary tables, tokenizer and graph."""
-    architecture, storage = checkpoint.architecture, storage_of(recipe)
-    names = architecture.linear_names(checkpoint.layers)
-    tables = {architecture.embedding: recipe.embeddings}
-    if not checkpoint.tied:
-        tables[architecture.head] = recipe.head
-    total = sum(
-        storage.leaf_bytes(*shape_of(checkpoint, name), table_grid(kind)) for name, kind in tables.items()
-    )
-    matrices = {f"{name}.weight" for name in (*names, *tables)} | {checkpoint.head_name}
-    total += sum(
-        4 * math.prod(checkpoint_shape(checkpoint, name))
-        for name in checkpoint.tensors
-        if name not in matrices
-    )
-    total += 4 * architecture.head_size(checkpoint.config) * checkpoint.context
-    total += sum(path.stat().st_size for path in checkpoint.folder.glob("*token*") if path.is_file())
-    total += _BYTES_PER_LINEAR * len(names) + _RECORDS
-    return total + _BYTES_PER_EVALUATION_TOKEN * recipe.evaluation_tokens
 
 
 def shape_of(checkpoint: Checkpoint, name: str) -> tuple[int, int]:

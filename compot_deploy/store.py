@@ -79,6 +79,25 @@ class StoredMatrices(Mapping[str, Matrix]):
         return len(self._files)
 
 
+class Without(Mapping[str, Tensor]):
+    """A mapping less some keys, still lazy."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], without: set[str]) -> None:
+        self._tensors = tensors
+        self._names = [name for name in tensors if name not in without]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def _put(name: str, matrix: Matrix, tensors: dict[str, Tensor]) -> dict[str, Any]:
     match matrix:
         case Dense() | Quantized():

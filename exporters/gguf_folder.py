@@ -22,7 +22,7 @@ from typing import Any, Final, cast, get_args
 from compot_deploy.architectures import Architecture, find_architecture
 from compot_deploy.checkpoint import TOKENIZER_FILES
 from compot_deploy.errors import ArtifactError, RecipeError
-from compot_deploy.exporters.gguf import GgufOptions, GgufStorage, Layout, read, write
+from compot_deploy.exporters.gguf import GgufOptions, GgufStorage, Layout, read, write, write_header
 from compot_deploy.exporters.gguf_reader import read_header
 from compot_deploy.findings import Finding
 from compot_deploy.weights import DENSE, CompressedModel, Grid, Matrix, Pattern
@@ -86,6 +86,14 @@ class GgufExporter:
     def write(self, model: CompressedModel, folder: Path, options: GgufOptions) -> None:
         """Write every file but the manifest into an existing folder."""
         write(model, folder / FILE, options)
+        self._copy_configuration(model, folder)
+
+    def rehearse(self, model: CompressedModel, folder: Path, options: GgufOptions) -> int:
+        """Write as `write` does, for matrices of stand-ins; returns the bytes that the file lacks."""
+        self._copy_configuration(model, folder)
+        return write_header(model, folder / FILE, options)
+
+    def _copy_configuration(self, model: CompressedModel, folder: Path) -> None:
         source = Path(model.source)
         for name in (*_CONFIGURATION, *TOKENIZER_FILES):
             if (source / name).is_file():
