@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from compot_deploy.accuracy import Evaluation
 from compot_deploy.allocate import (
     ALLOCATIONS,
@@ -24,7 +26,7 @@ from compot_deploy.allocate import (
     Precision,
     Sparsity,
 )
-from compot_deploy.calibrate import BlockStream
+from compot_deploy.calibrate import BlockStream, Gram, Replacements
 from compot_deploy.checkpoint import Checkpoint, open_checkpoint
 from compot_deploy.compress import LinearFacts, compress_linear
 from compot_deploy.embedded import MODEL
@@ -67,7 +69,7 @@ from compot_deploy.settings import (
     storage_of,
     table_grid,
 )
-from compot_deploy.store import StoredMatrices, Without, save_matrices, write_text
+from compot_deploy.store import StoredMatrices, Without, block_weights, save_matrices, write_text
 from compot_deploy.texts import EVALUATION, calibration_windows, evaluation_json, evaluation_of
 from compot_deploy.tokens import (
     TokenWindows,
@@ -153,6 +155,16 @@ def compress(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progr
     recipe, allocation = planned.recipe, planned.allocation
     windows = calibration_windows(recipe, checkpoint, load_tokenizer(checkpoint.folder), work, progress)
 
+    def finished(layer: int) -> Replacements:
+        return lambda _: block_weights(block_file(work, layer), checkpoint.architecture.block_path(layer))
+
+    def compressing(layer: int) -> Replacements:
+        def compress_and_go_on(grams: Mapping[str, Gram]) -> Mapping[str, Tensor]:
+            _compress_block(recipe, checkpoint, allocation, grams, layer, work)
+            return finished(layer)(grams)
+
+        return compress_and_go_on
+
     label = "Calibrate, factorise, quantize"
     stream: BlockStream | None = None
     for layer in range(checkpoint.layers):
@@ -161,8 +173,13 @@ def compress(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progr
             if stream is None:
                 stream = BlockStream(checkpoint, windows, device=device_of(recipe), dtype=recipe.dtype)
                 for done in range(layer):
-                    stream.advance(done, capture=False)
-            _compress_block(recipe, checkpoint, allocation, stream, layer, work)
+                    stream.advance(
+                        done, capture=False, replacements=finished(done) if recipe.sequential else None
+                    )
+            if recipe.sequential:
+                stream.advance(layer, replacements=compressing(layer))
+            else:
+                _compress_block(recipe, checkpoint, allocation, stream.advance(layer), layer, work)
     progress(checkpoint.layers, checkpoint.layers, label)
 
     files = {
@@ -223,6 +240,7 @@ def draft(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progress
         quantizer=recipe.quantizer,
         device=device_of(recipe),
         dtype=recipe.dtype,
+        sequential=recipe.sequential,
         progress=progress,
     )
     evaluation = evaluation_of(recipe, checkpoint, work, progress)
@@ -282,13 +300,12 @@ def _compress_block(
     recipe: Recipe,
     checkpoint: Checkpoint,
     allocation: Allocation,
-    stream: BlockStream,
+    grams: Mapping[str, Gram],
     layer: int,
     work: Path,
 ) -> None:
     block = checkpoint.architecture.block_path(layer)
     device = device_of(recipe)
-    grams = stream.advance(layer)
     matrices: dict[str, Matrix] = {}
     facts = []
     for shared in checkpoint.architecture.inputs:

@@ -119,6 +119,11 @@ class Recipe:
     length: int = _knob(
         256, "tokens of a window, at most what the model was made for", unit="tokens", group="calibration"
     )
+    sequential: bool = _knob(
+        False,
+        "calibrate each block on what the compressed blocks before it give, not on what the original ones do",
+        group="calibration",
+    )
     seed: int = _knob(0, "seed of everything that is drawn at random", group="calibration")
     device: str = _knob("auto", "where to compute: auto, cpu, cuda, cuda:1, mps", group="calibration")
     dtype: Literal["float32", "bfloat16", "float16"] = _knob(
