@@ -15,12 +15,14 @@ from compot_deploy.embedded import MODEL
 from compot_deploy.errors import InputError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.artifact import (
+    LeafRecord,
     Manifest,
     library_versions,
     seal,
     verify,
 )
 from compot_deploy.exporters.model_card import model_card
+from compot_deploy.plan import LoadedStorage
 from compot_deploy.progress import Progress, silent
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe, recipe_from_mapping
 from compot_deploy.report import Report, Sizes, to_json, to_junit
@@ -174,6 +176,24 @@ def sizes_of(manifest: Manifest) -> Sizes:
         plain_int4=rest + sum(record.plain_int4_bytes for record in linears),
         plain_int8=rest + plain8,
         fp16=2 * sum(record.inputs * record.outputs for record in manifest.matrices),
+        memory=_loaded_bytes(manifest, storage) if isinstance(storage, LoadedStorage) else None,
+    )
+
+
+def _loaded_bytes(manifest: Manifest, storage: LoadedStorage) -> int:
+    """What the tensors of the matrices take once a graph is loaded; a shared dictionary is there once."""
+    leaves: dict[tuple[str, str], LeafRecord] = {}
+    for record in manifest.matrices:
+        if record.plain is not None:
+            leaves[record.name, ""] = record.plain
+        for position, pair in enumerate(record.pairs):
+            leaves[pair.dictionary_name, f"dictionary {position}"] = pair.dictionary
+            leaves[record.name, f"codes {position}"] = pair.codes
+    return sum(
+        storage.memory_bytes(
+            leaf.inputs, leaf.outputs, None if leaf.group is None else Grid(leaf.bits, leaf.group)
+        )
+        for leaf in leaves.values()
     )
 
 

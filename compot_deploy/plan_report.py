@@ -12,6 +12,7 @@ from compot_deploy.errors import MissingDependencyError
 from compot_deploy.inspection import Overview
 from compot_deploy.plan import (
     Curve,
+    InMemory,
     Plain,
     Plan,
     describe,
@@ -49,6 +50,17 @@ class Planned:
         return sum(rows * columns for rows, columns in self.draft.sizes.values())
 
     @property
+    def tensor_memory_bytes(self) -> int:
+        """What the tensors of the linears take in a loaded graph; runtimes keep more beside them."""
+        storage = self.draft.task.storage
+        loaded = storage if isinstance(storage, InMemory) else InMemory(storage)
+        total = 0
+        for entry in self.plan.chosen:
+            sizes = [self.draft.sizes[name] for name in entry.names]
+            total += entry.candidate.form.bytes(sizes[0][0], sum(columns for _, columns in sizes), loaded)
+        return total
+
+    @property
     def artifact_bytes(self) -> int:
         """Predicted size of the whole output."""
         return self.plan.bytes + self.draft.other_bytes
@@ -84,6 +96,8 @@ def overview(planned: Planned) -> Overview:
     lines = [
         f"Budget {plan.budget:,} bytes for the linears; everything else takes {draft.other_bytes:,}: "
         f"predicted output {planned.artifact_bytes:,} bytes.",
+        f"Loaded, the tensors of the linears take {planned.tensor_memory_bytes:,} bytes; what a runtime keeps "
+        "beside them (scales once more, packing buffers) is not counted.",
         "Error is the relative error of a matrix's output on calibration text; loss is predicted, in nats per token.",
     ]
     for other in draft.plans[1:]:
@@ -110,6 +124,7 @@ def as_json(planned: Planned) -> str:
         "bytes": plan.bytes,
         "bits_per_weight": plan.bytes * 8 / planned.weights,
         "predicted_artifact_bytes": planned.artifact_bytes,
+        "tensor_memory_bytes": planned.tensor_memory_bytes,
         "predicted_loss": plan.loss,
         "notes": list(plan.notes),
         "chosen": [

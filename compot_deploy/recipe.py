@@ -65,7 +65,8 @@ class Recipe:
     )
     budget: Literal["file", "memory"] = _knob(
         "file",
-        "what a budget counts: bytes of the file, or of the loaded model, whose codes lie dense",
+        "what a budget counts: bytes of the file, or of the tensors of the loaded graph, where codes lie dense; "
+        "what a runtime keeps beside them is not counted",
         group="size",
     )
     embeddings: Precision = _knob(

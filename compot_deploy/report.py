@@ -39,7 +39,7 @@ class Sizes:
         plain_int8: the same with plain int8.
         fp16: all weights at 16 bits.
         transport: the artifact compressed for transport, where that was measured.
-        memory: weights in memory after loading, where that is known.
+        memory: tensors of the weights in a loaded graph, where that is known; a runtime keeps more beside them.
     """
 
     artifact: int
@@ -339,7 +339,7 @@ def size_table(report: Report) -> Table:
         ("plain int8, weights", sizes.plain_int8),
         ("fp16, weights", sizes.fp16),
         ("artifact, compressed for transport", sizes.transport),
-        ("artifact, weights in memory", sizes.memory),
+        ("loaded, tensors of the weights", sizes.memory),
     ]
     rows = tuple(
         (name, _bytes(count), f"{count:,}", _ratio(sizes.weights, count))

@@ -22,7 +22,7 @@ from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.artifact import verify
 from compot_deploy.pipeline import deploy, plan_only
-from compot_deploy.plan import Form, GridChoice, Joint, Plain, Plan, form_from_data, form_to_data
+from compot_deploy.plan import Form, GridChoice, InMemory, Joint, Plain, Plan, form_from_data, form_to_data
 from compot_deploy.recipe import Recipe
 from compot_deploy.runners import torch_runner
 from compot_deploy.weights import Factorized, Grid, Pattern, Quantized, leaves, matrix_bytes
@@ -69,6 +69,7 @@ def test_a_budget_below_every_plain_grid_is_kept_and_exported_exactly(shared: Pa
     assert spent * 8 <= 1.7 * numbers
     assert any(isinstance(matrix, Factorized) for matrix in linears.values())
     report = json.loads((shared / "compot" / "report.json").read_text())
+    assert report["sizes"]["memory"] == sum(matrix_bytes(matrices, InMemory(storage)).values())
     stated = verify(shared)
     assert sum(record.bytes for record in stated.matrices if ".layers." in record.name) == spent
     assert f"the plan spends {spent} of {int(1.7 * numbers / 8)} bytes" in json.dumps(report)
@@ -243,6 +244,16 @@ def test_the_plan_command_prints_the_plan(
     plan = json.loads(capsys.readouterr().out)
     assert plan["bytes"] <= plan["budget"]
     assert sum(entry["bytes"] for entry in plan["chosen"]) == plan["bytes"]
+    storage = EXPORTERS["onnx"].storage(EXPORTERS["onnx"].options({}))
+    shapes = dict.fromkeys(("q_proj", "o_proj"), (64, 64)) | dict.fromkeys(("k_proj", "v_proj"), (64, 32))
+    shapes |= {"gate_proj": (64, 160), "up_proj": (64, 160), "down_proj": (160, 64)}
+    memory = 0
+    for entry in plan["chosen"]:
+        sizes = [shapes[name.rpartition(".")[2]] for name in entry["linears"]]
+        form = form_from_data(entry["form"])
+        memory += form.bytes(sizes[0][0], sum(columns for _, columns in sizes), InMemory(storage))
+    assert plan["tensor_memory_bytes"] == memory > plan["bytes"]
+    assert f"tensors of the linears take {memory:,} bytes" in table
     losses = [point["predicted_loss"] for point in plan["frontier"]]
     assert losses == sorted(losses, reverse=True)
     assert not measured.exists()
