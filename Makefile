@@ -1,6 +1,7 @@
 # Everything runs in an environment of its own, .venv; nothing outside the repository is touched.
 #   make demo   compress the model that ships with the project, export it to ONNX, check it
 #   make test   format, lint, types, tests
+#   make web    the page of `compot-deploy serve` (needs Node.js and npm); make web-test tries it in Chromium
 #   make dev    what `make test` needs, plus the git hooks
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO = out/demo
 
-.PHONY: demo test lint types dev compatibility clean
+.PHONY: demo test lint types dev compatibility web web-test clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/compot-deploy --quant int4 --format onnx --out $(DEMO) --force
@@ -38,6 +39,19 @@ compatibility: $(VENV)/dev.stamp
 		tests/test_onnx_graph.py tests/test_runners.py tests/test_tokens.py
 	COMPOT_DEPLOY_OPTIMUM_PYTHON=$(OLD)/bin/python $(BIN)/python -m pytest -q tests/test_onnx_folder.py -k optimum
 
+# The page is bundled from npm packages, at the versions of web/package-lock.json, and not kept in git.
+PAGE = compot_deploy/web-bundle/bundle.json
+web: $(PAGE)
+$(PAGE): web/node_modules/.package-lock.json web/build.mjs $(wildcard web/src/*)
+	cd web && npm run --silent build
+web/node_modules/.package-lock.json: web/package.json web/package-lock.json web/.npmrc
+	@command -v npm >/dev/null || { echo "make web needs Node.js and npm: install them, or a wheel that has the page"; exit 1; }
+	cd web && npm ci --silent
+	@touch $@
+
+web-test: $(VENV)/dev.stamp $(PAGE)
+	$(BIN)/python -m pytest -q tests/test_serve.py tests/test_browser.py
+
 # A CPU build of torch is preferred where there is none; a torch that is already there (CUDA, say) stays.
 # An interpreter that has torch is shared with the environment, so that nothing is downloaded twice.
 $(VENV)/bin/python:
@@ -63,4 +77,4 @@ $(VENV)/dev.stamp: pyproject.toml | $(VENV)/bin/python
 	@touch $@ $(VENV)/demo.stamp
 
 clean:
-	rm -rf $(VENV) .venv-* out build dist *.egg-info compot_deploy/exporters compot_deploy/quant compot_deploy/llama compot_deploy/embedded
+	rm -rf $(VENV) .venv-* out build dist *.egg-info web/node_modules compot_deploy/web-bundle compot_deploy/exporters compot_deploy/quant compot_deploy/llama compot_deploy/embedded

@@ -330,6 +330,27 @@ def check(
     )
 
 
+def measure(
+    reference: Runner, candidate: Runner, evaluation: Evaluation, progress: Progress | None = None
+) -> Loss:
+    """One loss by itself, for a model that is shown beside another.
+
+    Args:
+        reference: taken as right.
+        candidate: measured.
+        evaluation: text and prompts.
+        progress: called after every step.
+    """
+    roles: dict[str, Runner] = {"reference": reference, "candidate": candidate}
+    _check_fit(list(roles.values()), evaluation)
+    batches = _batches(evaluation.text.windows, evaluation.batch)
+    tick = _Ticker(len(batches) + 2 * len(evaluation.prompts), progress or _silent)
+    comparisons = _read_in_lockstep(roles, [("reference", "candidate")], batches, tick)
+    texts = _continue_prompts(roles, evaluation, tick)
+    matches = tuple(_match(a, b) for a, b in zip(texts["reference"], texts["candidate"], strict=True))
+    return Loss(reference.name, candidate.name, comparisons["reference", "candidate"], matches)
+
+
 def judge(
     gate: Gate, export_exact: Loss, export_shipped: Loss, method: Loss | None, total: Loss | None
 ) -> GateResult:

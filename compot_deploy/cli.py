@@ -7,6 +7,7 @@
     compot-deploy check DIR                                         check an exported folder again
     compot-deploy inspect DIR                                       what is in it, layer by layer
     compot-deploy run DIR -p "prompt"                               text from it, with tokens per second
+    compot-deploy serve DIR                                         the same in a browser, which runs the model
 
 Exit codes: 0 done and gate passed · 1 gate failed (the folder is kept, marked) · 2 bad usage or input ·
 3 unsupported model · 4 missing runtime or extra · 75 interrupted, the same command resumes.
@@ -15,10 +16,13 @@ Exit codes: 0 done and gate passed · 1 gate failed (the folder is kept, marked)
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import signal
 import sys
+import threading
+import webbrowser
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -50,6 +54,7 @@ from compot_deploy.judging import Deployment, check_folder
 from compot_deploy.pipeline import plan_only, run
 from compot_deploy.recipe import Recipe, default_of, knob_type, knobs, recipe_from_mapping
 from compot_deploy.report import tables, verdict
+from compot_deploy.serve import DEFAULT_PORT, PageServer
 
 _GROUPS: Final = {
     "model": "what and where",
@@ -188,11 +193,36 @@ def _run(arguments: list[str], out: Console, err: Console) -> int:
     return EXIT_OK
 
 
+def _serve(arguments: list[str], out: Console, err: Console) -> int:
+    parser = _Parser(
+        prog="compot-deploy serve",
+        description="Open a page on this machine in which the browser itself runs an exported ONNX folder.",
+        epilog=_EXIT_CODES,
+    )
+    parser.add_argument("folder", type=Path, help="an ONNX folder that compot-deploy wrote")
+    parser.add_argument(
+        "--port", type=int, default=DEFAULT_PORT, help=f"0 takes any free one (default: {DEFAULT_PORT})"
+    )
+    parser.add_argument("--no-open", action="store_true", help="only print the address")
+    options = parser.parse_args(arguments)
+    with PageServer(options.folder, options.port) as server:
+        out.print(Text(f"{server.url} runs {options.folder} in the browser. Stop with Ctrl-C."))
+        try:
+            if not options.no_open:
+                # In a thread, for a browser that runs in the terminal would keep this one.
+                threading.Thread(target=webbrowser.open, args=[server.url], daemon=True).start()
+            server.serve_forever()
+        except KeyboardInterrupt:
+            out.print("Stopped.")
+    return EXIT_OK
+
+
 _COMMANDS: Final[Mapping[str, Callable[[list[str], Console, Console], int]]] = {
     "plan": _plan,
     "check": _check,
     "inspect": _inspect,
     "run": _run,
+    "serve": _serve,
 }
 
 
@@ -351,6 +381,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # It misses an optional kernel, aloud, whenever it is imported.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from compot_deploy import __version__
-from compot_deploy.accuracy import Evaluation, Gate, check
+from compot_deploy.accuracy import Evaluation, Gate, check, measure
 from compot_deploy.checkpoint import Checkpoint, open_checkpoint
 from compot_deploy.embedded import MODEL
 from compot_deploy.errors import InputError
@@ -25,14 +25,14 @@ from compot_deploy.exporters.model_card import model_card
 from compot_deploy.plan import LoadedStorage
 from compot_deploy.progress import Progress, silent
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe, recipe_from_mapping
-from compot_deploy.report import Report, Sizes, to_json, to_junit
-from compot_deploy.runners import RUNNERS, compressed_runner, torch_runner
+from compot_deploy.report import Report, Rival, Sizes, to_json, to_junit
+from compot_deploy.runners import RUNNERS, Runner, compressed_runner, torch_runner
 from compot_deploy.store import write_text
 from compot_deploy.texts import read_evaluation
 from compot_deploy.tokens import (
     load_tokenizer,
 )
-from compot_deploy.weights import CompressedModel, Grid
+from compot_deploy.weights import CompressedModel, Grid, Matrix, Quantized, leaves, matrix_bytes
 
 REPORT: Final = "compot/report.json"
 JUNIT: Final = "compot/report.junit.xml"
@@ -116,8 +116,12 @@ def judge_folder(
     gate: Gate,
     progress: Progress,
     absent: str = "",
+    rival: Mapping[str, Matrix] | None = None,
 ) -> Report:
-    """Lint a folder, read evaluation text with up to four models, and put everything into a report."""
+    """Lint a folder, read evaluation text with up to four models, and put everything into a report.
+
+    With a `rival`, the matrices of the same model through another quantizer, a fifth is read beside them.
+    """
     exporter = EXPORTERS[manifest.exporter]
     findings = exporter.lint(folder)
     reference = None
@@ -147,6 +151,33 @@ def judge_folder(
         facts=facts_of(manifest),
         recipe=manifest.recipe,
         versions=library_versions(),
+        rival=None
+        if rival is None or reference is None
+        else _rival(reference, model, rival, evaluation, manifest),
+    )
+
+
+def _rival(
+    reference: Runner,
+    model: CompressedModel,
+    matrices: Mapping[str, Matrix],
+    evaluation: Evaluation,
+    manifest: Manifest,
+) -> Rival:
+    beside = replace(model, matrices=matrices)
+    exporter = EXPORTERS[manifest.exporter]
+    storage = exporter.storage(exporter.options(manifest.recipe))
+    grid = next(
+        leaf.grid
+        for name, matrix in matrices.items()
+        if _is_linear(name)
+        for leaf in leaves(matrix)
+        if isinstance(leaf, Quantized)
+    )
+    return Rival(
+        name=f"gptq {grid}",
+        bytes=sum(matrix_bytes(matrices, storage).values()),
+        loss=measure(reference, compressed_runner(beside), evaluation),
     )
 
 

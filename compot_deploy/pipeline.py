@@ -28,7 +28,7 @@ from compot_deploy.allocate import (
 )
 from compot_deploy.calibrate import BlockStream, Gram, Replacements
 from compot_deploy.checkpoint import Checkpoint, open_checkpoint
-from compot_deploy.compress import LinearFacts, compress_linear
+from compot_deploy.compress import LinearFacts, factorize_linear, quantize_linear
 from compot_deploy.embedded import MODEL
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
@@ -62,8 +62,10 @@ from compot_deploy.settings import (
     budget_of,
     check_format,
     check_groups,
+    check_quantizer,
     device_of,
     multiplies_out,
+    rival_of,
     search_of,
     shape_of,
     storage_of,
@@ -82,6 +84,7 @@ from compot_deploy.workspace import (
     block_file,
     facts_file,
     kept_when_interrupted,
+    rival_file,
     targets_of,
     work_folder,
 )
@@ -97,6 +100,7 @@ class Compression:
         facts: one per linear, in block order.
         calibration: the windows that were used.
         notes: facts about the run that a report must state.
+        rival: the same factors through GPTQ, where another quantizer is compared with it.
     """
 
     model: CompressedModel
@@ -104,6 +108,7 @@ class Compression:
     facts: tuple[LinearFacts, ...]
     calibration: TokenWindows
     notes: tuple[str, ...]
+    rival: Mapping[str, Matrix] | None = None
 
 
 def deploy(model: str | None = None, *, progress: Progress = silent, **knobs: Any) -> tuple[Deployment, ...]:
@@ -126,6 +131,7 @@ def deploy(model: str | None = None, *, progress: Progress = silent, **knobs: An
 
 def run(recipe: Recipe, progress: Progress = silent) -> tuple[Deployment, ...]:
     """Everything, from a recipe: check what can be checked, compress, then export and judge each format."""
+    check_quantizer(recipe)
     checkpoint = open_checkpoint(recipe.model or MODEL, allow_pickle=recipe.allow_pickle)
     targets = targets_of(recipe)
     for kind, target in targets.items():
@@ -193,8 +199,13 @@ def compress(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progr
         for entry in json.loads(facts_file(work, layer).read_text())
     )
     model = _model(recipe, checkpoint, files, work)
+    rival: Mapping[str, Matrix] | None = None
+    if rival_of(recipe) is not None:
+        numbers = {block_file(work, layer): layer for layer in range(checkpoint.layers)}
+        beside = {name: rival_file(work, numbers[path]) for name, path in files.items()}
+        rival = StoredMatrices({**beside, **_compress_tables(recipe, checkpoint, work)})
     notes = (*planned.notes, *_notes(windows, facts))
-    return Compression(model, allocation, facts, windows, notes)
+    return Compression(model, allocation, facts, windows, notes, rival)
 
 
 def _compress_as_planned(
@@ -307,16 +318,24 @@ def _compress_block(
     block = checkpoint.architecture.block_path(layer)
     device = device_of(recipe)
     matrices: dict[str, Matrix] = {}
+    beside: dict[str, Matrix] = {}
+    rival = rival_of(recipe)
     facts = []
     for shared in checkpoint.architecture.inputs:
         whitening = whiten(grams[shared.name].matrix.to(device))
         for path in shared.linears:
             name = f"{block}.{path}"
             weight = checkpoint.weight(name).float().to(device)
-            result = compress_linear(weight, whitening, allocation.choices[name], recipe)
+            choice = allocation.choices[name]
+            factors = factorize_linear(weight, whitening, choice, recipe)
+            result = quantize_linear(weight, whitening, choice, recipe, factors)
             matrices[name] = result.matrix
+            if rival is not None:
+                beside[name] = quantize_linear(weight, whitening, choice, rival, factors).matrix
             facts.append(asdict(result.facts))
     write_text(facts_file(work, layer), json.dumps(facts, indent=1))
+    if rival is not None:
+        save_matrices(rival_file(work, layer), beside)
     save_matrices(block_file(work, layer), matrices)
 
 
@@ -356,6 +375,14 @@ def allocate(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, progress:
         RecipeError: a ratio that cannot be met, saying which can.
     """
     names = checkpoint.architecture.linear_names(checkpoint.layers)
+    if recipe.method == "plain":
+        sized = {
+            name: Plain(recipe.dictionary_grid).bytes(*shape_of(checkpoint, name), storage) for name in names
+        }
+        plain = {name: Choice(name, 0, DENSE, size, size) for name, size in sized.items()}
+        return Plan(
+            Allocation(plain, sum(sized.values())), recipe, ("nothing was factorised: --method plain",)
+        )
     spectral = recipe.allocator == "spectral"
     sizes = []
     for number, name in enumerate(names):
@@ -381,7 +408,7 @@ def allocate(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, progress:
         return Plan(attempt(recipe), recipe)
     except RecipeError:
         finer = DEFAULT_GROUP // 2
-        if recipe.code_group is not None or recipe.code_grid is None:
+        if recipe.code_group is not None or recipe.code_grid is None or recipe.code_grid.table:
             raise
         recipe = override(recipe, code_group=finer)
         note = f"groups of {DEFAULT_GROUP} atoms are too coarse for this ratio: codes use groups of {finer}"
@@ -431,7 +458,14 @@ def _export(
             ),
         )
         report = judge_folder(
-            folder, manifest, compression.model, checkpoint, evaluation, gate_of(recipe), progress
+            folder,
+            manifest,
+            compression.model,
+            checkpoint,
+            evaluation,
+            gate_of(recipe),
+            progress,
+            rival=compression.rival,
         )
         write_report(folder, report, manifest)
     if recipe.archive:

@@ -21,7 +21,7 @@ if sys.version_info >= (3, 11):
 else:  # pragma: no cover - Python 3.10 only
     import tomli as tomllib
 
-Quant = Literal["none", "int8", "int4"]
+Quant = Literal["none", "int8", "int4", "nf4", "fp4"]
 Precision = Literal["none", "int8", "int4"]
 
 
@@ -47,7 +47,9 @@ class Recipe:
     )
 
     # Size
-    quant: Quant = _knob("int4", "precision of dictionaries and codes", group="size")
+    quant: Quant = _knob(
+        "int4", "precision of dictionaries and codes; nf4 and fp4 are bitsandbytes' tables", group="size"
+    )
     ratio: float = _knob(
         0.2,
         "how much smaller the linears become than the same linears stored dense at the same precision",
@@ -88,14 +90,18 @@ class Recipe:
     )
 
     # Method
-    method: Literal["compot", "svd-llm"] = _knob("compot", "how a matrix is factorised")
+    method: Literal["compot", "svd-llm", "plain"] = _knob(
+        "compot", "how a matrix is factorised; plain only quantizes, whatever the ratio"
+    )
     allocation: Literal["auto", "knapsack", "uniform", "spectral"] = _knob(
         "auto",
         "how the budget is spread over the matrices: knapsack weighs measured forms of each by what they cost "
         "the model, for --bits, --size or --ratio, and is never worse than plain grids of the same bytes; spectral "
         "and uniform count atoms, for --ratio; auto is knapsack with --bits or --size, else spectral",
     )
-    quantizer: Literal["gptq", "rtn"] = _knob("gptq", "how factors are quantized")
+    quantizer: Literal["gptq", "rtn", "bnb"] = _knob(
+        "gptq", "how factors are quantized; bnb is bitsandbytes, with --quant nf4, fp4 or int8"
+    )
     atoms_per_nonzero: float = _knob(
         2.0, "k/s: atoms in a dictionary per non-zero in a column of the codes (paper: 2)", unit="ratio"
     )
@@ -237,6 +243,8 @@ class Recipe:
     def _grid(self, bits: int | None, group: int | None) -> Grid | None:
         if self.quant == "none":
             return None
+        if self.quant == "nf4" or self.quant == "fp4":
+            return Grid(4, group or DEFAULT_GROUP, self.quant)
         return Grid(bits or int(self.quant.removeprefix("int")), group or DEFAULT_GROUP)
 
     # -- validation ----------------------------------------------------------------------------------
@@ -276,6 +284,8 @@ class Recipe:
                 f"--atoms-per-nonzero {self.atoms_per_nonzero:g}: a column cannot use more atoms than there are; "
                 "give 1 (dense codes) or more."
             )
+        if self.method == "plain" and self.planned:
+            raise RecipeError("--method plain has nothing to plan: leave --bits and --size out.")
         if self.code_pattern != "column" and (self.atoms_per_nonzero != 2 or self.method == "svd-llm"):
             other = "--method svd-llm" if self.method == "svd-llm" else "--atoms-per-nonzero"
             raise RecipeError(
@@ -290,6 +300,7 @@ class Recipe:
                 raise RecipeError(
                     f"--{name.replace('_', '-')} {bits} contradicts --quant none: leave one out."
                 )
+        self._check_quantizer()
         for name in ("dictionary_group", "code_group"):
             group = getattr(self, name)
             if group is not None and (group < 16 or group > 256 or group & (group - 1)):
@@ -311,6 +322,30 @@ class Recipe:
             raise RecipeError(f"--min-top1 {self.min_top1}: give a fraction between 0 and 1.")
         if not self.format:
             raise RecipeError("--format: give at least one format.")
+
+    def _check_quantizer(self) -> None:
+        table = self.quant in ("nf4", "fp4")
+        if table and self.quantizer != "bnb":
+            raise RecipeError(
+                f"--quant {self.quant} is a table of bitsandbytes, which --quantizer {self.quantizer} does not know: "
+                "add --quantizer bnb."
+            )
+        if self.quantizer != "bnb":
+            return
+        if self.quant not in ("nf4", "fp4", "int8"):
+            raise RecipeError(
+                f"--quantizer bnb: bitsandbytes has nf4, fp4 and int8, not {self.quant}; add --quant nf4."
+            )
+        if self.planned:
+            raise RecipeError(
+                "--quantizer bnb: a plan chooses among integer grids, which bitsandbytes does not have; give a "
+                "--ratio instead of --bits, --size or --allocation knapsack."
+            )
+        for name in ("dictionary_bits", "code_bits"):
+            if getattr(self, name) is not None:
+                raise RecipeError(f"--{name.replace('_', '-')} contradicts --quantizer bnb: leave one out.")
+        if table and 16 in (self.dictionary_group, self.code_group):
+            raise RecipeError(f"--quant {self.quant}: bitsandbytes has blocks of 32 and more, not 16.")
 
     # -- TOML ----------------------------------------------------------------------------------------
 

@@ -52,6 +52,21 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Rival:
+    """The same factors in as many bytes, quantized by another quantizer: what the choice of quantizer costs.
+
+    Attributes:
+        name: quantizer and grid, ``gptq int4/g32``.
+        bytes: of the weights.
+        loss: its method loss.
+    """
+
+    name: str
+    bytes: int
+    loss: Loss
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that is known about how good an artifact is.
 
@@ -68,6 +83,7 @@ class Report:
         recipe: every knob of the run; plain JSON values.
         versions: of the libraries that took part.
         schema_version: layout of this report.
+        rival: the same factors through GPTQ, where another quantizer was chosen; None otherwise.
     """
 
     model: str
@@ -82,6 +98,7 @@ class Report:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+    rival: Rival | None = None
 
     @property
     def passed(self) -> bool:
@@ -373,7 +390,16 @@ def loss_table(report: Report) -> Table:
     ]
     if accuracy.reference_absent is not None:
         notes.append(f"No method and total loss: {accuracy.reference_absent}.")
-    columns = ("", "method", "export, exact", "export, shipped", "total", "noise floor")
+    columns: tuple[str, ...] = ("", "method", "export, exact", "export, shipped", "total", "noise floor")
+    rival = report.rival
+    if rival is not None:
+        beside = _figures(rival.loss)
+        rows = tuple((*row[:2], beside[row[0]], *row[2:]) for row in rows)
+        columns = (*columns[:2], f"method, {rival.name}", *columns[2:])
+        notes.append(
+            f"{rival.name} is the same model with the same factors, quantized by {rival.name.split()[0]} instead, in "
+            f"{rival.bytes:,} bytes of weights; this one has {report.sizes.weights:,}."
+        )
     return Table("Accuracy", columns, rows, tuple(notes))
 
 

@@ -14,7 +14,8 @@ from compot_deploy.checkpoint import Checkpoint, checkpoint_shape
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.plan import GridChoice, Plain
-from compot_deploy.recipe import DEFAULT_GROUP, Recipe
+from compot_deploy.quant import require_bitsandbytes
+from compot_deploy.recipe import DEFAULT_GROUP, Recipe, override
 from compot_deploy.weights import Grid, Pattern, Storage
 
 
@@ -27,6 +28,10 @@ def check_groups(recipe: Recipe, checkpoint: Checkpoint) -> None:
         RecipeError: names the linear and a size that works.
     """
     group = recipe.dictionary_group
+    if group is None and recipe.dictionary_grid is not None and recipe.dictionary_grid.table:
+        group = (
+            recipe.dictionary_grid.group
+        )  # bitsandbytes' blocks must not cross from one output to the next
     if group is None or recipe.quant == "none":
         return
     for name in checkpoint.architecture.linear_names(checkpoint.layers):
@@ -35,6 +40,23 @@ def check_groups(recipe: Recipe, checkpoint: Checkpoint) -> None:
             fitting = [size for size in (16, 32, 64, 128, 256) if inputs % size == 0]
             hint = f"Use {' or '.join(map(str, fitting))}." if fitting else "Leave --dictionary-group out."
             raise RecipeError(f"{name}: {inputs} inputs do not split into groups of {group}. {hint}")
+
+
+def check_quantizer(recipe: Recipe) -> None:
+    """Refuse a quantizer whose package is missing, before any work is done.
+
+    Raises:
+        MissingDependencyError: names the extra.
+    """
+    if recipe.quantizer == "bnb":
+        require_bitsandbytes()
+
+
+def rival_of(recipe: Recipe) -> Recipe | None:
+    """The recipe of what bitsandbytes is compared with: GPTQ on integers of the same bits and groups."""
+    if recipe.quantizer != "bnb":
+        return None
+    return override(recipe, quantizer="gptq", quant="int8" if recipe.quant == "int8" else "int4")
 
 
 def check_format(recipe: Recipe, checkpoint: Checkpoint, kind: str) -> None:

@@ -108,3 +108,8 @@ def block_file(work: Path, layer: int) -> Path:
 def facts_file(work: Path, layer: int) -> Path:
     """What happened to the linears of a block."""
     return work / f"facts-{layer:04d}.json"
+
+
+def rival_file(work: Path, layer: int) -> Path:
+    """Matrices of a block through the quantizer that another one is compared with."""
+    return work / f"rival-{layer:04d}.safetensors"

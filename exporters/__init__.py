@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 from compot_deploy.architectures import Architecture
 from compot_deploy.exporters.gguf_folder import GgufExporter
+from compot_deploy.exporters.huggingface import HuggingFaceExporter
 from compot_deploy.exporters.onnx import OnnxExporter
 from compot_deploy.findings import Finding
 from compot_deploy.weights import CompressedModel, Grid, Matrix, Storage
@@ -69,5 +70,7 @@ class Exporter(Protocol):
         ...
 
 
-EXPORTERS: Final[Mapping[str, Exporter]] = MappingProxyType({"onnx": OnnxExporter(), "gguf": GgufExporter()})
+EXPORTERS: Final[Mapping[str, Exporter]] = MappingProxyType(
+    {"onnx": OnnxExporter(), "gguf": GgufExporter(), "huggingface": HuggingFaceExporter()}
+)
 """By the name that ``--format`` takes."""

@@ -145,6 +145,11 @@ class GgufStorage:
         """
         if grid is None:
             return 2 * rows * columns
+        if grid.codebook != "integer":
+            raise RecipeError(
+                f"GGUF has no {grid.codebook}: use --gguf-layout dense, which multiplies factors out, or "
+                "--quant int4."
+            )
         if self.layout == "sparse":
             return gguf_planes.PlaneFormat.of(rows, grid, pattern).nbytes(columns)
         gguf_blocks.check_group(grid, rows)

@@ -38,7 +38,9 @@ class PlainStorage:
 
     def leaf_bytes(self, rows: int, columns: int, grid: Grid | None, pattern: Pattern = DENSE) -> int:
         """See `compot_deploy.weights.Storage.leaf_bytes`."""
-        return GgufStorage("factorized").leaf_bytes(rows, columns, grid, DENSE)
+        # A table is multiplied out like everything else; what it becomes has the bits that it had.
+        plain = grid if grid is None or grid.codebook == "integer" else Grid(grid.bits, grid.group)
+        return GgufStorage("factorized").leaf_bytes(rows, columns, plain, DENSE)
 
 
 @dataclass(frozen=True)

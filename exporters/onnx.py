@@ -46,6 +46,7 @@ from compot_deploy.exporters.onnx_graph import (
 from compot_deploy.exporters.onnx_lint import errors_first, lint_onnx
 from compot_deploy.exporters.onnx_tensors import DATA, GRAPH, TensorReader, external_extent
 from compot_deploy.exporters.packing import (
+    BNB_TYPES,
     Blocked,
     NBits,
     OnnxCodes,
@@ -54,6 +55,7 @@ from compot_deploy.exporters.packing import (
     ThreeBits,
     TwoOfFour,
     unpack_blocked,
+    unpack_bnb4,
     unpack_nbits,
     unpack_three_bits,
     unpack_two_of_four,
@@ -61,6 +63,7 @@ from compot_deploy.exporters.packing import (
 )
 from compot_deploy.findings import Finding, errors
 from compot_deploy.weights import (
+    Codebook,
     CompressedModel,
     Dense,
     Factorized,
@@ -454,6 +457,8 @@ class OnnxMatrices(Mapping[str, Matrix]):
                 )
                 return unpack_two_of_four(two_of_four, _attribute(node, "K"), grid)
             return self._nbits(node.input[1], node.input[2], _attribute(node, "K"), grid)
+        if node.op_type == "MatMulBnb4":
+            return self._bnb4(node)
         weight = self._producer.get(node.input[1])
         if weight is not None and weight.op_type == "DequantizeLinear":
             integers = self._reader.protos[weight.input[0]]
@@ -461,6 +466,13 @@ class OnnxMatrices(Mapping[str, Matrix]):
             packed = Blocked(self._reader.bytes_of(weight.input[0]), self._scales(weight.input[1]))
             return unpack_blocked(packed, int(integers.dims[0]), grid)
         return Dense(self._floats(node.input[1]))
+
+    def _bnb4(self, node: NodeProto) -> Quantized:
+        rows, outputs = _attribute(node, "K"), _attribute(node, "N")
+        kinds = {number: name for name, number in BNB_TYPES.items()}
+        grid = Grid(4, _attribute(node, "block_size"), cast(Codebook, kinds[_attribute(node, "quant_type")]))
+        blob = self._reader.bytes_of(node.input[1]).view(outputs, rows // grid.group, grid.group // 2)
+        return unpack_bnb4(NBits(blob, self._scales(node.input[2]).view(outputs, -1)), rows, grid)
 
     def _table(self, node: NodeProto) -> Leaf:
         """The token embedding, turned from (vocabulary, hidden) to (hidden, vocabulary)."""

@@ -55,6 +55,7 @@ from compot_deploy.exporters.onnx_config import (
 )
 from compot_deploy.exporters.onnx_tensors import Extent, TensorWriter
 from compot_deploy.exporters.packing import (
+    BNB_TYPES,
     POSITIONS,
     OnnxCodes,
     OnnxOps,
@@ -63,6 +64,7 @@ from compot_deploy.exporters.packing import (
     TwoOfFour,
     expansion_table,
     pack_blocked,
+    pack_bnb4,
     pack_nbits,
     pack_three_bits,
     pack_two_of_four,
@@ -428,6 +430,8 @@ class _Graph:
                     )
                     return self.node("MatMul", [source, weight], f"{path}/MatMul", facts=facts)
                 layout = NBitsLayout(rows, columns, grid)
+                if grid.codebook != "integer":
+                    return self.bnb4(name, path, source, leaf, facts)
                 if grid.bits == 3 or OnnxStorage(self.ops, codes=self.codes).packs(grid, pattern):
                     layout = NBitsLayout(rows, columns, Grid(4, grid.group))
                     blob, scales = self.expanded(name, path, leaf)
@@ -482,6 +486,24 @@ class _Graph:
             bits=layout.grid.bits,
             block_size=layout.grid.group,
             accuracy_level=self.accuracy_level,
+        )
+
+    def bnb4(self, name: str, path: str, source: str, leaf: Quantized, facts: Mapping[str, str]) -> str:
+        """One MatMulBnb4, which computes in float32 always."""
+        packed = pack_bnb4(leaf)
+        codes = packed.blob.flatten()
+        blob = self.tensor(f"{name}.integers", codes, TensorProto.UINT8, codes.shape)
+        scales = packed.scales.flatten()
+        return self.node(
+            "MatMulBnb4",
+            [source, blob, self.scales(name, path, scales)],
+            f"{path}/MatMul",
+            domain=MICROSOFT,
+            facts=facts,
+            K=leaf.shape[0],
+            N=leaf.shape[1],
+            block_size=leaf.grid.group,
+            quant_type=BNB_TYPES[leaf.grid.codebook],
         )
 
     def scales(self, name: str, path: str, scales: Tensor) -> str:

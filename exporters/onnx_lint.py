@@ -31,6 +31,8 @@ from compot_deploy.exporters.onnx_graph import (
 from compot_deploy.exporters.onnx_tensors import DATA, GRAPH, Extent, TensorReader, external_extent
 from compot_deploy.exporters.packing import (
     BLOCKS,
+    BNB_BLOCKS,
+    BNB_TYPES,
     GATHER_BITS,
     NBITS_BITS,
     POSITIONS,
@@ -109,6 +111,8 @@ class _Lint:
         for node in self.model.graph.node:
             if node.op_type == "MatMulNBits":
                 yield from self._nbits(node)
+            elif node.op_type == "MatMulBnb4":
+                yield from self._bnb4(node)
             elif node.op_type == "GatherBlockQuantized":
                 yield from self._gather(node)
             elif node.op_type == "DequantizeLinear":
@@ -271,6 +275,23 @@ class _Lint:
                 yield from self._zeros(node.input[1], bits)
             else:
                 yield from self._expansion(node, expansion, (outputs, blocks, block * bits // 8))
+
+    def _bnb4(self, node: NodeProto) -> Iterator[Finding]:
+        settings = _integers(node)
+        block, inputs, outputs = (settings.get(name, 0) for name in ("block_size", "K", "N"))
+        if settings.get("quant_type") not in BNB_TYPES.values():
+            yield self._at(
+                "error", node.name, f"quant_type is {settings.get('quant_type')}, and there are 0 and 1."
+            )
+        if block not in BNB_BLOCKS or inputs % block:
+            yield self._at(
+                "error",
+                node.name,
+                f"{inputs} inputs in blocks of {block}: a block would cross from one output to the next.",
+            )
+            return
+        yield from self._shape(node, 1, (inputs * outputs // 2,))
+        yield from self._shape(node, 2, (inputs // block * outputs,))
 
     def _expansion(
         self, node: NodeProto, expansion: Expansion, shape: tuple[int, int, int]

@@ -82,8 +82,9 @@ def with_values(model: CompressedModel) -> CompressedModel:
         {"format": ("onnx",), "code_pattern": "2:4", "onnx_codes": "packed", "embeddings": "int4"},
         {"format": ("gguf",), "gguf_layout": "sparse"},
         {"format": ("gguf",), "gguf_layout": "dense"},
+        {"format": ("huggingface",)},
     ],
-    ids=["onnx", "packed", "gguf-sparse", "gguf-dense"],
+    ids=["onnx", "packed", "gguf-sparse", "gguf-dense", "huggingface"],
 )
 def test_a_rehearsal_takes_the_bytes_of_the_export(tmp_path: Path, kind: str, knobs: dict[str, Any]) -> None:
     source = Path(MODEL) if kind.startswith("the") else tiny.save(tmp_path / "model", kind)
