@@ -3,13 +3,15 @@
 #   make test   format, lint, types, tests
 #   make web    the page of `compot-deploy serve` (needs Node.js and npm); make web-test tries it in Chromium
 #   make dev    what `make test` needs, plus the git hooks
+#   make docs   the documentation into out/site, warnings are errors; runs every code block in it
+#   make examples   runs the scripts of examples/
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO = out/demo
 
-.PHONY: demo test lint types dev compatibility web web-test clean
+.PHONY: demo test lint types dev compatibility web web-test docs examples clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/compot-deploy --quant int4 --format onnx --out $(DEMO) --force
@@ -28,16 +30,28 @@ dev: $(VENV)/dev.stamp
 	$(BIN)/pre-commit install
 
 # transformers 4.57, the newest that optimum accepts, in an environment of its own: our code runs there too, and
-# optimum loads the folders that it wrote.
+# optimum loads the folders that it wrote. onnxruntime-genai runs them in an environment without torch.
 OLD = .venv-transformers4
+GENAI = .venv-genai
 compatibility: $(VENV)/dev.stamp
 	$(MAKE) VENV=$(OLD) $(OLD)/bin/python
 	$(OLD)/bin/python -m pip install --quiet -e ".[onnx]" "transformers==4.57.6" "optimum-onnx==0.1.0" \
-		"pytest>=8" "hypothesis>=6" "beartype>=0.20"
+		"onnxscript>=0.5" "pytest>=8" "hypothesis>=6" "beartype>=0.20"
 	COMPOT_DEPLOY_OPTIMUM_PYTHON=$(OLD)/bin/python $(OLD)/bin/python -m pytest -q \
 		tests/test_calibrate.py tests/test_checkpoint.py tests/test_cli.py tests/test_onnx_folder.py \
-		tests/test_onnx_graph.py tests/test_runners.py tests/test_tokens.py
-	COMPOT_DEPLOY_OPTIMUM_PYTHON=$(OLD)/bin/python $(BIN)/python -m pytest -q tests/test_onnx_folder.py -k optimum
+		tests/test_onnx_graph.py tests/test_onnx_traced.py tests/test_runners.py tests/test_tokens.py
+	COMPOT_DEPLOY_OPTIMUM_PYTHON=$(OLD)/bin/python $(BIN)/python -m pytest -q \
+		tests/test_onnx_folder.py tests/test_onnx_traced.py tests/test_traced.py -k optimum
+	$(PYTHON) -m venv $(GENAI)
+	$(GENAI)/bin/python -m pip install --quiet "onnxruntime-genai==0.18.0" numpy
+	COMPOT_DEPLOY_GENAI_PYTHON=$(GENAI)/bin/python $(BIN)/python -m pytest -q tests/test_onnx_folder.py -k genai_generates
+
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python docs/run_blocks.py
+
+examples: $(VENV)/dev.stamp
+	set -e; for script in examples/[0-9]*.py; do echo "$$script"; $(BIN)/python $$script; done
 
 # The page is bundled from npm packages, at the versions of web/package-lock.json, and not kept in git.
 PAGE = compot_deploy/web-bundle/bundle.json
@@ -75,6 +89,10 @@ $(VENV)/dev.stamp: pyproject.toml | $(VENV)/bin/python
 	@ln -sfn ../runtime compot_deploy/llama
 	@ln -sfn ../examples/embedded compot_deploy/embedded
 	@touch $@ $(VENV)/demo.stamp
+
+$(VENV)/docs.stamp: $(VENV)/dev.stamp
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .venv-* out build dist *.egg-info web/node_modules compot_deploy/web-bundle compot_deploy/exporters compot_deploy/quant compot_deploy/llama compot_deploy/embedded

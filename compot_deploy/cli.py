@@ -5,6 +5,7 @@
     compot-deploy [MODEL] --quant int4 --format onnx [--out DIR]    compress, export, check
     compot-deploy plan MODEL --bits 2.2                             what would be chosen, and what it costs
     compot-deploy check DIR                                         check an exported folder again
+    compot-deploy report DIR                                        write its report.html again
     compot-deploy inspect DIR                                       what is in it, layer by layer
     compot-deploy run DIR -p "prompt"                               text from it, with tokens per second
     compot-deploy serve DIR                                         the same in a browser, which runs the model
@@ -49,12 +50,16 @@ from compot_deploy.errors import (
     InterruptedRunError,
     RecipeError,
 )
+from compot_deploy.gate import Demands, GateFile, parse_growth, read_baseline, read_gate
 from compot_deploy.generate import generate
-from compot_deploy.judging import Deployment, check_folder
+from compot_deploy.judging import HTML, Deployment, check_folder, write_check, write_report_again
 from compot_deploy.pipeline import plan_only, run
 from compot_deploy.recipe import Recipe, default_of, knob_type, knobs, recipe_from_mapping
 from compot_deploy.report import tables, verdict
 from compot_deploy.serve import DEFAULT_PORT, PageServer
+from compot_deploy.summary import STEP_SUMMARY, to_summary, write_summary
+from compot_deploy.traced import TracedDeployment, deploy_traced, is_traced
+from compot_deploy.traced import overview as traced_overview
 
 _GROUPS: Final = {
     "model": "what and where",
@@ -122,6 +127,10 @@ def _deploy(arguments: list[str], out: Console, err: Console) -> int:
             "No model given: using the small model that ships with compot-deploy (1.6M parameters, trained on "
             "Python's documentation)."
         )
+    if is_traced(recipe):
+        with _bars(err) as progress:
+            deployment = deploy_traced(recipe, progress)
+        return _show_traced(deployment, out)
     with _bars(err) as progress:
         deployments = run(recipe, progress)
     return max((_show(deployment, out) for deployment in deployments), default=EXIT_OK)
@@ -156,12 +165,61 @@ def _check(arguments: list[str], out: Console, err: Console) -> int:
     )
     parser.add_argument("folder", type=Path, help="a folder that compot-deploy wrote")
     parser.add_argument("--reference", help="original model, where it is no longer where the recipe says")
+    parser.add_argument("--gate", type=Path, help="TOML file of limits; flags win over it")
+    parser.add_argument(
+        "--baseline", type=Path, help="report.json (or folder) of a good run, which may not be outgrown"
+    )
+    parser.add_argument(
+        "--max-growth",
+        help="growth of KL divergence and bytes over the baseline, 5%% or 0.05 (default: 10%% and 2%%)",
+    )
+    parser.add_argument(
+        "--report-dir", type=Path, help="also write report.html, report.json and JUnit XML there"
+    )
+    parser.add_argument(
+        "--summary",
+        type=Path,
+        help=f"write a Markdown summary there (default: add it to ${STEP_SUMMARY}, where that is set)",
+    )
     _add_knobs(parser, only={"max_perplexity_ratio", "max_kl", "min_top1", "max_export_nmse"})
     values = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
     folder, reference = values.pop("folder"), values.pop("reference", None)
+    report_dir, summary = values.pop("report_dir", None), values.pop("summary", None)
+    demands = _demands(values.pop("gate", None), values.pop("baseline", None), values.pop("max_growth", None))
     with _bars(err) as progress:
-        deployment = check_folder(folder, reference=reference, limits=values, progress=progress)
+        deployment = check_folder(
+            folder, reference=reference, limits=values, demands=demands, progress=progress
+        )
+    if report_dir is not None:
+        write_check(report_dir, deployment.report)
+    if summary is not None:
+        write_summary(to_summary(deployment.report, demands), summary, append=False)
+    elif os.environ.get(STEP_SUMMARY):
+        text = to_summary(deployment.report, demands)
+        write_summary(text, Path(os.environ[STEP_SUMMARY]), append=True)
     return _show(deployment, out)
+
+
+def _demands(gate: Path | None, baseline: Path | None, max_growth: str | None) -> Demands:
+    return Demands(
+        gate=GateFile() if gate is None else read_gate(gate),
+        baseline=None if baseline is None else read_baseline(baseline),
+        baseline_name=f"The baseline {baseline}",
+        max_growth=None if max_growth is None else parse_growth(max_growth, "--max-growth"),
+    )
+
+
+def _report(arguments: list[str], out: Console, err: Console) -> int:
+    parser = _Parser(
+        prog="compot-deploy report",
+        description="Write report.html, the model card and JUnit XML of an exported folder again, from the figures in "
+        "its report.json; nothing is measured.",
+    )
+    parser.add_argument("folder", type=Path, help="a folder that compot-deploy wrote")
+    folder = parser.parse_args(arguments).folder
+    report = write_report_again(folder)
+    out.print(Text(f"{folder / HTML}: {verdict(report)}"))
+    return EXIT_OK
 
 
 def _inspect(arguments: list[str], out: Console, err: Console) -> int:
@@ -220,6 +278,7 @@ def _serve(arguments: list[str], out: Console, err: Console) -> int:
 _COMMANDS: Final[Mapping[str, Callable[[list[str], Console, Console], int]]] = {
     "plan": _plan,
     "check": _check,
+    "report": _report,
     "inspect": _inspect,
     "run": _run,
     "serve": _serve,
@@ -356,6 +415,11 @@ def _show(deployment: Deployment, out: Console) -> int:
         for note in table.notes:
             out.print(Text(f"  {note}"), style="dim")
     out.print(Text(f"{deployment.folder}: {verdict(deployment.report)}"), style="bold")
+    return EXIT_OK if deployment.passed else EXIT_GATE_FAILED
+
+
+def _show_traced(deployment: TracedDeployment, out: Console) -> int:
+    _print_overview(out, traced_overview(deployment))
     return EXIT_OK if deployment.passed else EXIT_GATE_FAILED
 
 

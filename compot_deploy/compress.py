@@ -40,10 +40,17 @@ class LinearFacts:
 
 @dataclass(frozen=True)
 class CompressedLinear:
-    """A final matrix and how it came about."""
+    """A final matrix and how it came about.
+
+    Attributes:
+        matrix: as it will be exported.
+        facts: for reports.
+        unquantized: the factors before quantization, multiplied out; None for a matrix that stays plain.
+    """
 
     matrix: Matrix
     facts: LinearFacts
+    unquantized: Dense | None = None
 
 
 def compress_linear(
@@ -87,6 +94,7 @@ def quantize_linear(
     """The final form of a weight from its factors; see `compress_linear` for the other arguments."""
     quantizer = QUANTIZERS[recipe.quantizer]
     matrix: Matrix
+    product: Dense | None = None
     if factors is None:
         grid = recipe.dictionary_grid
         matrix = Dense(weight.float()) if grid is None else quantizer(weight, whitening.gram, grid)
@@ -103,6 +111,7 @@ def quantize_linear(
         )
         matrix = Factorized((Pair(quantized.dictionary, quantized.codes, choice.name, quantized.pattern),))
         error, unquantized = quantized.error, quantized.unquantized_error
+        product = Dense((factors.dictionary.double() @ factors.codes.double()).float())
     facts = LinearFacts(
         name=choice.name,
         error=error,
@@ -111,4 +120,4 @@ def quantize_linear(
         ridge_escalated=whitening.escalated,
         reason=choice.reason,
     )
-    return CompressedLinear(matrix, facts)
+    return CompressedLinear(matrix, facts, product)

@@ -9,6 +9,7 @@ figures of the same length.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -33,11 +34,14 @@ from compot_deploy.exporters.artifact import (
     library_versions,
     write_manifest,
 )
-from compot_deploy.judging import facts_of, gate_of, sizes_of, write_report
+from compot_deploy.judging import HTML, facts_of, gate_of, sizes_of, write_report
 from compot_deploy.plan import Form, Joint, Plain, Plan
 from compot_deploy.plan import describe as describe_form
+from compot_deploy.plan_report import REPORT_POINTS
 from compot_deploy.recipe import Recipe
 from compot_deploy.report import Report
+from compot_deploy.report_facts import Frontier, FrontierPoint
+from compot_deploy.report_manifest import frontier_of, layers_of, origin_of
 from compot_deploy.settings import table_grid
 from compot_deploy.store import Without, write_text
 from compot_deploy.texts import EVALUATION, evaluation_json
@@ -71,7 +75,7 @@ def predicted_bytes(
     evaluation: Evaluation,
     notes: Sequence[str],
 ) -> int:
-    """Size of the whole output of a plan in the recipe's first format, all files together.
+    """Size of the whole output of a plan in the recipe's first format, all files but the page report.html.
 
     Args:
         recipe: what is to be made.
@@ -86,14 +90,14 @@ def predicted_bytes(
     options = exporter.options(asdict(recipe))
     model = model_of_stand_ins(recipe, checkpoint, plan)
     with tempfile.TemporaryDirectory() as scratch:
-        # The name appears in the report: as long as that of the folder that is renamed at the end.
-        folder = Path(scratch) / f".{targets_of(recipe)[kind].name}.staging-00000000"
+        folder = Path(scratch) / targets_of(recipe)[kind].resolve().name
         folder.mkdir()
         counted = exporter.rehearse(model, folder, options)
         (folder / EVALUATION).parent.mkdir(exist_ok=True)
         write_text(folder / EVALUATION, evaluation_json(evaluation))
         write_text(folder / RECIPE, recipe.to_toml())
         forms = {name: entry.candidate.form for entry in plan.chosen for name in entry.names}
+        shapes = [_shape(checkpoint, name) for name in forms]
         facts = [LinearFacts(name, _ERROR, None, 1e-6, False, _reason(form)) for name, form in forms.items()]
         manifest = write_manifest(
             folder,
@@ -108,15 +112,20 @@ def predicted_bytes(
                     facts={
                         "source": checkpoint.fingerprint,
                         "calibration": windows.source,
+                        "calibration_windows": len(windows.windows),
+                        "calibration_tokens": windows.tokens,
                         "notes": list(notes),
                         "linears": [asdict(fact) for fact in facts],
+                        "frontier": asdict(_frontier(plan, sum(map(math.prod, shapes)))),
+                        "effects": dict.fromkeys(forms, _ERROR),
                     },
                 ),
             ),
         )
         write_report(folder, _report(recipe, checkpoint, folder, manifest, evaluation), manifest)
         unknown = _REMARKS + (_FINDINGS if kind == "onnx" else 0)
-        return counted + unknown + sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        shipped = [path for path in folder.rglob("*") if path.is_file() and path.name != Path(HTML).name]
+        return counted + unknown + sum(path.stat().st_size for path in shipped)
 
 
 def fit_size(
@@ -266,7 +275,7 @@ def _report(
         format=manifest.exporter,
         package=__version__,
         created="2000-01-01T00:00:00+00:00",
-        sizes=sizes_of(manifest),
+        sizes=dataclasses.replace(sizes_of(manifest), transport=sum(r.bytes for r in manifest.matrices)),
         accuracy=check(
             original,
             compressed,
@@ -274,12 +283,23 @@ def _report(
             exact,
             dataclasses.replace(evaluation, text=short),
             gate_of(recipe),
+            factorized_absent="the plan's factors were made on their grids and never existed without",
         ),
         findings=(),
         facts=facts_of(manifest),
         recipe=manifest.recipe,
         versions=library_versions(),
+        layers=layers_of(manifest),
+        frontier=frontier_of(manifest),
+        origin=origin_of(manifest),
     )
+
+
+def _frontier(plan: Plan, weights: int) -> Frontier:
+    """As many points as a report has."""
+    point = FrontierPoint(plan.bytes, _ERROR + 2, _ERROR)
+    points = (point,) * REPORT_POINTS
+    return Frontier("file", plan.budget, weights, point, points, points)
 
 
 @dataclasses.dataclass(frozen=True)

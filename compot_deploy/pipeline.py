@@ -11,9 +11,9 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 
@@ -45,6 +45,7 @@ from compot_deploy.footprint import fit_size, predicted_bytes
 from compot_deploy.judging import Deployment, gate_of, judge_folder, write_report
 from compot_deploy.plan import InMemory, Joint, Plain, plain_plan, smallest_bytes
 from compot_deploy.plan import Plan as KnapsackPlan
+from compot_deploy.plan_report import frontier_of
 from compot_deploy.planning import (
     Draft,
     Task,
@@ -58,6 +59,7 @@ from compot_deploy.planning import (
 from compot_deploy.progress import Progress, silent
 from compot_deploy.quant import rtn
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe, override, recipe_from_mapping
+from compot_deploy.report_facts import Frontier
 from compot_deploy.settings import (
     budget_of,
     check_format,
@@ -86,8 +88,15 @@ from compot_deploy.workspace import (
     kept_when_interrupted,
     rival_file,
     targets_of,
+    unquantized_file,
     work_folder,
 )
+
+SPLIT_WEIGHTS: Final = 2**30
+"""Linears of more weights are judged without the factors before quantization: these are one more model in memory,
+4 bytes a weight."""
+
+_LARGEST_HALF: Final = 6e4
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,10 @@ class Compression:
         facts: one per linear, in block order.
         calibration: the windows that were used.
         notes: facts about the run that a report must state.
+        unquantized: the factorised linears before quantization, multiplied out; None if not kept.
+        unquantized_absent: why they were not kept.
+        frontier: loss predicted against bytes, where a knapsack planned.
+        effects: what a unit of squared error of each linear costs, where a knapsack planned.
         rival: the same factors through GPTQ, where another quantizer is compared with it.
     """
 
@@ -108,6 +121,10 @@ class Compression:
     facts: tuple[LinearFacts, ...]
     calibration: TokenWindows
     notes: tuple[str, ...]
+    unquantized: Mapping[str, Matrix] | None = None
+    unquantized_absent: str = ""
+    frontier: Frontier | None = None
+    effects: Mapping[str, float] = field(default_factory=dict)
     rival: Mapping[str, Matrix] | None = None
 
 
@@ -175,7 +192,7 @@ def compress(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progr
     stream: BlockStream | None = None
     for layer in range(checkpoint.layers):
         progress(layer, checkpoint.layers, label)
-        if not block_file(work, layer).exists():
+        if not (block_file(work, layer).exists() and unquantized_file(work, layer).exists()):
             if stream is None:
                 stream = BlockStream(checkpoint, windows, device=device_of(recipe), dtype=recipe.dtype)
                 for done in range(layer):
@@ -205,7 +222,30 @@ def compress(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progr
         beside = {name: rival_file(work, numbers[path]) for name, path in files.items()}
         rival = StoredMatrices({**beside, **_compress_tables(recipe, checkpoint, work)})
     notes = (*planned.notes, *_notes(windows, facts))
-    return Compression(model, allocation, facts, windows, notes, rival)
+    kept = _keeps_unquantized(checkpoint)
+    return Compression(
+        model,
+        allocation,
+        facts,
+        windows,
+        notes,
+        rival=rival,
+        unquantized=StoredMatrices(
+            {
+                name: unquantized_file(work, layer)
+                for layer in range(checkpoint.layers)
+                for path in checkpoint.architecture.linears
+                if allocation.choices[
+                    name := f"{checkpoint.architecture.block_path(layer)}.{path}"
+                ].factorized
+            }
+        )
+        if kept
+        else None,
+        unquantized_absent=""
+        if kept
+        else f"a model of more than {SPLIT_WEIGHTS:,} weights would be in memory once more for it",
+    )
 
 
 def _compress_as_planned(
@@ -235,7 +275,18 @@ def _compress_as_planned(
         *_notes(drafted.task.windows, outcome.facts),
     )
     allocation = Allocation(ordered, outcome.plan.budget)
-    return Compression(model, allocation, outcome.facts, drafted.task.windows, notes)
+    return Compression(
+        model,
+        allocation,
+        outcome.facts,
+        drafted.task.windows,
+        notes,
+        unquantized_absent="the plan's factors were made on their grids and never existed without"
+        if any(isinstance(entry.candidate.form, Joint) for entry in outcome.plan.chosen)
+        else "the plan factorises no linear",
+        frontier=frontier_of(drafted, outcome.plan, recipe.budget),
+        effects=drafted.effects,
+    )
 
 
 def draft(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progress = silent) -> Draft:
@@ -318,6 +369,7 @@ def _compress_block(
     block = checkpoint.architecture.block_path(layer)
     device = device_of(recipe)
     matrices: dict[str, Matrix] = {}
+    unquantized: dict[str, Matrix] = {}
     beside: dict[str, Matrix] = {}
     rival = rival_of(recipe)
     facts = []
@@ -330,13 +382,26 @@ def _compress_block(
             factors = factorize_linear(weight, whitening, choice, recipe)
             result = quantize_linear(weight, whitening, choice, recipe, factors)
             matrices[name] = result.matrix
+            if result.unquantized is not None:
+                unquantized[name] = _halved(result.unquantized)
             if rival is not None:
                 beside[name] = quantize_linear(weight, whitening, choice, rival, factors).matrix
             facts.append(asdict(result.facts))
     write_text(facts_file(work, layer), json.dumps(facts, indent=1))
     if rival is not None:
         save_matrices(rival_file(work, layer), beside)
+    save_matrices(unquantized_file(work, layer), unquantized if _keeps_unquantized(checkpoint) else {})
     save_matrices(block_file(work, layer), matrices)
+
+
+def _keeps_unquantized(checkpoint: Checkpoint) -> bool:
+    names = checkpoint.architecture.linear_names(checkpoint.layers)
+    return sum(math.prod(shape_of(checkpoint, name)) for name in names) <= SPLIT_WEIGHTS
+
+
+def _halved(matrix: Dense) -> Dense:
+    """In 16 bits on disk: that rounds by 1e-7 of the power, and factorisation loses 1e-3 and more."""
+    return Dense(matrix.weight.half()) if float(matrix.weight.abs().max()) < _LARGEST_HALF else matrix
 
 
 def _compress_tables(recipe: Recipe, checkpoint: Checkpoint, work: Path) -> dict[str, Path]:
@@ -451,8 +516,12 @@ def _export(
                     facts={
                         "source": checkpoint.fingerprint,
                         "calibration": compression.calibration.source,
+                        "calibration_windows": len(compression.calibration.windows),
+                        "calibration_tokens": sum(map(len, compression.calibration.windows)),
                         "notes": list(compression.notes),
                         "linears": [asdict(fact) for fact in compression.facts],
+                        "frontier": None if compression.frontier is None else asdict(compression.frontier),
+                        "effects": dict(compression.effects),
                     },
                 ),
             ),
@@ -465,6 +534,9 @@ def _export(
             evaluation,
             gate_of(recipe),
             progress,
+            artifact=target.resolve().name,
+            unquantized=compression.unquantized,
+            unquantized_absent=compression.unquantized_absent,
             rival=compression.rival,
         )
         write_report(folder, report, manifest)

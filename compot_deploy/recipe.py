@@ -63,7 +63,9 @@ class Recipe:
         group="size",
     )
     size: str | None = _knob(
-        None, "budget instead of --ratio: size of the whole output, 400MB for example", group="size"
+        None,
+        "budget instead of --ratio: size of the whole output but report.html, 400MB for example",
+        group="size",
     )
     budget: Literal["file", "memory"] = _knob(
         "file",
@@ -179,6 +181,12 @@ class Recipe:
     min_top1: float | None = _knob(
         None, "gate: share of positions with the original's most likely token", unit="fraction", group="gate"
     )
+    min_cosine: float = _knob(
+        0.9,
+        "gate for encoders and other models that are traced: mean cosine of embeddings to the original's",
+        unit="cosine",
+        group="gate",
+    )
     max_export_nmse: float = _knob(
         1e-4,
         "gate, always on: normalised squared error that the export itself may add",
@@ -213,12 +221,10 @@ class Recipe:
         """
         if self.size is None:
             return None
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?)?B?\s*", self.size, re.IGNORECASE)
-        if match is None or not float(match[1]) > 0:
+        size = size_in_bytes(self.size)
+        if size is None:
             raise RecipeError(f"--size {self.size}: give a number and a unit, 400MB or 1.5GiB for example.")
-        unit = (match[2] or "").lower()
-        base = 1024 if unit.endswith("i") else 1000
-        return int(float(match[1]) * base ** " kmg".index(unit[:1] or " "))
+        return size
 
     # -- grids ---------------------------------------------------------------------------------------
 
@@ -320,6 +326,8 @@ class Recipe:
                 raise RecipeError(f"--{name.replace('_', '-')} {limit}: a limit cannot be negative or NaN.")
         if self.min_top1 is not None and not 0 <= self.min_top1 <= 1:
             raise RecipeError(f"--min-top1 {self.min_top1}: give a fraction between 0 and 1.")
+        if not -1 <= self.min_cosine <= 1:
+            raise RecipeError(f"--min-cosine {self.min_cosine}: give a number between -1 and 1.")
         if not self.format:
             raise RecipeError("--format: give at least one format.")
 
@@ -382,6 +390,16 @@ class Recipe:
 
 DEFAULT_GROUP: Final = 32
 """Inputs per scale: the finest that every runtime runs fast, 0.5 bit per weight."""
+
+
+def size_in_bytes(text: str) -> int | None:
+    """``400MB`` or ``1.5GiB`` in bytes; None for what is no size above 0."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?)?B?\s*", text, re.IGNORECASE)
+    if match is None or not float(match[1]) > 0:
+        return None
+    unit = (match[2] or "").lower()
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(match[1]) * base ** " kmg".index(unit[:1] or " "))
 
 
 def recipe_from_mapping(values: Mapping[str, Any], origin: str) -> Recipe:

@@ -31,6 +31,7 @@ _DOES_NOT_CHANGE_WEIGHTS: Final = frozenset(
         "max_perplexity_ratio",
         "max_kl",
         "min_top1",
+        "min_cosine",
         "max_export_nmse",
     )
 )
@@ -103,6 +104,11 @@ def kept_when_interrupted(work: Path) -> Iterator[None]:
 def block_file(work: Path, layer: int) -> Path:
     """Finished matrices of a block."""
     return work / f"block-{layer:04d}.safetensors"
+
+
+def unquantized_file(work: Path, layer: int) -> Path:
+    """Factors of a block before quantization, multiplied out: only judging reads them."""
+    return work / f"unquantized-{layer:04d}.safetensors"
 
 
 def facts_file(work: Path, layer: int) -> Path:

@@ -437,12 +437,14 @@ class _Shards:
         _write_json(self._folder / INDEX, index)
 
     def _close(self) -> None:
+        part = self._part(len(self._closed))
         if self._counted:
-            self._part(len(self._closed)).write_bytes(bytes(_header_bytes(self._pending)))
+            part.write_bytes(bytes(_header_bytes(self._pending)))
             self.missing += self._bytes
         else:
             # transformers refuses files without this note.
-            save_file(self._pending, self._part(len(self._closed)), metadata={"format": "pt"})
+            save_file(self._pending, part, metadata={"format": "pt"})
+            part.chmod((self._folder.stat().st_mode & 0o444) | 0o200)  # safetensors lets nobody else read it
         self._closed.append(tuple(self._pending))
         self._pending, self._bytes = {}, 0
 

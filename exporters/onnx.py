@@ -193,14 +193,14 @@ class OnnxExporter:
         source = Path(model.source) if model.source else None
         generation = generation_config_json(model.config, _read_json(source, "generation_config.json"))
         context = options.context or decoder_shape(model.architecture, model.config).context
-        _write_json(folder / "config.json", config_json(model.architecture, model.config, model.tied))
-        _write_json(folder / "generation_config.json", generation)
-        _write_json(
+        write_json(folder / "config.json", config_json(model.architecture, model.config, model.tied))
+        write_json(folder / "generation_config.json", generation)
+        write_json(
             folder / "genai_config.json",
             genai_config_json(model.architecture, model.config, generation, context, GRAPH),
         )
         if source is not None:
-            _copy_tokenizer(source, folder)
+            copy_tokenizer(source, folder)
 
     def rehearse(self, model: CompressedModel, folder: Path, options: OnnxOptions) -> int:
         """Write as `write` does, for matrices of stand-ins; returns the bytes that the data file lacks."""
@@ -521,12 +521,13 @@ def _attribute(node: NodeProto, name: str) -> int:
     raise ArtifactError(f"The node {node.name} has no attribute {name}.")
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the files of a tokenizer, readable in transformers 4 and 5."""
     for name in TOKENIZER_FILES:
         if name == "tokenizer_config.json":
             settings = _read_json(source, name)
             if settings:
-                _write_json(folder / name, portable_tokenizer_config(settings))
+                write_json(folder / name, portable_tokenizer_config(settings))
         elif (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 
@@ -544,5 +545,6 @@ def _read_json(source: Path | None, name: str) -> dict[str, Any]:
     return value
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object as every file of a folder has it."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")

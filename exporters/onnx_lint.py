@@ -24,6 +24,7 @@ from compot_deploy.exporters.onnx_graph import (
     EXPANSION_TABLE,
     EXPANSIONS,
     MICROSOFT,
+    TRACED,
     Expansion,
     Part,
     expansion_of,
@@ -54,6 +55,7 @@ _BITS: Final = {
     TensorProto.INT32: 32,
     TensorProto.INT8: 8,
     TensorProto.UINT8: 8,
+    TensorProto.BOOL: 8,
     TensorProto.INT4: 4,
     TensorProto.UINT4: 4,
 }
@@ -70,7 +72,16 @@ _ZERO_BYTES: Final = {2: 0xAA, 4: 0x88, 8: 0x80}
 _CHUNK: Final = 1 << 24
 """Bytes that are looked at at once."""
 
-_CONSUMER_FILES: Final = ("config.json", "generation_config.json", "genai_config.json")
+_CONSUMER_FILES: Final = {
+    None: ("config.json", "generation_config.json", "genai_config.json"),
+    "generation": ("config.json", "generation_config.json"),
+    "features": ("config.json",),
+}
+"""By what the graph was traced for; None for a graph of ours."""
+
+_TEXT_INPUTS: Final = ("input_ids", "attention_mask", "token_type_ids")
+_TEXT_OUTPUTS: Final = ("last_hidden_state", "logits")
+"""What consumers give to an encoder or classifier, and what they read."""
 
 
 def lint_onnx(folder: Path) -> tuple[Finding, ...]:
@@ -159,6 +170,12 @@ class _Lint:
         name = str(node.input[0]) if node is not None and node.op_type == "Cast" else value
         return tuple(self.reader.protos[name].dims) if name in self.reader.protos else None
 
+    @cached_property
+    def task(self) -> str | None:
+        """What the graph was traced for; None for a graph of ours."""
+        found = {entry.key: entry.value for entry in self.model.metadata_props}.get(TRACED)
+        return found if found is None or found in _CONSUMER_FILES else "features"
+
     # -- the graph --
 
     def _versions(self) -> Iterator[Finding]:
@@ -188,6 +205,9 @@ class _Lint:
         """Names of inputs and outputs, which every consumer goes by."""
         graph = self.model.graph
         inputs, outputs = [i.name for i in graph.input], [o.name for o in graph.output]
+        if self.task == "features":
+            yield from self._features(inputs, outputs)
+            return
         declared = self.config.get("num_hidden_layers")
         layers = -(-sum(name.startswith("past_key_values.") for name in inputs) // 2)
         if isinstance(declared, int) and declared != layers:
@@ -211,6 +231,28 @@ class _Lint:
             for name in found:
                 if name not in expected:
                     yield self._at("warning", f"{what}s", f"The {what} {name} is none that consumers know.")
+
+    def _features(self, inputs: list[str], outputs: list[str]) -> Iterator[Finding]:
+        """A graph that reads whole texts: tokens in, hidden states or logits out."""
+        for name in _TEXT_INPUTS[:2]:
+            if name not in inputs:
+                yield self._at("error", "inputs", f"The input {name} is missing; consumers look for it.")
+        if not set(outputs) & set(_TEXT_OUTPUTS):
+            yield self._at(
+                "error",
+                "outputs",
+                f"None of the outputs {', '.join(_TEXT_OUTPUTS)} is there; consumers look for one.",
+            )
+        for what, found, known in (("input", inputs, _TEXT_INPUTS), ("output", outputs, _TEXT_OUTPUTS)):
+            for name in found:
+                if name not in known:
+                    yield self._at("warning", f"{what}s", f"The {what} {name} is none that consumers know.")
+        for value in self.model.graph.input:
+            sizes = [size.dim_param for size in value.type.tensor_type.shape.dim]
+            if not all(sizes):
+                yield self._at(
+                    "warning", "inputs", f"{value.name} takes texts of one number and length only, {sizes}."
+                )
 
     def _wiring(self) -> Iterator[Finding]:
         graph = self.model.graph
@@ -474,6 +516,8 @@ class _Lint:
 
     def _tied(self) -> Iterator[Finding]:
         """A model with tied embeddings has one table, and head and embedding read the same bytes of it."""
+        if self.task == "features":
+            return  # whatever config.json ties, there is no head
         roles = {_fact(node, Part.ROLE): node for node in self.model.graph.node}
         head, table = roles.get(Part.TIED_HEAD), roles.get(Part.EMBEDDING)
         if self.config.get("tie_word_embeddings") and table is not None and head is None:
@@ -496,12 +540,14 @@ class _Lint:
         return name
 
     def _files(self) -> Iterator[Finding]:
-        for name in _CONSUMER_FILES:
+        for name in _CONSUMER_FILES[self.task]:
             path = self.folder / name
             if not path.is_file():
                 yield Finding("warning", name, "The file is missing; some consumers need it.")
             elif _json(path) is None:
                 yield Finding("error", name, "The file holds no JSON object.")
+        if self.task is not None:
+            return
         value: Any = _json(self.folder / "genai_config.json")
         for key in ("model", "decoder", "filename"):
             value = value.get(key) if isinstance(value, dict) else None

@@ -253,7 +253,13 @@ def test_only_reading_is_understood(server: PageServer) -> None:
     whole, head = ask(server, "/app.js"), ask(server, "/app.js", "HEAD")
     assert (head.status, head.body) == (200, b"")
     assert head.headers["Content-Length"] == whole.headers["Content-Length"]
-    assert ask(server, "/nothing", "HEAD").body == b""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    for path in ("/app.js", "/nothing", "/app.js"):  # a body after HEAD would be read as the next answer
+        connection.request("HEAD", path)
+        assert connection.getresponse().read() == b""
+    connection.request("GET", "/app.js")
+    assert connection.getresponse().read() == whole.body
+    connection.close()
 
 
 # -- parts and caches ----------------------------------------------------------------------------------
@@ -406,7 +412,8 @@ def test_a_damaged_page_is_not_served(folder: Path, tmp_path: Path, damage: str)
     elif damage == "format":
         document["format"] = 2
     elif damage == "path":
-        document["files"][0]["path"] = "../outside.txt"
+        (tmp_path / "outside.js").write_bytes(PAGE["app.js"][1])
+        document["files"][1]["path"] = "../outside.js"
     elif damage == "index":
         del document["files"][0]
     listing.write_text("{" if damage == "json" else json.dumps(document))
