@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Float32, Float64
@@ -46,6 +46,10 @@ def importance(gram: Float64[Tensor, "inputs inputs"]) -> Float32[Tensor, " inpu
     return (diagonal / mean if mean > 0 else torch.ones_like(diagonal)).float().contiguous()
 
 
+Replacements: TypeAlias = Callable[[Mapping[str, Gram]], Mapping[str, Tensor]]
+"""Grams of a block to the weights that it goes on with."""
+
+
 class BlockStream:
     """Runs a decoder over calibration windows one block after the other.
 
@@ -62,15 +66,16 @@ class BlockStream:
         self._next = 0
 
     def advance(
-        self, layer: int, *, capture: bool = True, replacements: Mapping[str, Tensor] | None = None
+        self, layer: int, *, capture: bool = True, replacements: Replacements | None = None
     ) -> dict[str, Gram]:
         """Run one block over every window.
 
         Args:
             layer: number of the block; must be the one after the last.
             capture: collect Grams; without, only the hidden states move on.
-            replacements: linear path inside the block to a weight (in, out) that takes the place of the
-                checkpoint's *after* the Grams were taken, so what flows on is the compressed block's output.
+            replacements: makes, from the Grams, weights (in, out) by linear path inside the block. They take the
+                place of the checkpoint's *after* the Grams were taken, so what flows on is the output of the
+                compressed block.
 
         Returns:
             Shared input name to Gram; empty without `capture`.
@@ -86,7 +91,7 @@ class BlockStream:
             if capture:
                 grams = self._capture(block, keep_outputs=replacements is None)
             if replacements is not None:
-                for path, weight in replacements.items():
+                for path, weight in replacements(grams).items():
                     block.get_submodule(path).weight = nn.Parameter(
                         weight.T.to(self._device, self._dtype), requires_grad=False
                     )

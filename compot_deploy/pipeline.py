@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from compot_deploy import __version__
 from compot_deploy.accuracy import Evaluation
@@ -28,7 +29,7 @@ from compot_deploy.allocate import (
     Precision,
     Sparsity,
 )
-from compot_deploy.calibrate import BlockStream, importance
+from compot_deploy.calibrate import BlockStream, Gram, Replacements, importance
 from compot_deploy.checkpoint import Checkpoint, open_checkpoint
 from compot_deploy.compress import LinearFacts, factorize_linear, quantize_linear
 from compot_deploy.embedded import MODEL
@@ -43,8 +44,10 @@ from compot_deploy.exporters.artifact import (
     write_manifest,
 )
 from compot_deploy.factorize import singular_spectrum
+from compot_deploy.footprint import fit_size, predicted_bytes
 from compot_deploy.judging import Deployment, gate_of, judge_folder, write_report
-from compot_deploy.plan import InMemory, Joint, Plain
+from compot_deploy.plan import InMemory, Joint, Plain, plain_plan, smallest_bytes
+from compot_deploy.plan import Plan as KnapsackPlan
 from compot_deploy.plan_report import frontier_of
 from compot_deploy.planning import (
     Draft,
@@ -55,6 +58,7 @@ from compot_deploy.planning import (
     importances,
     measure_curves,
     measure_effects,
+    verdict,
 )
 from compot_deploy.progress import Progress, silent
 from compot_deploy.quant import rtn
@@ -66,14 +70,21 @@ from compot_deploy.settings import (
     check_groups,
     check_quantizer,
     device_of,
-    other_bytes,
+    multiplies_out,
     rival_of,
     search_of,
     shape_of,
     storage_of,
     table_grid,
 )
-from compot_deploy.store import StoredMatrices, save_matrices, write_tensors, write_text
+from compot_deploy.store import (
+    StoredMatrices,
+    Without,
+    block_weights,
+    save_matrices,
+    write_tensors,
+    write_text,
+)
 from compot_deploy.texts import EVALUATION, calibration_windows, evaluation_json, evaluation_of
 from compot_deploy.tokens import (
     TokenWindows,
@@ -82,6 +93,7 @@ from compot_deploy.tokens import (
 from compot_deploy.weights import DENSE, CompressedModel, Dense, Matrix, Storage
 from compot_deploy.whiten import whiten
 from compot_deploy.workspace import (
+    RECIPE,
     block_file,
     facts_file,
     importance_file,
@@ -91,8 +103,6 @@ from compot_deploy.workspace import (
     unquantized_file,
     work_folder,
 )
-
-RECIPE: Final = "compot/recipe.toml"
 
 SPLIT_WEIGHTS: Final = 2**30
 """Linears of more weights are judged without the factors before quantization: these are one more model in memory,
@@ -182,17 +192,32 @@ def compress(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progr
     recipe, allocation = planned.recipe, planned.allocation
     windows = calibration_windows(recipe, checkpoint, load_tokenizer(checkpoint.folder), work, progress)
 
+    def finished(layer: int) -> Replacements:
+        return lambda _: block_weights(block_file(work, layer), checkpoint.architecture.block_path(layer))
+
+    def compressing(layer: int) -> Replacements:
+        def compress_and_go_on(grams: Mapping[str, Gram]) -> Mapping[str, Tensor]:
+            _compress_block(recipe, checkpoint, allocation, grams, layer, work)
+            return finished(layer)(grams)
+
+        return compress_and_go_on
+
     label = "Calibrate, factorise, quantize"
     stream: BlockStream | None = None
     for layer in range(checkpoint.layers):
         progress(layer, checkpoint.layers, label)
-        finished = (block_file, importance_file, unquantized_file)
-        if not all(path(work, layer).exists() for path in finished):
+        needed = (block_file, importance_file, unquantized_file)
+        if not all(path(work, layer).exists() for path in needed):
             if stream is None:
                 stream = BlockStream(checkpoint, windows, device=device_of(recipe), dtype=recipe.dtype)
                 for done in range(layer):
-                    stream.advance(done, capture=False)
-            _compress_block(recipe, checkpoint, allocation, stream, layer, work)
+                    stream.advance(
+                        done, capture=False, replacements=finished(done) if recipe.sequential else None
+                    )
+            if recipe.sequential:
+                stream.advance(layer, replacements=compressing(layer))
+            else:
+                _compress_block(recipe, checkpoint, allocation, stream.advance(layer), layer, work)
     progress(checkpoint.layers, checkpoint.layers, label)
 
     files = {
@@ -260,10 +285,8 @@ def _compress_as_planned(
             )
     ordered = {name: choices[name] for name in outcome.files}
     model = _model(recipe, checkpoint, outcome.files, work)
-    bits = outcome.plan.bytes * 8 / sum(math.prod(shape_of(checkpoint, name)) for name in ordered)
     notes = (
-        f"the plan spends {outcome.plan.bytes} of {outcome.plan.budget} bytes ({recipe.budget}) on the "
-        f"linears, {bits:.3f} bits per weight",
+        *_notes_of_plan(recipe, checkpoint, outcome.plan),
         *outcome.notes,
         *_notes(drafted.task.windows, outcome.facts),
     )
@@ -296,15 +319,31 @@ def draft(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progress
         quantizer=recipe.quantizer,
         device=device_of(recipe),
         dtype=recipe.dtype,
+        sequential=recipe.sequential,
         progress=progress,
     )
-    other = other_bytes(recipe, checkpoint)
-    budget = budget_of(recipe, checkpoint, task.storage, other)
+    evaluation = evaluation_of(recipe, checkpoint, work, progress)
+    names = checkpoint.architecture.linear_names(checkpoint.layers)
+    sizes = {name: shape_of(checkpoint, name) for name in names}
+
+    def predict(plan: KnapsackPlan) -> int:
+        notes = _notes_of_plan(recipe, checkpoint, plan)
+        notes += (verdict((plan,) * 3, (0.12345,) * 3), *windows.notes) if plan.chosen else windows.notes
+        return predicted_bytes(recipe, checkpoint, plan, windows, evaluation, notes)
+
+    plain = plain_plan(sizes, recipe.dictionary_grid, storage)
+    budget = budget_of(recipe, checkpoint, task.storage, predict(plain) - plain.bytes)
     collect_grams(task)
     curves = measure_curves(task)
     effects = measure_effects(task)
-    sizes = {name: shape_of(checkpoint, name) for name in effects}
-    return Draft(task, curves, effects, choose(curves, effects, budget), sizes, other)
+    size = recipe.size_bytes
+    if size is None:
+        plans = choose(curves, effects, budget)
+    else:
+        plans = fit_size(
+            size, budget, smallest_bytes(curves), lambda limit: choose(curves, effects, limit), predict
+        )
+    return Draft(task, curves, effects, plans, sizes, predict(plans[0]) - plans[0].bytes)
 
 
 def plan_only(recipe: Recipe, progress: Progress = silent) -> Draft:
@@ -330,7 +369,7 @@ def _model(recipe: Recipe, checkpoint: Checkpoint, files: Mapping[str, Path], wo
         architecture=checkpoint.architecture,
         config=checkpoint.config,
         matrices=StoredMatrices(files),
-        tensors=_Without(checkpoint.tensors, {f"{name}.weight" for name in files} | {checkpoint.head_name}),
+        tensors=Without(checkpoint.tensors, {f"{name}.weight" for name in files} | {checkpoint.head_name}),
         tied=checkpoint.tied,
         source=str(checkpoint.folder),
     )
@@ -340,13 +379,12 @@ def _compress_block(
     recipe: Recipe,
     checkpoint: Checkpoint,
     allocation: Allocation,
-    stream: BlockStream,
+    grams: Mapping[str, Gram],
     layer: int,
     work: Path,
 ) -> None:
     block = checkpoint.architecture.block_path(layer)
     device = device_of(recipe)
-    grams = stream.advance(layer)
     matrices: dict[str, Matrix] = {}
     unquantized: dict[str, Matrix] = {}
     beside: dict[str, Matrix] = {}
@@ -498,7 +536,7 @@ def _export(
         write_text(folder / RECIPE, recipe.to_toml())
         choices = compression.allocation.choices
         # What a file rounds is described and judged by what it holds.
-        model = exporter.read_model(folder) if _rounds(kind, options) else compression.model
+        model = exporter.read_model(folder) if multiplies_out(kind, options) else compression.model
         manifest = write_manifest(
             folder,
             describe(
@@ -555,9 +593,13 @@ def _provenance(recipe: Recipe, calibration: TokenWindows) -> dict[str, str]:
     }
 
 
-def _rounds(kind: str, options: Any) -> bool:
-    """Whether a file holds other numbers than it was given, so that what it holds is what must be judged."""
-    return kind == "gguf" and options.layout == "dense"
+def _notes_of_plan(recipe: Recipe, checkpoint: Checkpoint, plan: KnapsackPlan) -> tuple[str, ...]:
+    names = [name for entry in plan.chosen for name in entry.names]
+    bits = plan.bytes * 8 / sum(math.prod(shape_of(checkpoint, name)) for name in names)
+    return (
+        f"the plan spends {plan.bytes} of {plan.budget} bytes ({recipe.budget}) on the linears, {bits:.3f} bits "
+        "per weight",
+    )
 
 
 def _notes(windows: TokenWindows, facts: tuple[LinearFacts, ...]) -> tuple[str, ...]:
@@ -570,22 +612,3 @@ def _notes(windows: TokenWindows, facts: tuple[LinearFacts, ...]) -> tuple[str, 
             f"diagonal (first: {escalated[0]}); more calibration text would help"
         )
     return tuple(notes)
-
-
-class _Without(Mapping[str, torch.Tensor]):
-    """A mapping less some keys, still lazy."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], without: set[str]) -> None:
-        self._tensors = tensors
-        self._names = [name for name in tensors if name not in without]
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)

@@ -336,29 +336,17 @@ def knapsack(curves: Sequence[Curve], budget: int, weights: Mapping[str, float] 
     Raises:
         RecipeError: a budget below what the smallest forms need, saying what that is.
     """
-    items = [_options(curve, weights) for curve in curves]
-    if not items or not all(items):
-        raise RecipeError("There is nothing to plan: a matrix has no candidate at all.")
-    smallest = sum(min(option.bytes for option in options) for options in items)
-    if budget < smallest:
-        raise RecipeError(
-            f"A budget of {budget} bytes for the linears cannot be met: the smallest forms of all of them "
-            f"need {smallest} bytes. Allow at least that."
-        )
-    largest = sum(max(option.bytes for option in options) for options in items)
-    notes: tuple[str, ...] = ()
-    most = sum(_best(options).bytes for options in items)
-    if budget >= most:
-        chosen = [_best(options) for options in items]
-        notes = (f"the budget of {budget} bytes is more than the {most} that every matrix at its best needs",)
-    else:
-        chosen = _solve(items, budget, max(1, -(-largest // _STEPS)))
-    return Plan(
-        tuple(entry for option in chosen for entry in option.chosen),
-        budget,
-        sum(option.loss for option in chosen),
-        notes,
+    return _Problem.of(curves, weights).plans([budget])[0]
+
+
+def plain_plan(sizes: Mapping[str, tuple[int, int]], grid: Grid | None, storage: Storage) -> Plan:
+    """Every matrix on one grid, whatever that costs in accuracy."""
+    form = Plain(grid)
+    chosen = tuple(
+        Chosen((name,), Candidate(form, form.bytes(*size, storage), (math.nan,)))
+        for name, size in sizes.items()
     )
+    return Plan(chosen, sum(entry.candidate.bytes for entry in chosen), math.nan)
 
 
 def smallest_bytes(curves: Sequence[Curve]) -> int:
@@ -370,8 +358,8 @@ def frontier(
     curves: Sequence[Curve], weights: Mapping[str, float] | None, budgets: Sequence[int]
 ) -> tuple[Plan, ...]:
     """The plans of several budgets, for a plot; budgets that cannot be met are left out."""
-    smallest = smallest_bytes(curves)
-    return tuple(knapsack(curves, budget, weights) for budget in budgets if budget >= smallest)
+    problem = _Problem.of(curves, weights)
+    return problem.plans([budget for budget in budgets if budget >= problem.smallest])
 
 
 def better_of(plans: Sequence[Plan], effect: Callable[[Plan], float]) -> Plan:
@@ -391,6 +379,60 @@ class _Option:
     bytes: int
     loss: float
     chosen: tuple[Chosen, ...]
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Options of every input, with any number of budgets."""
+
+    items: tuple[tuple[_Option, ...], ...]
+
+    @classmethod
+    def of(cls, curves: Sequence[Curve], weights: Mapping[str, float] | None) -> _Problem:
+        items = tuple(tuple(_options(curve, weights)) for curve in curves)
+        if not items or not all(items):
+            raise RecipeError("There is nothing to plan: a matrix has no candidate at all.")
+        return cls(items)
+
+    @property
+    def smallest(self) -> int:
+        """Bytes of the smallest forms."""
+        return sum(options[0].bytes for options in self.items)
+
+    @property
+    def most(self) -> int:
+        """Bytes of every matrix at its best."""
+        return sum(options[-1].bytes for options in self.items)
+
+    @property
+    def unit(self) -> int:
+        """What bytes are rounded up to: from the curves alone, so that more budget never gives more error."""
+        return max(1, -(-self.most // _STEPS))
+
+    def plans(self, budgets: Sequence[int]) -> tuple[Plan, ...]:
+        """The plan of each budget; one table of the dynamic programming serves them all."""
+        for budget in budgets:
+            if budget < self.smallest:
+                raise RecipeError(
+                    f"A budget of {budget} bytes for the linears cannot be met: the smallest forms of all of "
+                    f"them need {self.smallest} bytes. Allow at least that."
+                )
+        tight = [budget for budget in budgets if budget < self.most]
+        table = _Table(self.items, max(tight) // self.unit, self.unit) if tight else None
+        plans = []
+        for budget in budgets:
+            notes: tuple[str, ...] = ()
+            if table is None or budget >= self.most:
+                chosen = [options[-1] for options in self.items]
+                notes = (
+                    f"the budget of {budget} bytes is more than the {self.most} that every matrix at its best "
+                    "needs",
+                )
+            else:
+                chosen = table.chosen(budget // self.unit)
+            entries = tuple(entry for option in chosen for entry in option.chosen)
+            plans.append(Plan(entries, budget, sum(option.loss for option in chosen), notes))
+        return tuple(plans)
 
 
 def _options(curve: Curve, weights: Mapping[str, float] | None) -> list[_Option]:
@@ -443,39 +485,41 @@ def _slope(first: _Option, second: _Option) -> float:
     return (second.loss - first.loss) / (second.bytes - first.bytes)
 
 
-def _best(options: Sequence[_Option]) -> _Option:
-    """The option of least loss: the last of a front."""
-    return options[-1]
+class _Table:
+    """Dynamic programming: the least loss of the first inputs within every number of units up to `room`."""
 
+    def __init__(self, items: Sequence[Sequence[_Option]], room: int, unit: int) -> None:
+        self._items = items
+        self._sizes = [[-(-option.bytes // unit) for option in options] for options in items]
+        self._picks = []
+        least = np.zeros(room + 1)
+        for options, needs in zip(items, self._sizes, strict=True):
+            best = np.full(room + 1, np.inf)
+            pick = np.zeros(room + 1, dtype=np.int16)
+            for number, (option, need) in enumerate(zip(options, needs, strict=True)):
+                if need > room:
+                    continue
+                value = least[: room + 1 - need] + option.loss
+                better = value < best[need:]
+                best[need:][better] = value[better]
+                pick[need:][better] = number
+            least = best
+            self._picks.append(pick)
 
-def _solve(items: Sequence[Sequence[_Option]], budget: int, unit: int) -> list[_Option]:
-    """Dynamic programming: the least loss of the first items within every number of units."""
-    room = budget // unit
-    sizes = [[-(-option.bytes // unit) for option in options] for options in items]
-    if sum(map(min, sizes)) > room:
-        # Rounded up even the smallest do not fit, though their bytes do.
-        return [options[0] for options in items]
-    least = np.zeros(room + 1)
-    picks = []
-    for options, needs in zip(items, sizes, strict=True):
-        best = np.full(room + 1, np.inf)
-        pick = np.zeros(room + 1, dtype=np.int16)
-        for number, (option, need) in enumerate(zip(options, needs, strict=True)):
-            if need > room:
-                continue
-            value = np.full(room + 1, np.inf)
-            value[need:] = least[: room + 1 - need] + option.loss
-            better = value < best
-            best[better], pick[better] = value[better], number
-        least = best
-        picks.append(pick)
-    chosen: list[_Option] = []
-    left = room
-    for options, needs, pick in zip(reversed(items), reversed(sizes), reversed(picks), strict=True):
-        number = int(pick[left])
-        chosen.append(options[number])
-        left -= needs[number]
-    return chosen[::-1]
+    def chosen(self, room: int) -> list[_Option]:
+        """One option of each input, within so many units."""
+        if sum(map(min, self._sizes)) > room:
+            # Rounded up even the smallest do not fit, though their bytes do.
+            return [options[0] for options in self._items]
+        chosen: list[_Option] = []
+        left = room
+        for options, needs, pick in zip(
+            reversed(self._items), reversed(self._sizes), reversed(self._picks), strict=True
+        ):
+            number = int(pick[left])
+            chosen.append(options[number])
+            left -= needs[number]
+        return chosen[::-1]
 
 
 def form_to_data(form: Form) -> dict[str, Any]:

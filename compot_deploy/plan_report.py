@@ -12,6 +12,7 @@ from compot_deploy.errors import MissingDependencyError
 from compot_deploy.inspection import Overview
 from compot_deploy.plan import (
     Curve,
+    InMemory,
     Plain,
     Plan,
     describe,
@@ -19,13 +20,13 @@ from compot_deploy.plan import (
     frontier,
     smallest_bytes,
 )
-from compot_deploy.planning import Draft
+from compot_deploy.planning import Draft, name_of
 from compot_deploy.report_facts import Frontier, FrontierPoint
 from compot_deploy.weights import Grid
 
 _PLAIN_INT4: Final = Plain(Grid(4, 32))
 _POINTS: Final = 32
-_REPORT_POINTS: Final = 20
+REPORT_POINTS: Final = 20
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,17 @@ class Planned:
     def weights(self) -> int:
         """Weights of all linears."""
         return sum(rows * columns for rows, columns in self.draft.sizes.values())
+
+    @property
+    def tensor_memory_bytes(self) -> int:
+        """What the tensors of the linears take in a loaded graph; runtimes keep more beside them."""
+        storage = self.draft.task.storage
+        loaded = storage if isinstance(storage, InMemory) else InMemory(storage)
+        total = 0
+        for entry in self.plan.chosen:
+            sizes = [self.draft.sizes[name] for name in entry.names]
+            total += entry.candidate.form.bytes(sizes[0][0], sum(columns for _, columns in sizes), loaded)
+        return total
 
     @property
     def artifact_bytes(self) -> int:
@@ -84,15 +96,17 @@ def overview(planned: Planned) -> Overview:
         ("all linears", f"{bits:.3f} bits", "", f"{plan.loss:.3g}", f"{plan.bytes:,}", f"{total_plain:,}")
     )
     lines = [
-        f"Budget {plan.budget:,} bytes for the linears; everything else takes about {draft.other_bytes:,}: "
+        f"Budget {plan.budget:,} bytes for the linears; everything else takes {draft.other_bytes:,}: "
         f"predicted output {planned.artifact_bytes:,} bytes.",
+        f"Loaded, the tensors of the linears take {planned.tensor_memory_bytes:,} bytes; what a runtime keeps "
+        "beside them (scales once more, packing buffers) is not counted.",
         "Error is the relative error of a matrix's output on calibration text; loss is predicted, in nats per token.",
     ]
-    if len(draft.plans) > 1:
-        plain_mix = draft.plans[1]
+    for other in draft.plans[1:]:
+        name = name_of(other)
         lines.append(
-            f"The best mix of plain grids within the same budget takes {plain_mix.bytes:,} bytes and has a "
-            f"predicted loss of {plain_mix.loss:.3g}; both are measured on the model before one is exported."
+            f"{name[0].upper()}{name[1:]} within the same budget takes {other.bytes:,} bytes and has a predicted "
+            f"loss of {other.loss:.3g}; it is measured on the model beside the plan before one is exported."
         )
     lines += [f"{note[0].upper()}{note[1:]}." for note in plan.notes]
     return Overview(
@@ -112,6 +126,7 @@ def as_json(planned: Planned) -> str:
         "bytes": plan.bytes,
         "bits_per_weight": plan.bytes * 8 / planned.weights,
         "predicted_artifact_bytes": planned.artifact_bytes,
+        "tensor_memory_bytes": planned.tensor_memory_bytes,
         "predicted_loss": plan.loss,
         "notes": list(plan.notes),
         "chosen": [
@@ -184,7 +199,7 @@ def frontier_of(draft: Draft, taken: Plan, counts: str) -> Frontier:
     def points(curves: Sequence[Curve]) -> tuple[FrontierPoint, ...]:
         if not all(all(curve.alone) for curve in curves):
             return ()
-        return tuple(point(plan) for plan in _frontier(planned, curves, _REPORT_POINTS))
+        return tuple(point(plan) for plan in _frontier(planned, curves, REPORT_POINTS))
 
     return Frontier(
         counts=counts,

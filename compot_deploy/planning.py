@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compot_deploy.architectures import SharedInput
-from compot_deploy.calibrate import BlockStream, importance
+from compot_deploy.calibrate import BlockStream, Gram, Replacements, importance
 from compot_deploy.candidates import VERSION, Search, curve, forms, realize
 from compot_deploy.checkpoint import Checkpoint
 from compot_deploy.compress import LinearFacts
@@ -44,7 +44,7 @@ from compot_deploy.plan import (
 from compot_deploy.progress import Progress, silent
 from compot_deploy.quant import QUANTIZERS
 from compot_deploy.runners import TorchRunner, torch_runner
-from compot_deploy.store import StoredMatrices, save_matrices, write_tensors, write_text
+from compot_deploy.store import StoredMatrices, block_weights, save_matrices, write_tensors, write_text
 from compot_deploy.tokens import TokenWindows
 from compot_deploy.weights import Matrix, Storage
 from compot_deploy.whiten import Whitening, whiten
@@ -69,6 +69,7 @@ class Task:
         quantizer: of plain grids.
         device: where to compute.
         dtype: of the forward pass.
+        sequential: make the matrices of a block for what the compressed blocks before it give.
         progress: told how far the work is.
     """
 
@@ -80,6 +81,7 @@ class Task:
     quantizer: str = "gptq"
     device: str = "cpu"
     dtype: str = "float32"
+    sequential: bool = False
     progress: Progress = silent
 
     @property
@@ -97,9 +99,17 @@ class Task:
         """Their weights, in float32."""
         return {name: self.checkpoint.weight(name).float().to(self.device) for name in names}
 
+    def grams(self, layer: int) -> Mapping[str, Tensor]:
+        """Grams of the inputs of a block in the original model, from the work folder."""
+        return load_file(_gram_file(self.work, layer))
+
     def whitening(self, layer: int, shared: SharedInput) -> Whitening:
-        """Of one input, from the Grams in the work folder."""
-        return whiten(load_file(_gram_file(self.work, layer))[shared.name].to(self.device))
+        """Of one input of the original model."""
+        return whiten(self.grams(layer)[shared.name].to(self.device))
+
+    def stream(self) -> BlockStream:
+        """The model as it reads the calibration text, at its first block."""
+        return BlockStream(self.checkpoint, self.windows, device=self.device, dtype=self.dtype)
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,7 @@ class Draft:
         task: what it is for.
         curves: candidates of every input.
         effects: what a unit of squared error of each linear costs, in nats per token.
-        plans: the plan; behind it the plain mix of the same budget that it will be compared with.
+        plans: the plan; behind it what it will be compared with, see `choose`.
         sizes: (in, out) of each linear.
         other_bytes: predicted bytes of everything in the output that is not a linear.
     """
@@ -149,7 +159,7 @@ def collect_grams(task: Task) -> None:
         task.progress(layer, layers, label)
         if not _gram_file(task.work, layer).exists():
             if stream is None:
-                stream = BlockStream(task.checkpoint, task.windows, device=task.device, dtype=task.dtype)
+                stream = task.stream()
                 for done in range(layer):
                     stream.advance(done, capture=False)
             grams = stream.advance(layer)
@@ -196,26 +206,54 @@ def measure_effects(task: Task) -> dict[str, float]:
             if all(name in known for name in names):
                 continue
             whitening = task.whitening(layer, shared)
-            for name, weight in task.weights(names).items():
+            for name in names:
                 task.progress(len(known), total, label)
-                probe = _probe(forms(weight, whitening, task.storage, task.search))
-                made = realize(
-                    probe, {name: weight}, whitening, task.search, quantizer=QUANTIZERS[task.quantizer]
-                )
-                error = made.errors[name]
-                known[name] = effect(made.matrices) / error if error > 0.0 else 0.0
+                known[name] = _effect_of(name, task, whitening, effect)
             write_text(path, json.dumps(known))
     task.progress(total, total, label)
     return known
 
 
+def _effect_of(name: str, task: Task, whitening: Whitening, effect: _Effect) -> float:
+    (weight,) = task.weights([name]).values()
+    probe = _probe(forms(weight, whitening, task.storage, task.search))
+    made = realize(probe, {name: weight}, whitening, task.search, quantizer=QUANTIZERS[task.quantizer])
+    error = made.errors[name]
+    return effect(made.matrices) / error if error > 0.0 else 0.0
+
+
 def choose(curves: Sequence[Curve], weights: Mapping[str, float], budget: int) -> tuple[Plan, ...]:
-    """The plan, and the plain mix of the same budget where there is one that differs."""
+    """The plan, then what it must not be worse than: the best mix of plain grids and the best single grid.
+
+    All within the same budget; those that are possible and differ.
+    """
+
+    def possible(some: Sequence[Curve]) -> bool:
+        return all(all(one.alone) for one in some) and smallest_bytes(some) <= budget
+
     plan = knapsack(curves, budget, weights)
     plain = [one.only(lambda form: isinstance(form, Plain)) for one in curves]
-    factorized = any(isinstance(entry.candidate.form, Joint) for entry in plan.chosen)
-    possible = all(all(one.alone) for one in plain) and smallest_bytes(plain) <= budget
-    return (plan, knapsack(plain, budget, weights)) if factorized and possible else (plan,)
+    contenders = [plain] if possible(plain) else []
+    singles = [
+        [one.only(lambda form, only=form: form == only) for one in plain]  # type: ignore[misc]
+        for form in dict.fromkeys(entry.form for entry in plain[0].alone[0])
+    ]
+    made = [knapsack(some, budget, weights) for some in singles if possible(some)]
+    plans = [plan, *(knapsack(some, budget, weights) for some in contenders)]
+    plans += [min(made, key=lambda one: one.loss)] if made else []
+    different = {forms_of(one): one for one in reversed(plans)}
+    return tuple(one for one in plans if different[forms_of(one)] is one)
+
+
+def forms_of(plan: Plan) -> tuple[tuple[tuple[str, ...], Form], ...]:
+    """What a plan makes of what; two plans of equal forms make equal matrices."""
+    return tuple((entry.names, entry.candidate.form) for entry in plan.chosen)
+
+
+def name_of(plan: Plan) -> str:
+    """What a plan of plain forms is called beside the chosen one."""
+    forms = {entry.candidate.form for entry in plan.chosen}
+    return f"{forms.pop()} for all linears" if len(forms) == 1 else "the best mix of plain grids"
 
 
 def carry_out(task: Task, plans: Sequence[Plan]) -> Outcome:
@@ -227,13 +265,20 @@ def carry_out(task: Task, plans: Sequence[Plan]) -> Outcome:
         effect = _Effect(task)
         effects = [effect(StoredMatrices(files)) for files, _ in made]
         best = min(range(len(plans)), key=effects.__getitem__)
-        verdict = "the plan" if best == 0 else "plain quantization, which is taken"
-        notes.append(
-            f"on calibration text the plan costs {effects[0]:.4g} nats per token and the best mix of plain "
-            f"grids within the same bytes {effects[1]:.4g}: better is {verdict}"
-        )
+        notes.append(verdict(plans, effects))
     files, facts = made[best]
     return Outcome(plans[best], files, facts, tuple(notes))
+
+
+def verdict(plans: Sequence[Plan], effects: Sequence[float]) -> str:
+    """What the final check found, as a note for the report."""
+    best = min(range(len(plans)), key=effects.__getitem__)
+    others = " and ".join(
+        f"{name_of(plan)} within the same bytes {effect:.4g}"
+        for plan, effect in zip(plans[1:], effects[1:], strict=True)
+    )
+    winner = "the plan" if best == 0 else f"{name_of(plans[best])}, which is taken"
+    return f"on calibration text the plan costs {effects[0]:.4g} nats per token, {others}: better is {winner}"
 
 
 # -- pieces --------------------------------------------------------------------------------------------
@@ -286,48 +331,74 @@ def _measure(task: Task, weights: Mapping[str, Tensor], whitening: Whitening) ->
 
 def _make(task: Task, plan: Plan) -> tuple[dict[str, Path], tuple[LinearFacts, ...]]:
     """The matrices of a plan, a file per block; files that are there already are taken as they are."""
-    by_name = {entry.names[0]: entry for entry in plan.chosen}
     label = "Make matrices"
     layers = task.checkpoint.layers
-    chosen = [(entry.names, form_to_data(entry.candidate.form)) for entry in plan.chosen]
-    digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:12]
-    files: dict[str, Path] = {}
-    facts: list[LinearFacts] = []
+    named = json.dumps([(names, form_to_data(form)) for names, form in forms_of(plan)])
+    digest = hashlib.sha256((named + "sequential" * task.sequential).encode()).hexdigest()[:12]
+
+    def path(layer: int) -> Path:
+        return task.work / f"planned-{digest}-{layer:04d}.safetensors"
+
+    def going_on(layer: int) -> Replacements:
+        """Make the block where it is not made yet; what flows on is what it gives then."""
+
+        def make_and_go_on(grams: Mapping[str, Gram]) -> Mapping[str, Tensor]:
+            if not path(layer).exists():
+                _make_block(
+                    task, plan, layer, {name: gram.matrix for name, gram in grams.items()}, path(layer)
+                )
+            return block_weights(path(layer), task.checkpoint.architecture.block_path(layer))
+
+        return make_and_go_on
+
+    stream: BlockStream | None = None
     for layer in range(layers):
         task.progress(layer, layers, label)
-        path = task.work / f"planned-{digest}-{layer:04d}.safetensors"
-        about = path.with_suffix(".json")
-        if not path.exists():
-            matrices: dict[str, Matrix] = {}
-            block: list[LinearFacts] = []
-            for shared in task.checkpoint.architecture.inputs:
-                names = task.names(layer, shared)
-                whitening = task.whitening(layer, shared)
-                for first in names:
-                    if first not in by_name:
-                        continue
-                    entry = by_name[first]
-                    made = realize(
-                        entry.candidate.form,
-                        task.weights(entry.names),
-                        whitening,
-                        task.search,
-                        dictionary_name="+".join(entry.names) if len(entry.names) > 1 else first,
-                        quantizer=QUANTIZERS[task.quantizer],
-                    )
-                    matrices |= made.matrices
-                    block += [
-                        _facts(name, entry.candidate.form, made.errors[name], whitening)
-                        for name in entry.names
-                    ]
-            write_text(about, json.dumps([asdict(fact) for fact in block]))
-            # Storage order is block order, also where a later matrix shares with an earlier one.
-            ordered = {name: matrices[name] for name in _block_names(task, layer)}
-            save_matrices(path, ordered)
-        facts += [LinearFacts(**fact) for fact in json.loads(about.read_text())]
-        files |= dict.fromkeys(_block_names(task, layer), path)
+        if path(layer).exists():
+            continue
+        if not task.sequential:
+            _make_block(task, plan, layer, task.grams(layer), path(layer))
+            continue
+        if stream is None:
+            stream = task.stream()
+            for done in range(layer):
+                stream.advance(done, capture=False, replacements=going_on(done))
+        stream.advance(layer, replacements=going_on(layer))
     task.progress(layers, layers, label)
+    files = {name: path(layer) for layer in range(layers) for name in _block_names(task, layer)}
+    facts = [
+        LinearFacts(**fact)
+        for layer in range(layers)
+        for fact in json.loads(path(layer).with_suffix(".json").read_text())
+    ]
     return files, tuple(facts)
+
+
+def _make_block(task: Task, plan: Plan, layer: int, grams: Mapping[str, Tensor], path: Path) -> None:
+    by_name = {entry.names[0]: entry for entry in plan.chosen}
+    matrices: dict[str, Matrix] = {}
+    facts: list[LinearFacts] = []
+    for shared in task.checkpoint.architecture.inputs:
+        whitening = whiten(grams[shared.name].to(task.device))
+        for first in task.names(layer, shared):
+            if first not in by_name:
+                continue
+            entry = by_name[first]
+            made = realize(
+                entry.candidate.form,
+                task.weights(entry.names),
+                whitening,
+                task.search,
+                dictionary_name="+".join(entry.names) if len(entry.names) > 1 else first,
+                quantizer=QUANTIZERS[task.quantizer],
+            )
+            matrices |= made.matrices
+            facts += [
+                _facts(name, entry.candidate.form, made.errors[name], whitening) for name in entry.names
+            ]
+    write_text(path.with_suffix(".json"), json.dumps([asdict(fact) for fact in facts]))
+    # Storage order is block order, also where a later matrix shares with an earlier one.
+    save_matrices(path, {name: matrices[name] for name in _block_names(task, layer)})
 
 
 def _block_names(task: Task, layer: int) -> tuple[str, ...]:

@@ -69,7 +69,8 @@ class Recipe:
     )
     budget: Literal["file", "memory"] = _knob(
         "file",
-        "what a budget counts: bytes of the file, or of the loaded model, whose codes lie dense",
+        "what a budget counts: bytes of the file, or of the tensors of the loaded graph, where codes lie dense; "
+        "what a runtime keeps beside them is not counted",
         group="size",
     )
     embeddings: Precision = _knob(
@@ -97,7 +98,8 @@ class Recipe:
     allocation: Literal["auto", "knapsack", "uniform", "spectral"] = _knob(
         "auto",
         "how the budget is spread over the matrices: knapsack weighs measured forms of each by what they cost "
-        "the model; spectral and uniform count atoms; auto is knapsack with --bits or --size, else spectral",
+        "the model, for --bits, --size or --ratio, and is never worse than plain grids of the same bytes; spectral "
+        "and uniform count atoms, for --ratio; auto is knapsack with --bits or --size, else spectral",
     )
     quantizer: Literal["gptq", "rtn", "bnb"] = _knob(
         "gptq", "how factors are quantized; bnb is bitsandbytes, with --quant nf4, fp4 or int8"
@@ -126,6 +128,11 @@ class Recipe:
     length: int = _knob(
         256, "tokens of a window, at most what the model was made for", unit="tokens", group="calibration"
     )
+    sequential: bool = _knob(
+        False,
+        "calibrate each block on what the compressed blocks before it give, not on what the original ones do",
+        group="calibration",
+    )
     seed: int = _knob(0, "seed of everything that is drawn at random", group="calibration")
     device: str = _knob("auto", "where to compute: auto, cpu, cuda, cuda:1, mps", group="calibration")
     dtype: Literal["float32", "bfloat16", "float16"] = _knob(
@@ -138,7 +145,8 @@ class Recipe:
     )
     onnx_codes: Literal["dense", "packed"] = _knob(
         "dense",
-        "4-bit codes of the pattern 2:4 in an ONNX file: like other integers, or in 3 bits, expanded when loaded",
+        "what an ONNX file holds in other bytes than runtimes read, expanded when loaded (packed): 4-bit codes of "
+        "the pattern 2:4 in 3 bits, and with a plan 3-bit integers",
         group="output",
     )
 
@@ -306,11 +314,13 @@ class Recipe:
             if group is not None and (group < 16 or group > 256 or group & (group - 1)):
                 raise RecipeError(f"--{name.replace('_', '-')} {group}: use 16, 32, 64, 128 or 256.")
         grid = self.code_grid
-        if self.onnx_codes == "packed" and (self.code_pattern != "2:4" or grid is None or grid.bits != 4):
+        two_of_four = self.code_pattern == "2:4" and grid is not None and grid.bits == 4
+        if self.onnx_codes == "packed" and not two_of_four and (grid is None or not self.planned):
             raise RecipeError(
                 "--onnx-codes packed stores 4-bit codes of the pattern 2:4, and these are "
                 f"{'floating point' if grid is None else f'of {grid.bits} bits'} of the pattern "
-                f"{self.code_pattern}: add --code-pattern 2:4 and --code-bits 4, or leave it out."
+                f"{self.code_pattern}: add --code-pattern 2:4 and --code-bits 4, give a budget in --bits or --size "
+                "for 3-bit integers, or leave it out."
             )
         for name in ("max_perplexity_ratio", "max_kl", "max_export_nmse"):
             limit = getattr(self, name)

@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import Final
+from typing import Any
 
 import torch
 
-from compot_deploy.allocate import (
-    PaperStorage,
-)
+from compot_deploy.allocate import PaperStorage
 from compot_deploy.candidates import Search
 from compot_deploy.checkpoint import Checkpoint, checkpoint_shape
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.gguf_storage import ProductStorage
-from compot_deploy.exporters.gguf_tokenizer import tokenizer_bytes as gguf_tokenizer_bytes
 from compot_deploy.plan import GridChoice, Plain
 from compot_deploy.quant import require_bitsandbytes
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe, override
 from compot_deploy.weights import Grid, Pattern, Storage
-
-_BYTES_PER_LINEAR: Final = 3600
-_BYTES_PER_GGUF_LINEAR: Final = 1900
-_RECORDS: Final = 40_000
-"""About what graph, manifest and report.json take for a linear, and card, configuration and frontier once; the page
-report.html, which nobody ships, does not count."""
-_BYTES_PER_EVALUATION_TOKEN: Final = 5
 
 
 def check_groups(recipe: Recipe, checkpoint: Checkpoint) -> None:
@@ -98,8 +88,10 @@ def _check_budget(recipe: Recipe, checkpoint: Checkpoint) -> None:
             f"--gguf-type {recipe.gguf_type} decides the bytes of every linear, so --bits and --size have "
             "nothing to choose: leave one of them out."
         )
+    if recipe.size_bytes is not None:
+        return  # what a size leaves for the linears is known when the rest of the output has been rehearsed
     storage = storage_of(recipe)
-    budget = budget_of(recipe, checkpoint, storage, other_bytes(recipe, checkpoint))
+    budget = budget_of(recipe, checkpoint, storage, 0)
     names = checkpoint.architecture.linear_names(checkpoint.layers)
     least = sum(storage.leaf_bytes(*shape_of(checkpoint, name), Grid(4, DEFAULT_GROUP)) for name in names)
     if budget < least:
@@ -152,7 +144,8 @@ def search_of(recipe: Recipe, checkpoint: Checkpoint) -> Search:
         )
     exporter = EXPORTERS[recipe.format[0]]
     options = exporter.options(asdict(recipe))
-    if isinstance(exporter.storage(options), ProductStorage):
+    storage = storage_of(recipe)
+    if isinstance(storage, ProductStorage):
         # Factors are multiplied out: they would cost what the product costs, and finer grids as much as Q4_0.
         return Search(
             GridChoice(dict.fromkeys((4, 8), (DEFAULT_GROUP,))), rates=(), sparse=(), unquantized=True
@@ -161,6 +154,7 @@ def search_of(recipe: Recipe, checkpoint: Checkpoint) -> Search:
     def takes(grid: Grid) -> bool:
         try:
             exporter.check(checkpoint.architecture, checkpoint.config, {"dictionary": grid}, options)
+            storage.leaf_bytes(256, 1, grid)  # some formats refuse the grid only here
         except RecipeError:
             return False
         return True
@@ -169,7 +163,6 @@ def search_of(recipe: Recipe, checkpoint: Checkpoint) -> Search:
         bits: tuple(group for group in (16, 32, 64, 128) if takes(Grid(bits, group))) for bits in (2, 3, 4, 8)
     }
     grids = GridChoice({bits: found for bits, found in groups.items() if found}, step=16)
-    storage = storage_of(recipe)
 
     def packs(pattern: Pattern) -> bool:
         four = [grid for grid in grids.grids if grid.bits == 4]
@@ -187,8 +180,13 @@ def search_of(recipe: Recipe, checkpoint: Checkpoint) -> Search:
     )
 
 
+def multiplies_out(kind: str, options: Any) -> bool:
+    """Whether a format stores the product of dictionary and codes, rounded, instead of both."""
+    return bool(kind == "gguf" and options.layout == "dense")
+
+
 def budget_of(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, other: int) -> int:
-    """Bytes for the linears, from --bits, --size or --ratio.
+    """Bytes for the linears, from --bits, --ratio or --size; the last a first guess, see `footprint.fit_size`.
 
     Raises:
         RecipeError: a size that the rest of the output uses up.
@@ -206,33 +204,6 @@ def budget_of(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, other: i
         return size - other
     plain = Plain(recipe.dictionary_grid)
     return math.floor((1 - recipe.ratio) * sum(plain.bytes(*shape, storage) for shape in shapes))
-
-
-def other_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
-    """About what everything but the linears takes: tables, norms, rotary tables, tokenizer and graph."""
-    architecture, storage = checkpoint.architecture, storage_of(recipe)
-    names = architecture.linear_names(checkpoint.layers)
-    tables = {architecture.embedding: recipe.embeddings}
-    if not checkpoint.tied:
-        tables[architecture.head] = recipe.head
-    total = sum(
-        storage.leaf_bytes(*shape_of(checkpoint, name), table_grid(kind)) for name, kind in tables.items()
-    )
-    matrices = {f"{name}.weight" for name in (*names, *tables)} | {checkpoint.head_name}
-    total += sum(
-        4 * math.prod(checkpoint_shape(checkpoint, name))
-        for name in checkpoint.tensors
-        if name not in matrices
-    )
-    tokenizer = sum(path.stat().st_size for path in checkpoint.folder.glob("*token*") if path.is_file())
-    if recipe.format[0] == "gguf":
-        # No graph and no rotary tables; the tokenizer once more, inside the file.
-        total += tokenizer + gguf_tokenizer_bytes(checkpoint.folder, checkpoint.config)
-        total += _BYTES_PER_GGUF_LINEAR * len(names) + _RECORDS
-    else:
-        total += 4 * architecture.head_size(checkpoint.config) * checkpoint.context
-        total += tokenizer + _BYTES_PER_LINEAR * len(names) + _RECORDS
-    return total + _BYTES_PER_EVALUATION_TOKEN * recipe.evaluation_tokens
 
 
 def shape_of(checkpoint: Checkpoint, name: str) -> tuple[int, int]:

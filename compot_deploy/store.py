@@ -38,6 +38,13 @@ def load_matrices(path: Path) -> dict[str, Matrix]:
         return {name: _get(entry, reader) for name, entry in layout.items()}
 
 
+def block_weights(path: Path, block: str) -> dict[str, Tensor]:
+    """The weights that a file of `save_matrices` stands for, (in, out), by path inside a block."""
+    return {
+        name.removeprefix(f"{block}."): matrix.dequantize() for name, matrix in load_matrices(path).items()
+    }
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors as safetensors under a temporary name, then rename."""
     temporary = path.with_name(path.name + ".part")
@@ -77,6 +84,25 @@ class StoredMatrices(Mapping[str, Matrix]):
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+class Without(Mapping[str, Tensor]):
+    """A mapping less some keys, still lazy."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], without: set[str]) -> None:
+        self._tensors = tensors
+        self._names = [name for name in tensors if name not in without]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _put(name: str, matrix: Matrix, tensors: dict[str, Tensor]) -> dict[str, Any]:

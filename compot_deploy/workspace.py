@@ -17,6 +17,9 @@ from compot_deploy.checkpoint import Checkpoint
 from compot_deploy.errors import InputError, InterruptedRunError
 from compot_deploy.recipe import Recipe
 
+RECIPE: Final = "compot/recipe.toml"
+"""Where an output keeps the recipe that it was made from."""
+
 _DOES_NOT_CHANGE_WEIGHTS: Final = frozenset(
     (
         "out",
@@ -60,6 +63,8 @@ def work_folder(recipe: Recipe, checkpoint: Checkpoint) -> Path:
     if recipe.planned:
         # Measurements serve every budget; what a plan makes of them is named after the plan.
         decisive = {key: value for key, value in decisive.items() if key not in _BUDGETS}
+        del decisive["sequential"]
+        decisive["allocation"] = recipe.allocator  # asked for by name or not
     # Judging on a file instead of on the end of the calibration text leaves more to calibrate on.
     decisive["held out"] = recipe.evaluation is None
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]

@@ -53,6 +53,14 @@ class Exporter(Protocol):
         """
         ...
 
+    def rehearse(self, model: CompressedModel, folder: Path, options: Any) -> int:
+        """Write as `write` does, for a model of stand-ins: matrices whose tensors are on torch's device ``meta``.
+
+        Small files are as they will be. Of the data only the size is known: the bytes that are missing in
+        `folder` are returned.
+        """
+        ...
+
     def read(self, folder: Path) -> Mapping[str, Matrix]:
         """Every matrix of a folder, from its files."""
         ...

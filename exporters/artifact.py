@@ -372,6 +372,8 @@ def digest(matrix: Matrix) -> str:
 
 
 def _update(hasher: Any, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        return  # a stand-in, which has a size and no values
     hasher.update(tensor.detach().cpu().contiguous().view(-1).numpy())
 
 
@@ -440,7 +442,7 @@ def _describe_leaf(leaf: Leaf, size: int) -> LeafRecord:
         outputs=outputs,
         bits=grid.bits if grid else size * 8 // (inputs * outputs),
         group=grid.group if grid else None,
-        nonzeros=int(torch.count_nonzero(values)),
+        nonzeros=values.numel() if values.is_meta else int(torch.count_nonzero(values)),
         bytes=size,
         codebook=grid.codebook if grid else "integer",
     )

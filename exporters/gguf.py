@@ -30,7 +30,7 @@ from compot_deploy.exporters.gguf_index import (
 )
 from compot_deploy.exporters.gguf_model import GgufModel, read, read_file
 from compot_deploy.exporters.gguf_storage import GgufStorage, ProductStorage
-from compot_deploy.exporters.gguf_writer import GgufOptions, GgufResult, write
+from compot_deploy.exporters.gguf_writer import GgufOptions, GgufResult, write, write_header
 
 __all__ = [
     "ARCHITECTURE",
@@ -53,4 +53,5 @@ __all__ = [
     "read_layout",
     "read_leaf",
     "write",
+    "write_header",
 ]

@@ -30,6 +30,7 @@ from compot_deploy.exporters.gguf import (
     ProductStorage,
     read,
     write,
+    write_header,
 )
 from compot_deploy.exporters.gguf_reader import read_header
 from compot_deploy.findings import Finding
@@ -106,11 +107,19 @@ class GgufExporter:
     def write(self, model: CompressedModel, folder: Path, options: GgufOptions) -> tuple[str, ...]:
         """Write every file but the manifest into an existing folder; returns what differs from what was asked."""
         written = write(model, folder / FILE, options)
+        self._copy_configuration(model, folder)
+        return written.facts
+
+    def rehearse(self, model: CompressedModel, folder: Path, options: GgufOptions) -> int:
+        """Write as `write` does, for matrices of stand-ins; returns the bytes that the file lacks."""
+        self._copy_configuration(model, folder)
+        return write_header(model, folder / FILE, options)
+
+    def _copy_configuration(self, model: CompressedModel, folder: Path) -> None:
         source = Path(model.source)
         for name in (*_CONFIGURATION, *TOKENIZER_FILES):
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
-        return written.facts
 
     def read(self, folder: Path) -> Mapping[str, Matrix]:
         """Every matrix of the file, integers and scales bit for bit."""

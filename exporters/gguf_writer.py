@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -111,13 +111,7 @@ def write(model: CompressedModel, path: str | Path, options: GgufOptions | None 
     architecture = model.architecture.ggml_name if options.layout == "dense" else ARCHITECTURE
     writer = GGUFWriter(temporary, architecture)
     try:
-        for key, value in (keys | plan.keys()).items():
-            _add_key(writer, key, value)
-        for entry in plan.entries:
-            _announce(writer, entry)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+        _write_header(writer, keys | plan.keys(), plan.entries)
         for entry in plan.entries:
             rows = entry.rows()
             if rows.nbytes != entry.nbytes:
@@ -137,6 +131,36 @@ def write(model: CompressedModel, path: str | Path, options: GgufOptions | None 
         kinds={entry.name: entry.described for entry in plan.entries},
         facts=tuple(facts),
     )
+
+
+def write_header(model: CompressedModel, path: str | Path, options: GgufOptions | None = None) -> int:
+    """Write what stands before the tensors of a file, whose values are not looked at.
+
+    Returns:
+        Bytes that would follow: the tensors, and what aligns them.
+    """
+    from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFWriter
+
+    options = options or GgufOptions()
+    keys, _ = _metadata(model, options)
+    plan = _Plan(model, options)
+    writer = GGUFWriter(path, model.architecture.ggml_name if options.layout == "dense" else ARCHITECTURE)
+    try:
+        _write_header(writer, keys | plan.keys(), plan.entries)
+    finally:
+        writer.close()
+    sizes = (Path(path).stat().st_size, *(entry.nbytes for entry in plan.entries))
+    return sum(math.ceil(size / GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT for size in sizes) - sizes[0]
+
+
+def _write_header(writer: Any, keys: Mapping[str, gguf_metadata.Value], entries: Sequence[_Entry]) -> None:
+    for key, value in keys.items():
+        _add_key(writer, key, value)
+    for entry in entries:
+        _announce(writer, entry)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -125,7 +126,17 @@ class HuggingFaceExporter:
 
     def write(self, model: CompressedModel, folder: Path, options: HuggingFaceOptions) -> None:
         """Write every file but the manifest into an existing folder."""
-        shards = _Shards(folder, options.shard_bytes)
+        self._write(model, folder, options, _Shards(folder, options.shard_bytes))
+
+    def rehearse(self, model: CompressedModel, folder: Path, options: HuggingFaceOptions) -> int:
+        """Write as `write` does, for matrices of stand-ins; returns the bytes that the tensor files lack."""
+        shards = _Shards(folder, options.shard_bytes, counted=True)
+        self._write(model, folder, options, shards)
+        return shards.missing
+
+    def _write(
+        self, model: CompressedModel, folder: Path, options: HuggingFaceOptions, shards: _Shards
+    ) -> None:
         if options.layout == "bnb":
             _write_bnb(model, folder, shards)
             return
@@ -395,8 +406,10 @@ class _Tensors(Mapping[str, Tensor]):
 class _Shards:
     """Tensors to files of limited size, and an index where there are several."""
 
-    def __init__(self, folder: Path, limit: int) -> None:
-        self._folder, self._limit = folder, limit
+    def __init__(self, folder: Path, limit: int, counted: bool = False) -> None:
+        self._folder, self._limit, self._counted = folder, limit, counted
+        self.missing = 0
+        """Bytes of tensors that were counted, not written."""
         self._pending: dict[str, Tensor] = {}
         self._closed: list[tuple[str, ...]] = []
         self._bytes, self._total = 0, 0
@@ -405,7 +418,7 @@ class _Shards:
         """Take one tensor."""
         if self._pending and self._bytes + tensor.nbytes > self._limit:
             self._close()
-        self._pending[name] = tensor.contiguous()
+        self._pending[name] = tensor.to("meta") if self._counted else tensor.contiguous()
         self._bytes += tensor.nbytes
         self._total += tensor.nbytes
 
@@ -424,15 +437,44 @@ class _Shards:
         _write_json(self._folder / INDEX, index)
 
     def _close(self) -> None:
-        # transformers refuses files without this note.
         part = self._part(len(self._closed))
-        save_file(self._pending, part, metadata={"format": "pt"})
-        part.chmod((self._folder.stat().st_mode & 0o444) | 0o200)  # safetensors lets nobody else read it
+        if self._counted:
+            part.write_bytes(bytes(_header_bytes(self._pending)))
+            self.missing += self._bytes
+        else:
+            # transformers refuses files without this note.
+            save_file(self._pending, part, metadata={"format": "pt"})
+            part.chmod((self._folder.stat().st_mode & 0o444) | 0o200)  # safetensors lets nobody else read it
         self._closed.append(tuple(self._pending))
         self._pending, self._bytes = {}, 0
 
     def _part(self, number: int) -> Path:
         return self._folder / f".part-{number}.safetensors"
+
+
+def _header_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """What stands before the tensors of a safetensors file: a length of 8 bytes, then JSON up to a multiple of 8."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    # The order in which safetensors lays tensors out, which decides how many digits their places have.
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _SAFETENSORS[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    return 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8
+
+
+_SAFETENSORS: Final = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 
 
 def _stored(entry: Entry, matrix: Matrix) -> Iterator[tuple[str, Tensor]]:
@@ -442,6 +484,10 @@ def _stored(entry: Entry, matrix: Matrix) -> Iterator[tuple[str, Tensor]]:
     else:
         assert isinstance(matrix, Quantized)
         chain = [matrix]
+    if any((leaf.integers if isinstance(leaf, Quantized) else leaf.weight).is_meta for leaf in chain):
+        for name, shape, dtype in entry.tensors():
+            yield name, torch.empty(shape, dtype=dtype, device="meta")
+        return
     own = {name for name, _, _ in entry.tensors()}
     for number, (leaf, form) in enumerate(zip(chain, entry.forms, strict=True)):
         prefix = f"{entry.name}.{leaf_name(number, len(chain))}"

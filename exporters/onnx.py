@@ -36,6 +36,7 @@ from compot_deploy.exporters.onnx_config import (
     portable_tokenizer_config,
 )
 from compot_deploy.exporters.onnx_graph import (
+    THREE_BITS_TABLE,
     FloatType,
     Part,
     build_decoder,
@@ -43,7 +44,7 @@ from compot_deploy.exporters.onnx_graph import (
     with_accuracy_level,
 )
 from compot_deploy.exporters.onnx_lint import errors_first, lint_onnx
-from compot_deploy.exporters.onnx_tensors import DATA, GRAPH, TensorReader
+from compot_deploy.exporters.onnx_tensors import DATA, GRAPH, TensorReader, external_extent
 from compot_deploy.exporters.packing import (
     BNB_TYPES,
     Blocked,
@@ -51,10 +52,12 @@ from compot_deploy.exporters.packing import (
     OnnxCodes,
     OnnxOps,
     OnnxStorage,
+    ThreeBits,
     TwoOfFour,
     unpack_blocked,
     unpack_bnb4,
     unpack_nbits,
+    unpack_three_bits,
     unpack_two_of_four,
     unsupported_grid,
 )
@@ -86,8 +89,9 @@ class OnnxOptions:
         floats: type in which floating-point matrices are stored. It must hold them exactly; bfloat16 and
             float16 halve the file of an unquantized checkpoint of that type, and are cast when loaded.
         codes: ``dense``: an exact zero takes as much as any other code; ``packed``: 4-bit codes of the
-            pattern 2:4 take 3 bits in the file instead of 4, and are expanded when it is loaded, to the same
-            graph, speed and memory. Other codes lie dense either way. Only with ``matmulnbits``.
+            pattern 2:4 take 3 bits in the file instead of 4, and integers of 3 bits can be written at all; both
+            are expanded when the file is loaded, to the graph, speed and memory of 4 bits. Others lie dense
+            either way. Only with ``matmulnbits``.
 
     Raises:
         RecipeError: packed codes with ``qdq``.
@@ -156,7 +160,7 @@ class OnnxExporter:
         """
         check_supported(architecture, config)
         for role, grid in grids.items():
-            complaint = grid and unsupported_grid(grid, options.ops, embedding=role == "embedding")
+            complaint = grid and unsupported_grid(grid, options.ops, role == "embedding", options.codes)
             if complaint:
                 raise RecipeError(f"{role}: {complaint}")
         longest = decoder_shape(architecture, config).context
@@ -197,6 +201,18 @@ class OnnxExporter:
         )
         if source is not None:
             copy_tokenizer(source, folder)
+
+    def rehearse(self, model: CompressedModel, folder: Path, options: OnnxOptions) -> int:
+        """Write as `write` does, for matrices of stand-ins; returns the bytes that the data file lacks."""
+        self.write(model, folder, options)
+        graph = onnx.load(folder / GRAPH, load_external_data=False).graph
+        extents = [
+            external_extent(tensor)[1]
+            for tensor in graph.initializer
+            if tensor.data_location == TensorProto.EXTERNAL
+        ]
+        end = max((extent.offset + extent.length for extent in extents), default=0)
+        return end - (folder / DATA).stat().st_size
 
     def read(self, folder: Path) -> Mapping[str, Matrix]:
         """Every matrix of a folder, read back from the graph and its data file when it is asked for.
@@ -426,8 +442,16 @@ class OnnxMatrices(Mapping[str, Matrix]):
             expansion = expansion_of(node.input[1], self._producer)
             if expansion is not None:
                 values = self._reader.bytes_of(expansion.values)
+                values = values.view(*self._reader.protos[expansion.values].dims)
+                if expansion.table == THREE_BITS_TABLE:
+                    three_bits = ThreeBits(
+                        values=values,
+                        nibbles=self._reader.bytes_of(expansion.patterns),
+                        scales=self._scales(node.input[2]),
+                    )
+                    return unpack_three_bits(three_bits, _attribute(node, "K"), Grid(3, grid.group))
                 two_of_four = TwoOfFour(
-                    values=values.view(*self._reader.protos[expansion.values].dims),
+                    values=values,
                     patterns=self._reader.bytes_of(expansion.patterns),
                     scales=self._scales(node.input[2]),
                 )

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal, TypeAlias
@@ -60,11 +60,15 @@ from compot_deploy.exporters.packing import (
     OnnxCodes,
     OnnxOps,
     OnnxStorage,
+    ThreeBits,
+    TwoOfFour,
     expansion_table,
     pack_blocked,
     pack_bnb4,
     pack_nbits,
+    pack_three_bits,
     pack_two_of_four,
+    three_bit_table,
     unsupported_grid,
 )
 from compot_deploy.weights import (
@@ -92,8 +96,37 @@ MASKED: Final = -1e9
 
 EXPANSION_TABLE: Final = "/constants/two_of_four/table"
 EXPANSION_WEIGHTS: Final = "/constants/two_of_four/weights"
-"""Two tensors that all packed codes of a graph share: bytes by row, and (1, 6), which make
-``pattern + 6·value`` of a row as a product, because no standard operator adds two bytes."""
+THREE_BITS_TABLE: Final = "/constants/three_bits/table"
+THREE_BITS_WEIGHTS: Final = "/constants/three_bits/weights"
+
+
+@dataclass(frozen=True)
+class ExpansionKind:
+    """What all packed integers of one layout share in a graph.
+
+    Attributes:
+        table: name of the tensor with MatMulNBits' bytes by row.
+        weights: name of the tensor (1, factor), which makes ``half + factor·value`` of a row as a product,
+            because no standard operator adds two bytes.
+        factor: see `weights`.
+        half: suffix of the tensor of half bytes.
+        rows: makes the table.
+    """
+
+    table: str
+    weights: str
+    factor: int
+    half: str
+    rows: Callable[[], Tensor]
+
+
+EXPANSIONS: Final = {
+    kind.table: kind
+    for kind in (
+        ExpansionKind(EXPANSION_TABLE, EXPANSION_WEIGHTS, len(POSITIONS), "patterns", expansion_table),
+        ExpansionKind(THREE_BITS_TABLE, THREE_BITS_WEIGHTS, 16, "nibbles", three_bit_table),
+    )
+}
 
 TRACED: Final = "compot.traced"
 """Metadata of a graph that was traced, and what for: ``features`` or ``generation``."""
@@ -252,7 +285,8 @@ class GraphBuilder:
         """Add a stored tensor under a name of its own."""
         if data.numel() * data.element_size() <= INLINE_BYTES:
             proto = self._declare(name, kind, shape)
-            proto.raw_data = data.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            known = torch.zeros_like(data, device="cpu") if data.is_meta else data.contiguous()
+            proto.raw_data = known.view(-1).view(torch.uint8).numpy().tobytes()
         else:
             self.alias(name, self.writer.append(data), kind, shape)
         return name
@@ -392,7 +426,7 @@ class GraphBuilder:
                 return self.node("MatMul", [source, weight], f"{path}/MatMul", facts=facts)
             case Quantized():
                 grid = leaf.grid
-                _require(unsupported_grid(grid, self.ops), name)
+                _require(unsupported_grid(grid, self.ops, codes=self.codes), name)
                 if self.ops == "qdq":
                     blocked = pack_blocked(leaf)
                     kind = TensorProto.INT4 if grid.bits == 4 else TensorProto.INT8
@@ -409,7 +443,8 @@ class GraphBuilder:
                 layout = NBitsLayout(rows, columns, grid)
                 if grid.codebook != "integer":
                     return self.bnb4(name, path, source, leaf, facts)
-                if OnnxStorage(self.ops, codes=self.codes).packs(grid, pattern):
+                if grid.bits == 3 or OnnxStorage(self.ops, codes=self.codes).packs(grid, pattern):
+                    layout = NBitsLayout(rows, columns, Grid(4, grid.group))
                     blob, scales = self.expanded(name, path, leaf)
                 else:
                     packed = pack_nbits(leaf)
@@ -421,21 +456,28 @@ class GraphBuilder:
 
     def expanded(self, name: str, path: str, leaf: Quantized) -> tuple[str, str]:
         """Integers and scales of packed codes, as MatMulNBits reads them; `expansion_of` finds them again."""
-        packed = pack_two_of_four(leaf)
+        half: Tensor
+        packed: TwoOfFour | ThreeBits
+        if leaf.grid.bits == 3:
+            packed = pack_three_bits(leaf)
+            half, kind = packed.nibbles, EXPANSIONS[THREE_BITS_TABLE]
+        else:
+            packed = pack_two_of_four(leaf)
+            half, kind = packed.patterns, EXPANSIONS[EXPANSION_TABLE]
         outputs, groups, _ = packed.values.shape
         blocks, block = leaf.grid.groups(leaf.shape[0]), leaf.grid.group
         values = self.tensor(f"{name}.values", packed.values, TensorProto.UINT8, packed.values.shape)
-        patterns = self.tensor(f"{name}.patterns", packed.patterns, TensorProto.UINT4, (outputs, groups, 1))
-        if EXPANSION_TABLE not in self.tensors:
-            table = expansion_table()
-            self.tensor(EXPANSION_TABLE, table, TensorProto.UINT8, table.shape)
-            weights = torch.tensor([[1], [len(POSITIONS)]], dtype=torch.uint8)
-            self.tensor(EXPANSION_WEIGHTS, weights, TensorProto.UINT8, weights.shape)
+        patterns = self.tensor(f"{name}.{kind.half}", half, TensorProto.UINT4, (outputs, groups, 1))
+        if kind.table not in self.tensors:
+            table = kind.rows()
+            self.tensor(kind.table, table, TensorProto.UINT8, table.shape)
+            weights = torch.tensor([[1], [kind.factor]], dtype=torch.uint8)
+            self.tensor(kind.weights, weights, TensorProto.UINT8, weights.shape)
         scales = self.scales(name, path, packed.scales)
         numbers = self.node("Cast", [patterns], f"{path}/expand/Cast", to=TensorProto.UINT8)
         both = self.node("Concat", [numbers, values], f"{path}/expand/Concat", axis=-1)
-        rows = self.node("MatMulInteger", [both, EXPANSION_WEIGHTS], f"{path}/expand/MatMulInteger")
-        pairs = self.node("Gather", [EXPANSION_TABLE, rows], f"{path}/expand/Gather", axis=0)
+        rows = self.node("MatMulInteger", [both, kind.weights], f"{path}/expand/MatMulInteger")
+        pairs = self.node("Gather", [kind.table, rows], f"{path}/expand/Gather", axis=0)
         shape = self.constant([outputs, blocks, block // 2])
         blob = self.node("Reshape", [pairs, shape], f"{path}/expand/Reshape")
         return blob, scales
@@ -560,7 +602,7 @@ class GraphBuilder:
     def stored_float(self, name: str, weight: Tensor) -> str:
         """A floating-point matrix in the file's floating-point type, which must hold it exactly."""
         stored = weight.detach().to(_FLOAT_DTYPES[self.floats])
-        if not torch.equal(stored.to(weight.dtype), weight.detach()):
+        if not weight.is_meta and not torch.equal(stored.to(weight.dtype), weight.detach()):
             raise ValueError(f"{name} ({weight.dtype}) cannot be stored in {self.floats} without an error.")
         return self.tensor(name, stored, _FLOAT_KINDS[self.floats], stored.shape)
 

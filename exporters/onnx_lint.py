@@ -21,6 +21,8 @@ from torch import Tensor
 from compot_deploy.errors import ArtifactError
 from compot_deploy.exporters.onnx_graph import (
     ACCURACY_LEVEL,
+    EXPANSION_TABLE,
+    EXPANSIONS,
     MICROSOFT,
     TRACED,
     Expansion,
@@ -36,7 +38,6 @@ from compot_deploy.exporters.packing import (
     NBITS_BITS,
     POSITIONS,
     TWO_BIT_BLOCKS,
-    expansion_table,
 )
 from compot_deploy.findings import Finding, Severity
 
@@ -346,15 +347,18 @@ class _Lint:
                 yield self._at(
                     "error", name, f"It has the shape {found}, and should have {(outputs, groups, 1)}."
                 )
+        kind = EXPANSIONS.get(expansion.table, EXPANSIONS[EXPANSION_TABLE])
         for name, expected in (
-            (expansion.table, expansion_table().flatten().tolist()),
-            (expansion.weights, [1, len(POSITIONS)]),
+            (expansion.table, kind.rows().flatten().tolist()),
+            (expansion.weights, [1, kind.factor]),
             (expansion.nodes[-1].input[1], list(shape)),
         ):
             if self._stored(name) != expected:
                 yield self._at(
                     "error", name, f"{node.name} expands its codes with it, and it holds other numbers."
                 )
+        if kind.table != EXPANSION_TABLE:
+            return  # every byte and half byte is a row of the table
         yield from self._zeros(expansion.values, 4)
         try:
             patterns = self.reader.bytes_of(expansion.patterns)

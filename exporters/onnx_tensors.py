@@ -50,11 +50,15 @@ class TensorWriter:
     position: int = 0
 
     def append(self, data: Tensor) -> Extent:
-        """Write the bytes of a tensor behind zeros up to a multiple of 64 (of 4096 for more than a MiB)."""
+        """Write the bytes of a tensor behind zeros up to a multiple of 64 (of 4096 for more than a MiB).
+
+        Of a tensor without values (on torch's device ``meta``) the place is taken, and nothing is written.
+        """
         flat = data.contiguous().view(-1).view(torch.uint8)
         padding = -self.position % (4096 if flat.numel() > 1 << 20 else 64)
-        self.file.write(b"\0" * padding)
-        self.file.write(flat.numpy().data)
+        if not flat.is_meta:
+            self.file.write(b"\0" * padding)
+            self.file.write(flat.numpy().data)
         extent = Extent(offset=self.position + padding, length=flat.numel())
         self.position = extent.offset + extent.length
         return extent

@@ -22,6 +22,13 @@ Five layouts, all of the same numbers (``Quantized``: integers (in, out), scales
   12 bits for four codes instead of 16; rows are filled up to whole blocks, scales are those of MatMulNBits.
   Two kept codes that rounded to zero leave their place open: the first row of `POSITIONS` that covers the
   non-zeros is written, and whichever row a file has, the same integers come out.
+* **Three bits**, which no operator reads; the graph expands them to MatMulNBits' 4-bit bytes in the same way::
+
+      number    code[0] | code[1] << 3 | code[2] << 6 | code[3] << 9     of every four neighbours of an output
+      values    uint8 (out, groups of four, 1)     number >> 4
+      nibbles   UINT4 (out, groups of four, 1)     number & 15
+
+  Codes are ``integer + 4``; in the expanded bytes they are ``integer + 8``, as 4 bits want them.
 
 * **MatMulBnb4** (com.microsoft): bitsandbytes' NF4 and FP4, uint8 (out·in/2) output after output, the first of
   two codes in the high half; scales (out, blocks). Blocks never cross from one output to the next, because the
@@ -48,10 +55,16 @@ OnnxOps: TypeAlias = Literal["matmulnbits", "qdq"]
 """How a quantized linear is written: one contrib operator, or two standard ones."""
 
 OnnxCodes: TypeAlias = Literal["dense", "packed"]
-"""How 4-bit codes of the pattern 2:4 are written: like any other integers, or as two of four."""
+"""How integers are written that runtimes read in another form than takes the fewest bytes.
+
+``dense``: as they are read. ``packed``: 4-bit codes of the pattern 2:4 as two of four, and 3-bit integers, which
+cannot be written at all otherwise, in 3 bits."""
 
 NBITS_BITS: Final = (2, 4, 8)
 """Bits that ONNX Runtime's MatMulNBits runs (it refuses 1, 3, 5, 6 and 7 when loading); 2 from 1.24 on."""
+
+PACKED_BITS: Final = (2, 3, 4, 8)
+"""Bits that MatMulNBits is given where the graph expands 3 bits to 4."""
 
 QDQ_BITS: Final = (4, 8)
 """Bits that DequantizeLinear has types for at opset 21. ONNX Runtime fuses 4 bits with the product from 1.23 on,
@@ -125,6 +138,21 @@ class TwoOfFour:
     scales: Float16[Tensor, "outputs blocks"]
 
 
+@dataclass(frozen=True)
+class ThreeBits:
+    """A matrix of 3-bit integers, packed.
+
+    Attributes:
+        values: high 8 of the 12 bits of every four neighbours.
+        nibbles: low 4 of them, two a byte, low half first.
+        scales: one per output and block.
+    """
+
+    values: UInt8[Tensor, "outputs groups 1"]
+    nibbles: UInt8[Tensor, " bytes"]
+    scales: Float16[Tensor, "outputs blocks"]
+
+
 def pack_nbits(matrix: Quantized) -> NBits:
     """Pack for MatMulNBits; `unpack_nbits` is its inverse.
 
@@ -141,7 +169,7 @@ def pack_nbits(matrix: Quantized) -> NBits:
         raise ValueError(f"A block of {grid.group} {grid.bits}-bit integers does not fill whole bytes.")
     _check_integers(matrix)
     zero = 2 ** (grid.bits - 1)
-    codes = torch.full((outputs, blocks * grid.group), zero, dtype=torch.uint8)
+    codes = torch.full((outputs, blocks * grid.group), zero, dtype=torch.uint8, device=matrix.integers.device)
     # An int8 seen as uint8 and raised by the zero point wraps around to the unsigned code. In place: this may
     # be the embedding of a large vocabulary.
     codes[:, :rows] = matrix.integers.T.view(torch.uint8)
@@ -275,6 +303,8 @@ def pack_two_of_four(matrix: Quantized) -> TwoOfFour:
     outputs = dense.blob.shape[0]
     pairs = dense.blob.view(outputs, -1, 2).int()
     # Packing is the inverse of the table that the graph expands with: two bytes → row, or -1.
+    if pairs.is_meta:
+        return TwoOfFour(dense.blob.view(outputs, -1, 2)[..., :1], dense.blob.view(-1, 4)[:, 0], dense.scales)
     table = expansion_table().int()
     rows = torch.full((1 << 16,), -1, dtype=torch.int32)
     for pattern in reversed(range(len(POSITIONS))):  # the first pattern that fits is written last, and stays
@@ -315,6 +345,60 @@ def unpack_two_of_four(packed: TwoOfFour, rows: int, grid: Grid) -> Quantized:
     return unpack_nbits(NBits(blob, packed.scales), rows, grid)
 
 
+def three_bit_table() -> UInt8[Tensor, "4096 2"]:
+    """The two 4-bit MatMulNBits bytes of four neighbours of 3 bits, at the row of their number."""
+    numbers = torch.arange(1 << 12)
+    codes = torch.stack([(numbers >> shift & 7) + 4 for shift in (0, 3, 6, 9)], dim=-1)
+    return _join(codes.to(torch.uint8), 4)
+
+
+def pack_three_bits(matrix: Quantized) -> ThreeBits:
+    """Pack 3-bit integers; `unpack_three_bits` is its inverse.
+
+    Example:
+        Integers (0, 3, -4, -1) of one output: codes 4, 7, 0, 3, number 0x63c, value 0x63, nibble 12.
+
+    Raises:
+        ValueError: not 3 bits, or an integer outside its grid.
+    """
+    grid, (rows, outputs) = matrix.grid, matrix.shape
+    if grid.bits != 3 or grid.group % 16:
+        raise ValueError(f"Groups of multiples of 16 integers of 3 bits are packed, and these are on {grid}.")
+    _check_range(matrix)
+    blocks = grid.groups(rows)
+    device = matrix.integers.device
+    codes = torch.full((outputs, blocks * grid.group), 4, dtype=torch.int16, device=device)
+    codes[:, :rows] += matrix.integers.T
+    lanes = codes.view(outputs, -1, 4)
+    numbers = lanes[..., 0] | lanes[..., 1] << 3 | lanes[..., 2] << 6 | lanes[..., 3] << 9
+    return ThreeBits(
+        values=(numbers >> 4).to(torch.uint8)[..., None],
+        nibbles=_join(
+            (numbers & 15).to(torch.uint8).flatten(), 4
+        ),  # an even number: blocks are multiples of 16
+        scales=matrix.scales.T.contiguous(),
+    )
+
+
+def unpack_three_bits(packed: ThreeBits, rows: int, grid: Grid) -> Quantized:
+    """Read what `pack_three_bits` wrote; see `unpack_nbits` for the arguments.
+
+    Raises:
+        ValueError: bytes of another size than `rows` and `grid` say.
+    """
+    outputs, groups, _ = packed.values.shape
+    nibbles = _split(packed.nibbles, 4)
+    if grid.bits != 3 or groups * 4 != grid.groups(rows) * grid.group or nibbles.numel() != outputs * groups:
+        raise ValueError(
+            f"{rows} inputs on {grid} are {grid.groups(rows) * grid.group // 4} groups of four, and here are "
+            f"{groups} values for each of {outputs} outputs, and {nibbles.numel()} nibbles."
+        )
+    numbers = packed.values[..., 0].short() << 4 | nibbles.view(outputs, groups)
+    codes = torch.stack([numbers >> shift & 7 for shift in (0, 3, 6, 9)], dim=-1).view(outputs, -1)
+    integers = (codes[:, :rows] - 4).to(torch.int8)
+    return Quantized(integers.T.contiguous(), packed.scales.T.contiguous(), grid)
+
+
 def _join(codes: UInt8[Tensor, "*rows codes"], bits: int) -> UInt8[Tensor, "*rows bytes"]:
     """Codes of `bits` bits to bytes, lowest bits first."""
     if bits == 8:
@@ -341,6 +425,8 @@ def _check_integers(matrix: Quantized) -> None:
 
 
 def _check_range(matrix: Quantized) -> None:
+    if matrix.integers.is_meta:
+        return  # a stand-in, which has a size and no values
     low, high = (int(value) for value in torch.aminmax(matrix.integers))
     if low < matrix.grid.lowest or high > matrix.grid.highest:
         raise ValueError(
@@ -359,8 +445,8 @@ class OnnxStorage:
     Attributes:
         ops: how quantized linears are written.
         float_bytes: bytes of one floating-point weight, 4 or 2.
-        codes: how codes of the pattern 2:4 are written. All others lie dense whatever their pattern: an
-            exact zero costs as much as any other integer.
+        codes: whether codes of the pattern 2:4 and 3-bit integers are packed. All others lie dense whatever
+            their pattern: an exact zero costs as much as any other integer.
     """
 
     ops: OnnxOps = "matmulnbits"
@@ -381,8 +467,8 @@ class OnnxStorage:
     def memory_bytes(self, rows: int, columns: int, grid: Grid | None, pattern: Pattern = DENSE) -> int:
         """Bytes of the leaf as a loaded graph holds it: every foldable node folded.
 
-        Packed codes are dense again, whatever `pattern` is, scales and floating-point weights are float32,
-        and DequantizeLinear has become MatMulNBits. What the kernels keep besides depends on runtime and
+        Packed codes are dense again, whatever `pattern` is, 3 bits are 4, scales and floating-point weights are
+        float32, and DequantizeLinear has become MatMulNBits. What the kernels keep besides depends on runtime and
         processor and is not counted: ONNX Runtime 1.32 on x86 takes two more float32 per block, and about
         one bit per integer for no visible reason (LOG.md).
 
@@ -395,7 +481,8 @@ class OnnxStorage:
         if grid is None:
             return rows * columns * 4
         blocks = grid.groups(rows) * columns
-        return blocks * (grid.group * grid.bits // 8 + 4)
+        bits = 4 if grid.bits == 3 else grid.bits
+        return blocks * (grid.group * bits // 8 + 4)
 
     def packs(self, grid: Grid, pattern: Pattern) -> bool:
         """Whether a leaf is written as two of four."""
@@ -408,13 +495,16 @@ class OnnxStorage:
         )
 
 
-def unsupported_grid(grid: Grid, ops: OnnxOps, embedding: bool = False) -> str | None:
+def unsupported_grid(
+    grid: Grid, ops: OnnxOps, embedding: bool = False, codes: OnnxCodes = "dense"
+) -> str | None:
     """Why a grid cannot be stored, as a sentence with what to use instead; None if it can.
 
     Args:
         grid: what is asked for.
         ops: how quantized linears are written.
         embedding: the matrix is the token embedding.
+        codes: whether integers may be packed.
     """
     if grid.codebook != "integer":
         if embedding or ops != "matmulnbits":
@@ -423,8 +513,10 @@ def unsupported_grid(grid: Grid, ops: OnnxOps, embedding: bool = False) -> str |
         if grid.group not in BNB_BLOCKS:
             return f"ONNX stores {grid.codebook} in blocks of {_either(BNB_BLOCKS)}, not {grid.group}."
         return None
-    bits = GATHER_BITS if embedding else QDQ_BITS if ops == "qdq" else NBITS_BITS
+    bits: tuple[int, ...] = GATHER_BITS if embedding else QDQ_BITS if ops == "qdq" else NBITS_BITS
     blocks = TWO_BIT_BLOCKS if grid.bits == 2 else BLOCKS
+    if grid.bits == 3 and codes == "packed" and ops == "matmulnbits" and not embedding:
+        bits = PACKED_BITS
     if grid.bits not in bits:
         what = "token embeddings" if embedding else f"linears written as {ops}"
         return f"ONNX stores {what} in {_either(bits)} bits, not {grid.bits}."

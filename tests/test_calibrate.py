@@ -89,7 +89,7 @@ def test_later_blocks_see_replaced_weights(tmp_path: Path) -> None:
         stream = BlockStream(checkpoint, windows, device="cpu", dtype="float32")
         path = "mlp.down_proj"
         weight = scale * checkpoint.weight(f"model.layers.0.{path}")
-        stream.advance(0, replacements={path: weight})
+        stream.advance(0, replacements=lambda _: {path: weight})
         return stream.advance(1)["attention_input"].matrix
 
     stream = BlockStream(checkpoint, windows, device="cpu", dtype="float32")

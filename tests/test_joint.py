@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from compot_deploy import joint as joint_module
 from compot_deploy.allocate import PaperStorage
 from compot_deploy.errors import InputError, RecipeError
 from compot_deploy.factorize import compot
 from compot_deploy.joint import Level, joint, split
 from compot_deploy.plan import Joint
 from compot_deploy.quantize_factors import quantize_factors
-from compot_deploy.weights import Factorized, Grid, Pattern, Quantized, matrix_bytes, same_matrix
+from compot_deploy.weights import Dense, Factorized, Grid, Pattern, Quantized, matrix_bytes, same_matrix
 from compot_deploy.whiten import Whitening, whiten
 
 INPUTS, OUTPUTS = 48, 80
@@ -61,6 +64,30 @@ def test_more_rounds_help() -> None:
     assert joint(weight, whitening, dense_levels(), rounds=4).error < 0.99 * one
 
 
+def test_a_round_that_is_worse_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds are spoilt from the second on: the result is that of the first, bit for bit."""
+    weight, whitening = problem()
+    first = joint(weight, whitening, sparse_levels(), rounds=1)
+    quantize, calls = joint_module._quantize_dictionary, [0]
+
+    def spoilt(*arguments: Any) -> Any:
+        dictionaries, codes = quantize(*arguments)
+        calls[0] += 1
+        if calls[0] > 1:
+            dictionaries = tuple(Dense(torch.ones(leaf.shape)) for leaf in dictionaries)
+        return dictionaries, codes
+
+    monkeypatch.setattr(joint_module, "_quantize_dictionary", spoilt)
+    result = joint(weight, whitening, sparse_levels(), rounds=3)
+    assert calls == [3]
+    assert result.objective == (first.objective[0],) * 3
+    assert result.error == first.error
+    for one, two in zip(
+        (*first.dictionaries, *first.codes), (*result.dictionaries, *result.codes), strict=True
+    ):
+        assert same_matrix(one, two)
+
+
 @pytest.mark.parametrize("pattern", [Pattern(8, 16), Pattern(2, 4), Pattern(4, 8)])
 def test_codes_outside_the_pattern_are_zero(pattern: Pattern) -> None:
     weight, whitening = problem()
@@ -68,6 +95,33 @@ def test_codes_outside_the_pattern_are_zero(pattern: Pattern) -> None:
     assert isinstance(codes, Quantized)
     groups = codes.integers.reshape(-1, pattern.of, OUTPUTS)
     assert int((groups != 0).sum(1).max()) <= pattern.kept
+
+
+@pytest.mark.parametrize("levels", [(Level(16, Grid(2, 16), None),), (Level(16, Grid(2, 16), None, HALF),)])
+def test_codes_are_the_best_for_the_quantized_dictionary(levels: tuple[Level, ...]) -> None:
+    """Where nothing rounds them: ``ÂᵀG(W − ÂS) = 0`` on the support."""
+    weight, whitening = problem()
+    result = joint(weight, whitening, levels)
+    dictionary = result.dictionaries[0].dequantize().double()
+    codes = result.codes[0].dequantize().double()
+    gradient = dictionary.T @ whitening.gram @ (weight - dictionary @ codes)
+    start = dictionary.T @ whitening.gram @ weight
+    support = codes != 0
+    assert int(support.sum()) == codes.numel() * levels[0].pattern.density
+    assert float(gradient[support].norm()) < 1e-4 * float(start.norm())
+
+
+def test_the_dictionary_is_the_best_for_the_integer_codes() -> None:
+    """Where nothing rounds it: ``A = WŜᵀ(ŜŜᵀ)⁻¹`` with the codes of the round before, but for scale and order."""
+    weight, whitening = problem()
+    levels = (Level(16, None, Grid(2, 16)),)
+    before, after = (joint(weight, whitening, levels, rounds=rounds) for rounds in (1, 2))
+    assert after.objective[1] < after.objective[0]
+    codes = before.codes[0].dequantize().double()
+    expected = torch.linalg.lstsq(codes.T, weight.T).solution.T
+    found = after.dictionaries[0].dequantize().double()
+    likeness = (expected / expected.norm(dim=0)).T @ (found / found.norm(dim=0))
+    assert float(likeness.amax(1).min()) > 1 - 1e-6
 
 
 def test_quantizing_jointly_beats_one_after_the_other() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -137,6 +138,27 @@ def test_large_models_keep_their_budget_too(part: float) -> None:
     assert 0.995 * budget < plan.bytes <= budget
 
 
+@settings(max_examples=3, deadline=None)
+@given(seed=st.integers(0, 1 << 30))
+def test_more_budget_never_gives_more_error_in_models_of_any_size(seed: int) -> None:
+    """Bytes far beyond the solver's resolution, budgets close to each other."""
+    generator = random.Random(seed)
+
+    def candidates() -> tuple[Candidate, ...]:
+        sizes = sorted(generator.randrange(10**6, 4 * 10**7) for _ in range(8))
+        errors = sorted((generator.random() for _ in sizes), reverse=True)
+        pairs = zip(sizes, errors, strict=True)
+        return tuple(Candidate(Plain(Grid(4, 32)), size, (error,)) for size, error in pairs)
+
+    curves = [Curve((str(number),), (candidates(),)) for number in range(12)]
+    low = smallest_bytes(curves)
+    plans = [knapsack(curves, low + 10**7 + step * 1003) for step in range(12)]
+    plans += frontier(curves, None, [low + step * 1_000_003 for step in range(12, 200)])
+    losses = [plan.loss for plan in plans]
+    assert losses == sorted(losses, reverse=True)
+    assert all(plan.bytes <= plan.budget for plan in plans)
+
+
 @settings(max_examples=40, deadline=None)
 @given(numbers=numbers_, budget=st.integers(1, 400))
 def test_without_factorised_candidates_it_is_plain_mixed_precision(numbers: Numbers, budget: int) -> None:
@@ -149,6 +171,17 @@ def test_without_factorised_candidates_it_is_plain_mixed_precision(numbers: Numb
     assert plan.loss == pytest.approx(brute(plain, budget, dict.fromkeys(weights_of(plain), 1.0)))
     # and with them it is never worse
     assert knapsack(curves, budget).loss <= plan.loss + 1e-12
+
+
+def test_a_curve_of_only_some_forms_has_those_and_no_other() -> None:
+    plain, factorized = Candidate(Plain(Grid(4, 32)), 9, (0.1,)), Candidate(FACTORIZED, 5, (0.2,))
+    shared = Candidate(FACTORIZED, 7, (0.2, 0.2))
+    curve = Curve(("q", "k"), ((plain, factorized), (factorized, plain)), (shared,))
+    assert curve.only(lambda form: isinstance(form, Plain)) == Curve(("q", "k"), ((plain,), (plain,)))
+    assert curve.only(lambda form: isinstance(form, Joint)) == Curve(
+        ("q", "k"), ((factorized,), (factorized,)), (shared,)
+    )
+    assert curve.only(lambda form: True) == curve
 
 
 def test_sharing_is_chosen_only_where_it_is_better() -> None:
@@ -209,6 +242,19 @@ def test_precision_follows_energy_within_the_budget(
     ]
     assert bits == sorted(bits, reverse=True)
     assert all(level.atoms % GRIDS.step == 0 for level in levels)
+
+
+def test_strong_atoms_get_the_bits_that_their_energy_asks_for() -> None:
+    """One direction with almost all of the energy: eight bits for it, few or none for the noise."""
+    energies = [1e6, *[1.0] * 63]
+    levels = water_levels(energies, 64, 64, budget=1200, storage=PaperStorage(), grids=GRIDS)
+    first = levels[0]
+    assert first.dictionary is not None and first.codes is not None
+    assert (first.dictionary.bits, first.codes.bits) == (8, 8)
+    assert first.atoms == GRIDS.step
+    # all alike: nobody is preferred
+    (only,) = water_levels([1.0] * 64, 64, 64, budget=3000, storage=PaperStorage(), grids=GRIDS)
+    assert only.atoms == 64
 
 
 def test_more_bytes_go_to_more_atoms_or_more_bits() -> None:

@@ -284,7 +284,7 @@ def test_sizes_stand_beside_plain_int4_and_fp16() -> None:
     assert table["artifact, weights"] == ("4.2 MB", "4,200,000", "100.0 %")
     assert table["plain int4, weights"] == ("4.5 MB", "4,500,000", "93.3 %")
     assert table["fp16, weights"] == ("15 MB", "15,000,000", "28.0 %")
-    assert "artifact, weights in memory" not in table
+    assert "loaded, tensors of the weights" not in table
     assert size_table(report()).notes == report().facts
 
 
