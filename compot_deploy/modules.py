@@ -41,13 +41,19 @@ class LeafModule(nn.Module):
                 self.weight = nn.Parameter(tensor)
             else:
                 self.register_buffer(name, tensor)
+        self._kept: Tensor | None = None
         self._is_hf_initialized = True  # nothing here is ever drawn at random
+
+    def keep(self) -> None:
+        """Dequantize once and keep the result beside the packed values, until they move or change."""
+        self._kept = self.rows()
 
     def fill(self, leaf: Leaf) -> None:
         """Take the numbers of a leaf of this form."""
         form = self.form
         if LeafForm.of(leaf, form.pattern) != form:
             raise ValueError(f"A leaf of {leaf.shape} does not fit the form {form}.")
+        self._kept = None
         with torch.no_grad():
             for name, tensor in pack(leaf, form.pattern).items():
                 getattr(self, name).copy_(tensor)
@@ -58,7 +64,7 @@ class LeafModule(nn.Module):
 
     def rows(self) -> Float[Tensor, "outputs inputs"]:
         """The values, transposed as ``nn.Linear`` keeps them; float32 for integers."""
-        return dequantize_rows(self._tensors(), self.form)
+        return dequantize_rows(self._tensors(), self.form) if self._kept is None else self._kept
 
     def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         """``x @ weight``, in the type of x."""
@@ -75,6 +81,7 @@ class LeafModule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> LeafModule:
         super()._apply(fn, recurse)
+        self._kept = None
         form = self.form
         if form.grid is None:  # model.half()
             dtype = getattr(self, "values" if form.sparse else "weight").dtype

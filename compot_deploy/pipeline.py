@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors.torch import load_file
 
+from compot_deploy import __version__
 from compot_deploy.accuracy import Evaluation
 from compot_deploy.allocate import (
     ALLOCATIONS,
@@ -26,7 +28,7 @@ from compot_deploy.allocate import (
     Precision,
     Sparsity,
 )
-from compot_deploy.calibrate import BlockStream
+from compot_deploy.calibrate import BlockStream, importance
 from compot_deploy.checkpoint import Checkpoint, open_checkpoint
 from compot_deploy.compress import LinearFacts, factorize_linear, quantize_linear
 from compot_deploy.embedded import MODEL
@@ -50,6 +52,7 @@ from compot_deploy.planning import (
     carry_out,
     choose,
     collect_grams,
+    importances,
     measure_curves,
     measure_effects,
 )
@@ -70,7 +73,7 @@ from compot_deploy.settings import (
     storage_of,
     table_grid,
 )
-from compot_deploy.store import StoredMatrices, save_matrices, write_text
+from compot_deploy.store import StoredMatrices, save_matrices, write_tensors, write_text
 from compot_deploy.texts import EVALUATION, calibration_windows, evaluation_json, evaluation_of
 from compot_deploy.tokens import (
     TokenWindows,
@@ -81,6 +84,7 @@ from compot_deploy.whiten import whiten
 from compot_deploy.workspace import (
     block_file,
     facts_file,
+    importance_file,
     kept_when_interrupted,
     rival_file,
     targets_of,
@@ -112,6 +116,7 @@ class Compression:
         frontier: loss predicted against bytes, where a knapsack planned.
         effects: what a unit of squared error of each linear costs, where a knapsack planned.
         rival: the same factors through GPTQ, where another quantizer is compared with it.
+        importance: linear to the diagonal of its Gram relative to its mean, shape (in,); for formats that round.
     """
 
     model: CompressedModel
@@ -124,6 +129,7 @@ class Compression:
     frontier: Frontier | None = None
     effects: Mapping[str, float] = field(default_factory=dict)
     rival: Mapping[str, Matrix] | None = None
+    importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def deploy(model: str | None = None, *, progress: Progress = silent, **knobs: Any) -> tuple[Deployment, ...]:
@@ -180,7 +186,8 @@ def compress(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progr
     stream: BlockStream | None = None
     for layer in range(checkpoint.layers):
         progress(layer, checkpoint.layers, label)
-        if not (block_file(work, layer).exists() and unquantized_file(work, layer).exists()):
+        finished = (block_file, importance_file, unquantized_file)
+        if not all(path(work, layer).exists() for path in finished):
             if stream is None:
                 stream = BlockStream(checkpoint, windows, device=device_of(recipe), dtype=recipe.dtype)
                 for done in range(layer):
@@ -213,6 +220,7 @@ def compress(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progr
         windows,
         notes,
         rival=rival,
+        importance=_importance(checkpoint, work),
         unquantized=StoredMatrices(
             {
                 name: unquantized_file(work, layer)
@@ -266,6 +274,7 @@ def _compress_as_planned(
         outcome.facts,
         drafted.task.windows,
         notes,
+        importance=importances(drafted.task),
         unquantized_absent="the plan's factors were made on their grids and never existed without"
         if any(isinstance(entry.candidate.form, Joint) for entry in outcome.plan.chosen)
         else "the plan factorises no linear",
@@ -357,11 +366,26 @@ def _compress_block(
             if rival is not None:
                 beside[name] = quantize_linear(weight, whitening, choice, rival, factors).matrix
             facts.append(asdict(result.facts))
+    write_tensors(
+        importance_file(work, layer), {name: importance(gram.matrix) for name, gram in grams.items()}, {}
+    )
     write_text(facts_file(work, layer), json.dumps(facts, indent=1))
     if rival is not None:
         save_matrices(rival_file(work, layer), beside)
     save_matrices(unquantized_file(work, layer), unquantized if _keeps_unquantized(checkpoint) else {})
     save_matrices(block_file(work, layer), matrices)
+
+
+def _importance(checkpoint: Checkpoint, work: Path) -> dict[str, torch.Tensor]:
+    """How much each input of every linear matters, as the work folder holds it."""
+    architecture = checkpoint.architecture
+    return {
+        f"{architecture.block_path(layer)}.{path}": stored[shared.name]
+        for layer in range(checkpoint.layers)
+        for stored in (load_file(importance_file(work, layer)),)
+        for shared in architecture.inputs
+        for path in shared.linears
+    }
 
 
 def _keeps_unquantized(checkpoint: Checkpoint) -> bool:
@@ -460,11 +484,14 @@ def _export(
     progress: Progress,
 ) -> Deployment:
     exporter = EXPORTERS[kind]
-    options = exporter.options(asdict(recipe))
+    options = exporter.options(
+        asdict(recipe)
+        | {"importance": compression.importance, "provenance": _provenance(recipe, compression.calibration)}
+    )
     storage = exporter.storage(options)
     with staged_folder(target, recipe.force) as folder:
         progress(0, 1, f"Write {kind}")
-        exporter.write(compression.model, folder, options)
+        differences = exporter.write(compression.model, folder, options) or ()
         progress(1, 1, f"Write {kind}")
         (folder / EVALUATION).parent.mkdir(exist_ok=True)
         write_text(folder / EVALUATION, evaluation_json(evaluation))
@@ -488,7 +515,7 @@ def _export(
                         "calibration": compression.calibration.source,
                         "calibration_windows": len(compression.calibration.windows),
                         "calibration_tokens": sum(map(len, compression.calibration.windows)),
-                        "notes": list(compression.notes),
+                        "notes": [*compression.notes, *(fact.rstrip(".") for fact in differences)],
                         "linears": [asdict(fact) for fact in compression.facts],
                         "frontier": None if compression.frontier is None else asdict(compression.frontier),
                         "effects": dict(compression.effects),
@@ -499,7 +526,7 @@ def _export(
         report = judge_folder(
             folder,
             manifest,
-            compression.model,
+            model,
             checkpoint,
             evaluation,
             gate_of(recipe),
@@ -513,6 +540,19 @@ def _export(
     if recipe.archive:
         write_archive(target, recipe.force)
     return Deployment(target, report)
+
+
+def _provenance(recipe: Recipe, calibration: TokenWindows) -> dict[str, str]:
+    """What a file that stands alone says about where it comes from; the same run writes the same bytes."""
+    places = ("out", "force", "archive")
+    knobs = {
+        name: value for name, value in asdict(recipe).items() if name not in places and value is not None
+    }
+    return {
+        "recipe": json.dumps(knobs, sort_keys=True),
+        "calibration": calibration.digest,
+        "version": __version__,
+    }
 
 
 def _rounds(kind: str, options: Any) -> bool:

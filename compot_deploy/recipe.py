@@ -148,7 +148,9 @@ class Recipe:
         group="output",
     )
     gguf_type: str = _knob(
-        "auto", "GGUF, dense layout: ggml type of the linears, Q4_K for example", group="output"
+        "auto",
+        "GGUF, dense layout: ggml type of the linears, Q4_K or IQ3_XXS for example, rounded with importance weights",
+        group="output",
     )
     archive: bool = _knob(
         False, "also write the folder as one zip file beside it, for transport", group="output"

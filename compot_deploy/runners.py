@@ -494,7 +494,7 @@ def huggingface_runner(folder: Path, *, exact: bool = False, threads: int = 0) -
         return TorchRunner(
             dequantized(model) if exact else model, f"transformers {transformers.__version__}, {how}"
         )
-    return TorchRunner(model, f"transformers {transformers.__version__}, packed factors")
+    return TorchRunner(model.unpack(), f"transformers {transformers.__version__}, packed factors")
 
 
 RUNNERS: Final[Mapping[str, RunnerFactory]] = MappingProxyType(

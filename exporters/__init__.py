@@ -45,8 +45,12 @@ class Exporter(Protocol):
         """Refuse what cannot be written, before any work is done for it."""
         ...
 
-    def write(self, model: CompressedModel, folder: Path, options: Any) -> None:
-        """Write every file but the manifest into an existing folder."""
+    def write(self, model: CompressedModel, folder: Path, options: Any) -> tuple[str, ...] | None:
+        """Write every file but the manifest into an existing folder.
+
+        Returns:
+            What a report must say about the files: everything that differs from what was asked.
+        """
         ...
 
     def read(self, folder: Path) -> Mapping[str, Matrix]:

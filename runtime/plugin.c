@@ -74,6 +74,7 @@ struct linear {
 struct plugin {
     int op_mul_mat, op_get_rows, op_custom;
     int capacity, count, threads;
+    bool exact; /* activations as they are, sums in double: slow, for comparisons */
     int64_t max_tokens, wide, atoms; /* widest input, and most atoms of one linear */
     linear *linears;
     /* scratch, shared by all nodes: they run one after the other */
@@ -127,6 +128,24 @@ static void round_all(const char *x, size_t stride, int64_t n, int64_t tokens, c
     }
 }
 
+/* compot_multiply, or the same with nothing rounded: a row's weights as floats, sums in double. */
+static void multiply(const plugin *p, const compot_leaf *leaf, int64_t first, int64_t last, const compot_activation *x,
+                     int64_t tokens, float *y, int64_t stride, int add, void *scratch) {
+    if (!p->exact) {
+        compot_multiply(leaf, first, last, x, tokens, y, stride, add, scratch);
+        return;
+    }
+    float *weights = scratch; /* compot_scratch gives 288 bytes for every 64 inputs, and 256 are needed */
+    for (int64_t r = first; r < last; r++) {
+        compot_row(leaf, r, weights);
+        for (int64_t t = 0; t < tokens; t++) {
+            double sum = add ? y[t * stride + r] : 0.0;
+            for (int64_t i = 0; i < leaf->inputs; i++) sum += (double)weights[i] * x[t].x[i];
+            y[t * stride + r] = (float)sum;
+        }
+    }
+}
+
 static void run_linear(tensor *node, int ith, int nth, void *data) {
     const operation *op = data;
     linear *l = op->of;
@@ -147,7 +166,7 @@ static void run_linear(tensor *node, int ith, int nth, void *data) {
         int64_t at = 0;
         for (int i = 0; i < l->pairs; i++) {
             const compot_leaf *leaf = &l->dictionaries[i];
-            compot_multiply(leaf, share(leaf->outputs, ith, nth), share(leaf->outputs, ith + 1, nth), p->x, tokens,
+            multiply(p, leaf, share(leaf->outputs, ith, nth), share(leaf->outputs, ith + 1, nth), p->x, tokens,
                             p->z_raw + at, l->atoms, 0, scratch);
             at += leaf->outputs;
         }
@@ -165,7 +184,7 @@ static void run_linear(tensor *node, int ith, int nth, void *data) {
     int64_t first = share(l->outputs, ith, nth), last = share(l->outputs, ith + 1, nth);
     int leaves = l->pairs ? l->pairs : 1;
     for (int i = 0; i < leaves; i++)
-        compot_multiply(&l->codes[i], first, last, l->pairs ? p->z[i] : p->x, tokens, node->data, stride, i > 0, scratch);
+        multiply(p, &l->codes[i], first, last, l->pairs ? p->z[i] : p->x, tokens, node->data, stride, i > 0, scratch);
 }
 
 static void run_rows(tensor *node, int ith, int nth, void *data) {
@@ -339,6 +358,9 @@ COMPOT_API int compot_plugin_ready(plugin *p) {
     }
     return 0;
 }
+
+/* Computes everything in floating point, or as usual; between two evaluations. */
+COMPOT_API void compot_plugin_exact(plugin *p, int exact) { p->exact = exact != 0; }
 
 /* What went wrong since the last question, or an empty string. */
 COMPOT_API const char *compot_plugin_error(plugin *p) {

@@ -74,6 +74,7 @@ class Plugin:
                 C.c_int,
                 [C.c_void_p, C.c_char_p, C.c_int, C.POINTER(Leaf), C.c_int32],
             ),
+            "compot_plugin_exact": (None, [C.c_void_p, C.c_int]),
             "compot_plugin_ready": (C.c_int, [C.c_void_p]),
             "compot_plugin_error": (C.c_char_p, [C.c_void_p]),
             "compot_plugin_runs": (C.c_int64, [C.c_void_p]),

@@ -148,6 +148,18 @@ def test_saving_and_loading_again_changes_no_bit(folder: Path, tmp_path: Path) -
     assert all(same_matrix(kept[name], matrix) for name, matrix in matrices.items())
 
 
+def test_unpacking_changes_no_bit_and_ends_when_the_model_moves(folder: Path) -> None:
+    model = load(folder)
+    expected = logits(model)
+    leaf = model.model.layers[0].self_attn.q_proj.codes0
+    assert model.unpack() is model
+    assert leaf._kept is not None
+    assert torch.equal(logits(model), expected)
+    assert not [name for name in model.state_dict() if "kept" in name]
+    model.double()
+    assert leaf._kept is None
+
+
 def test_the_bare_model_loads_without_the_head(folder: Path) -> None:
     bare = load(folder, AutoModel)
     whole = load(folder)

@@ -35,7 +35,7 @@ from compot_deploy.huggingface.layout import (
     tied_head,
     to_json,
 )
-from compot_deploy.modules import CompotEmbedding, CompotLinear
+from compot_deploy.modules import CompotEmbedding, CompotLinear, LeafModule
 from compot_deploy.weights import CompressedModel, Dense, Matrix, Quantized
 
 
@@ -73,6 +73,21 @@ class CompotMixin:
             else:
                 found[entry.name] = _linear(module).matrix_of(entry.dictionary or entry.name)
         return found
+
+    def unpack(self) -> Any:
+        """Keep every factor dequantized beside its packed form: memory for speed, the same numbers.
+
+        Without it a factor is dequantized whenever it is used, which is little beside a long prompt and most of
+        the time of a single token. Saving is not affected; moving the model undoes it.
+
+        Returns:
+            The model itself.
+        """
+        model: Any = self
+        for module in model.modules():
+            if isinstance(module, LeafModule):
+                module.keep()
+        return self
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers does it, with our configuration and the file that ``auto_map`` points to."""

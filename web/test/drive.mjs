@@ -98,7 +98,8 @@ async function generate(page, { generate: prompt, tokens = 32, temperature = 0, 
   const alert = page.locator("#alert");
   return {
     alert: (await alert.isVisible()) ? await alert.textContent() : null,
-    overhang: await page.evaluate(() => document.documentElement.scrollWidth - innerWidth),
+    // A phone widens its view to what sticks out, so innerWidth would never tell.
+    overhang: (await page.evaluate(() => document.documentElement.scrollWidth)) - page.viewportSize().width,
     ids: JSON.parse((await page.locator("#text").getAttribute("data-ids")) ?? "[]"),
     text: await text("added"),
     given: await text("given"),
