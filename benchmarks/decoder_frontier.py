@@ -260,7 +260,7 @@ def _plot(found: Sequence[tuple[str, list[Point], list[Point], list[Comparison]]
     figure, panels = pyplot.subplots(1, len(found), figsize=(7 * len(found), 5), dpi=130, squeeze=False)
     for axes, (label, points, _, _) in zip(panels[0], found, strict=True):
         draw(axes, points, DIVERGENCE)
-        axes.set(title=label, xlim=(1.0, 5.6), yscale="log")
+        axes.set(title=label, xlim=(1.0, 5.6), yscale="log", ylim=(3e-3, 10))
         axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -225,7 +225,7 @@ def compare_at_sizes(points: Sequence[Point], score: Score, largest: float) -> l
                 f"no worse than {rival.method} at its size",
                 rival.bits,
                 score.at_least(plan, rival),
-                f"{mine} at {plan.bits:.3f}; {_named(rival, score)}",
+                f"{mine} at {plan.bits:.3f}; {_named(rival, score)}{_level(plan, rival, score)}",
             )
         )
     return found
@@ -349,6 +349,14 @@ def draw(axes, points: Sequence[Point], score: Score) -> None:  # type: ignore[n
         )
     axes.grid(alpha=0.3)
     axes.set(xlabel="bits per weight, scales and masks counted", ylabel=score.title)
+
+
+def _level(plan: Point, rival: Point, score: Score) -> str:
+    """A word where a plan is no worse only because of the noise."""
+    strict = replace(score, noise=0.0)
+    return (
+        ", level within the noise" if score.at_least(plan, rival) and not strict.at_least(plan, rival) else ""
+    )
 
 
 def _named(point: Point, score: Score) -> str:

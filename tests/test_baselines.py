@@ -329,6 +329,8 @@ def test_differences_within_the_noise_are_none() -> None:
     for rival, holds in ((0.48, True), (0.4, False), (0.6, True)):
         found = compare([point(PLANNED, 2.0, 0.5), point("rival", 2.0, rival)], score, [2.0], {})
         assert [one.holds for one in found] == [holds]
+    points = [point(PLANNED, 2.0, 0.5), point("rival", 2.0, 0.48)]
+    assert "level within the noise" in compare_at_sizes(points, score, 4.0)[0].text
 
 
 def test_the_next_larger_baseline_is_the_nearest() -> None:
