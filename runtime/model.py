@@ -307,6 +307,8 @@ class LlamaModel:
             operations.mul_mat,
             operations.get_rows,
             operations.custom,
+            operations.add,
+            operations.mul,
             len(linears) + 1,
             self._batch,
             self.threads,
@@ -317,10 +319,13 @@ class LlamaModel:
         for name, pairs, leaves, bundle in linears:
             array = (Leaf * len(leaves))(*leaves)
             wrong = plugin.c.compot_plugin_add(state, name.encode(), pairs, array, bundle)
+            if wrong == 23:
+                raise MemoryError(f"The plug-in got no memory for {name}.")
             if wrong:
                 raise ArtifactError(
                     f"{self.path.name}: the plug-in refuses {name} with number {wrong}: damaged file."
                 )
+            parts.release_pages()  # the plug-in keeps integers in an order of its own
         wrong = plugin.c.compot_plugin_ready(state)
         if wrong:
             raise MemoryError(f"The plug-in could not prepare {len(linears)} matrices (number {wrong}).")
@@ -373,7 +378,7 @@ class LlamaModel:
             library.ggml_free(context)
             library.gguf_free(described)
             library.gguf_free(source)
-        parts.release_pages(values)
+        parts.release_pages()
 
     def _describe(self, context: int, described: int, name: str, number: int, shape: tuple[int, ...]) -> None:
         library = self._library
@@ -400,6 +405,8 @@ class LlamaModel:
             # Optional tensors that the file has none of: scales are one, biases zero.
             neutral = 1.0 if name.endswith("scale") or name.startswith("rope_") else 0.0
             array = np.full(nbytes // 4, neutral, np.float32)
+            if self._state and name.endswith((".scale", ".bias")):
+                load_plugin().c.compot_plugin_neutral(self._state, name.encode())
         else:
             raise ArtifactError(f"llama.cpp asks for {name}, which the file does not have")
         if array.nbytes != nbytes:
@@ -600,10 +607,10 @@ class _Parts:
                     f"{np.abs(got - expected).max():.3g}. Please report this machine; execution='expand' works."
                 )
 
-    def release_pages(self, values: dict[str, Any]) -> None:
-        """Give back the mapped pages of what llama.cpp holds in memory of its own."""
+    def release_pages(self) -> None:
+        """Give back the mapped pages of what llama.cpp and the plug-in hold in memory of their own."""
         mapped = getattr(self.file.data, "_mmap", None)
-        if mapped is not None and hasattr(mapped, "madvise"):
+        if mapped is not None and hasattr(mapped, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
