@@ -12,7 +12,7 @@ import ctypes as C
 import json
 import mmap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -179,22 +179,28 @@ class LlamaModel:
         """How many matrix products the plug-in has computed."""
         return int(load_plugin().c.compot_plugin_runs(self._state)) if self._state else 0
 
-    def tokenize(self, text: str, special: bool = True) -> list[int]:
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the file can turn text into token ids and back."""
+        return bool(self._library.llama_vocab_type(self._vocab))
+
+    def tokenize(self, text: str, special: bool = True, markers: bool = False) -> list[int]:
         """Token ids of a text by llama.cpp's own tokenizer.
 
         Args:
             text: any text.
             special: add what the tokenizer puts first and last.
+            markers: read special tokens written out in the text, as chat templates write them.
 
         Raises:
             LlamaError: the file has no tokenizer.
         """
         raw = text.encode()
         room = len(raw) + 8
-        if self._library.llama_vocab_type(self._vocab) == 0:
+        if not self.has_tokenizer:
             raise LlamaError(f"{self.path.name} has no tokenizer: give token ids, or export it with one.")
         buffer = (C.c_int32 * room)()
-        count = self._library.llama_tokenize(self._vocab, raw, len(raw), buffer, room, special, False)
+        count = self._library.llama_tokenize(self._vocab, raw, len(raw), buffer, room, special, markers)
         if count < 0:
             raise LlamaError(f"llama.cpp could not tokenize a text of {len(raw)} bytes ({count}).")
         return list(buffer[:count])
@@ -239,30 +245,55 @@ class LlamaModel:
             InputError: see `logits`.
         """
         ids = self._checked(self.tokenize(prompt) if isinstance(prompt, str) else prompt)
-        self._clear()
-        begin = time.perf_counter()
-        last = np.empty((0, 0), np.float32)
-        for at in range(0, len(ids), self._batch):
-            last = self._decode(ids[at : at + self._batch], at, False)
-        first = time.perf_counter()
+        begin = first = time.perf_counter()
         made: list[int] = []
         sent = ""
-        while len(made) < max_tokens and len(ids) + len(made) <= self.context:
-            token = int(last[-1].argmax())
-            if stop and self._library.llama_vocab_is_eog(self._vocab, token):
-                break
+        for token in self.tokens(ids, max_tokens, stop=stop):
+            if not made:
+                first = time.perf_counter()
             made.append(token)
             if on_token:
                 text = self.detokenize(made)
                 if not text.endswith("\ufffd"):  # half of a character: wait for the rest
                     on_token(text[len(sent) :])
                     sent = text
-            if len(made) == max_tokens or len(ids) + len(made) > self.context:
-                break
-            last = self._decode([token], len(ids) + len(made) - 1, False)
-        seconds = time.perf_counter() - first
-        text = self.detokenize(made) if self._library.llama_vocab_type(self._vocab) else ""
-        return Generation(text, tuple(made), len(ids), first - begin, seconds)
+        end = time.perf_counter()
+        text = self.detokenize(made) if self.has_tokenizer else ""
+        return Generation(
+            text, tuple(made), len(ids), (first if made else end) - begin, end - first if made else 0.0
+        )
+
+    def tokens(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int = 128,
+        choose: Callable[[Float32[np.ndarray, " vocabulary"]], int] | None = None,
+        stop: bool = True,
+    ) -> Iterator[int]:
+        """The tokens after a prompt, one by one as they are computed.
+
+        Args:
+            prompt: token ids.
+            max_tokens: most tokens; the context may end sooner.
+            choose: the next token from its logits; None takes the largest.
+            stop: end at an end-of-generation token, which is not given out.
+
+        Raises:
+            InputError: see `logits`.
+        """
+        ids = self._checked(prompt)
+        self._clear()
+        last = np.empty((0, 0), np.float32)
+        for at in range(0, len(ids), self._batch):
+            last = self._decode(ids[at : at + self._batch], at, False)
+        for made in range(max_tokens):
+            token = int(last[-1].argmax()) if choose is None else choose(last[-1])
+            if stop and self._library.llama_vocab_is_eog(self._vocab, token):
+                return
+            yield token
+            if made + 1 == max_tokens or len(ids) + made + 1 > self.context:
+                return
+            last = self._decode([token], len(ids) + made, False)
 
     # --- loading ------------------------------------------------------------------------------------------
 
