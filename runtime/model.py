@@ -50,6 +50,9 @@ SELF_TEST: Final = 2e-5
 SELF_TEST_OUTPUTS: Final = 64
 """How many outputs of a leaf are compared: a few rows tell, whole matrices would take memory."""
 
+ROWS_ONLY: Final = -2
+"""The bundle of a matrix that the plug-in only reads rows of."""
+
 EMBEDDING: Final = "token_embd.weight"
 HEAD: Final = "output.weight"
 
@@ -178,6 +181,11 @@ class LlamaModel:
     def factorised_runs(self) -> int:
         """How many matrix products the plug-in has computed."""
         return int(load_plugin().c.compot_plugin_runs(self._state)) if self._state else 0
+
+    @property
+    def plugin_bytes(self) -> int:
+        """Bytes of integers that the plug-in keeps in memory, in the order in which it reads them."""
+        return int(load_plugin().c.compot_plugin_bytes(self._state)) if self._state else 0
 
     @property
     def has_tokenizer(self) -> bool:
@@ -603,7 +611,7 @@ class _Parts:
             leaves = [self.leaf(name) for pair in pairs for name in (pair.dictionary, pair.codes)]
             result.append((f"{stem}.weight", len(pairs), leaves, bundle))
         for name in self.plain:
-            result.append((name, 0, [self.leaf(name)], -1))
+            result.append((name, 0, [self.leaf(name)], ROWS_ONLY if name == EMBEDDING else -1))
             if name == EMBEDDING and self.tied:
                 result.append((HEAD, 0, [self.leaf(name)], -1))
         return result

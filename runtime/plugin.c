@@ -22,7 +22,7 @@
 #define GIVE_WAY() ((void)0)
 #endif
 
-enum { HUGE_PAGE = 1 << 21 };
+enum { HUGE_PAGE = 1 << 21, ROWS_ONLY = -2 };
 enum { NAME = 64, MAX_PAIRS = 4, MAX_SOURCES = 10, TYPE_F32 = 0, TYPE_I32 = 26, OP_NONE = 0 };
 
 typedef struct tensor {
@@ -80,7 +80,7 @@ struct linear {
     char name[NAME];
     plugin *owner;
     int pairs;         /* 0: one plain leaf, in codes[0] */
-    int32_t bundle;    /* linears with one bundle have the same dictionaries; -1 shares nothing */
+    int32_t bundle;    /* linears with one bundle have the same dictionaries; -1 shares nothing, ROWS_ONLY: see add */
     int64_t inputs, outputs, atoms;
     part dictionaries[MAX_PAIRS], codes[MAX_PAIRS];
     uint64_t asked;
@@ -271,7 +271,7 @@ COMPOT_API bool compot_plugin_callback(tensor *node, bool ask, void *data) {
         else replace(node, p, run_rows, &l->fresh);
         return false;
     }
-    if (input->type != TYPE_F32 || node->type != TYPE_F32 || input->nb[0] != sizeof(float) ||
+    if (l->bundle == ROWS_ONLY || input->type != TYPE_F32 || node->type != TYPE_F32 || input->nb[0] != sizeof(float) ||
         node->nb[0] != sizeof(float) || input->ne[0] != l->inputs || node->ne[0] != l->outputs || input->ne[2] != 1 ||
         input->ne[3] != 1 || input->nb[1] % sizeof(float) || node->nb[1] % sizeof(float)) {
         fail(p, "llama.cpp multiplies with the matrix in a shape that is not handled", l->name);
@@ -346,7 +346,8 @@ static int set_part(plugin *p, part *m, const compot_leaf *leaf) {
     return 0;
 }
 
-/* Adds a matrix: leaves are dictionary, codes, dictionary, codes …, or one leaf when pairs is 0.
+/* Adds a matrix: leaves are dictionary, codes, dictionary, codes …, or one leaf when pairs is 0. The bundle ROWS_ONLY
+ * is an embedding, whose rows are read from the file and which is never multiplied.
  * Returns 0, or a number that says what is wrong (compot_check's, or 20 and above; 23 is no memory). */
 COMPOT_API int compot_plugin_add(plugin *p, const char *name, int pairs, const compot_leaf *leaves, int32_t bundle) {
     if (p->count >= p->capacity || pairs < 0 || pairs > MAX_PAIRS || strlen(name) >= NAME) return 20;
@@ -354,7 +355,7 @@ COMPOT_API int compot_plugin_add(plugin *p, const char *name, int pairs, const c
     int wrong = 0;
     memset(l, 0, sizeof *l);
     strcpy(l->name, name);
-    l->pairs = pairs, l->bundle = pairs ? bundle : -1;
+    l->pairs = pairs, l->bundle = pairs || bundle == ROWS_ONLY ? bundle : -1;
     for (int i = 0; i < (pairs ? 2 * pairs : 1); i++)
         if ((wrong = compot_check(&leaves[i]))) return wrong;
     l->inputs = leaves[0].inputs, l->outputs = leaves[pairs ? 1 : 0].outputs;
@@ -366,7 +367,8 @@ COMPOT_API int compot_plugin_add(plugin *p, const char *name, int pairs, const c
     for (int i = 0; i < pairs; i++)
         if ((wrong = set_part(p, &l->dictionaries[i], &leaves[2 * i])) || (wrong = set_part(p, &l->codes[i], &leaves[2 * i + 1])))
             return wrong;
-    if (!pairs && (wrong = set_part(p, &l->codes[0], &leaves[0]))) return wrong;
+    if (!pairs && bundle == ROWS_ONLY) l->codes[0].leaf = leaves[0];
+    else if (!pairs && (wrong = set_part(p, &l->codes[0], &leaves[0]))) return wrong;
     if (l->inputs > p->wide) p->wide = l->inputs;
     if (l->atoms > p->atoms) p->atoms = l->atoms;
     p->count++;
