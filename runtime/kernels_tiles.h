@@ -58,7 +58,8 @@ FUNCTION void KERNEL(tile)(const compot_tiles *t, const uint8_t *tile, const com
                         UNROLL for (int i = j * lines / vectors; i < (j + 1) * lines / vectors; i++) PREFETCH(unit + AHEAD + 64 * i);
                     bytes_v w = true_values(KERNEL(values)(unit, j, vectors, bits), bits);
                     if (of == 1) {
-                        UNROLL for (int i = 0; i < tokens; i++) dots[i] = dot(dots[i], w, four(x[i].q + 64 * u + 4 * j), bits);
+                        ints_v *into = half && !fine ? chosen : dots; /* two chains of sums wait less than one */
+                        UNROLL for (int i = 0; i < tokens; i++) into[i] = dot(into[i], w, four(x[i].q + 64 * u + 4 * j), bits);
                     } else {
                         bytes_v at = KERNEL(places)(unit + places_at, j, of);
                         UNROLL for (int i = 0; i < tokens; i++)
@@ -69,7 +70,9 @@ FUNCTION void KERNEL(tile)(const compot_tiles *t, const uint8_t *tile, const com
                     int64_t group = fine ? 2 * u + half : t->per_scale == 1 ? u : (int32_t)u / t->per_scale;
                     floats_v own = halves(scales + 2 * COMPOT_TILE * group);
                     UNROLL for (int i = 0; i < tokens; i++) {
-                        ints_v n = of == 1 || !offset ? dots[i] : minus(dots[i], chosen[i]);
+                        ints_v n = dots[i];
+                        if (of == 1 && !fine) n = minus(n, minus(no_ints(), chosen[i]));
+                        else if (of > 1 && offset) n = minus(n, chosen[i]);
                         sums[i] = add_product(sums[i], times(own, x[i].scale[u]), n);
                     }
                 }
