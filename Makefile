@@ -1,14 +1,17 @@
 # Everything runs in an environment of its own, .venv; nothing outside the repository is touched.
 #   make demo   compress the model that ships with the project, export it to ONNX, check it
 #   make test   format, lint, types, tests
+#   make web    the page of `compot-deploy serve` (needs Node.js and npm); make web-test tries it in Chromium
 #   make dev    what `make test` needs, plus the git hooks
+#   make docs   the documentation into out/site, warnings are errors; runs every code block in it
+#   make examples   runs the scripts of examples/
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO = out/demo
 
-.PHONY: demo test lint types dev compatibility clean
+.PHONY: demo test lint types dev compatibility web web-test docs examples clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/compot-deploy --quant int4 --format onnx --out $(DEMO) --force
@@ -27,16 +30,41 @@ dev: $(VENV)/dev.stamp
 	$(BIN)/pre-commit install
 
 # transformers 4.57, the newest that optimum accepts, in an environment of its own: our code runs there too, and
-# optimum loads the folders that it wrote.
+# optimum loads the folders that it wrote. onnxruntime-genai runs them in an environment without torch.
 OLD = .venv-transformers4
+GENAI = .venv-genai
 compatibility: $(VENV)/dev.stamp
 	$(MAKE) VENV=$(OLD) $(OLD)/bin/python
 	$(OLD)/bin/python -m pip install --quiet -e ".[onnx]" "transformers==4.57.6" "optimum-onnx==0.1.0" \
-		"pytest>=8" "hypothesis>=6" "beartype>=0.20"
+		"onnxscript>=0.5" "pytest>=8" "hypothesis>=6" "beartype>=0.20"
 	COMPOT_DEPLOY_OPTIMUM_PYTHON=$(OLD)/bin/python $(OLD)/bin/python -m pytest -q \
 		tests/test_calibrate.py tests/test_checkpoint.py tests/test_cli.py tests/test_onnx_folder.py \
-		tests/test_onnx_graph.py tests/test_runners.py tests/test_tokens.py
-	COMPOT_DEPLOY_OPTIMUM_PYTHON=$(OLD)/bin/python $(BIN)/python -m pytest -q tests/test_onnx_folder.py -k optimum
+		tests/test_onnx_graph.py tests/test_onnx_traced.py tests/test_runners.py tests/test_tokens.py
+	COMPOT_DEPLOY_OPTIMUM_PYTHON=$(OLD)/bin/python $(BIN)/python -m pytest -q \
+		tests/test_onnx_folder.py tests/test_onnx_traced.py tests/test_traced.py -k optimum
+	$(PYTHON) -m venv $(GENAI)
+	$(GENAI)/bin/python -m pip install --quiet "onnxruntime-genai==0.18.0" numpy
+	COMPOT_DEPLOY_GENAI_PYTHON=$(GENAI)/bin/python $(BIN)/python -m pytest -q tests/test_onnx_folder.py -k genai_generates
+
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python docs/run_blocks.py
+
+examples: $(VENV)/dev.stamp
+	set -e; for script in examples/[0-9]*.py; do echo "$$script"; $(BIN)/python $$script; done
+
+# The page is bundled from npm packages, at the versions of web/package-lock.json, and not kept in git.
+PAGE = compot_deploy/web-bundle/bundle.json
+web: $(PAGE)
+$(PAGE): web/node_modules/.package-lock.json web/build.mjs $(wildcard web/src/*)
+	cd web && npm run --silent build
+web/node_modules/.package-lock.json: web/package.json web/package-lock.json web/.npmrc
+	@command -v npm >/dev/null || { echo "make web needs Node.js and npm: install them, or a wheel that has the page"; exit 1; }
+	cd web && npm ci --silent
+	@touch $@
+
+web-test: $(VENV)/dev.stamp $(PAGE)
+	$(BIN)/python -m pytest -q tests/test_serve.py tests/test_browser.py
 
 # A CPU build of torch is preferred where there is none; a torch that is already there (CUDA, say) stays.
 # An interpreter that has torch is shared with the environment, so that nothing is downloaded twice.
@@ -62,5 +90,9 @@ $(VENV)/dev.stamp: pyproject.toml | $(VENV)/bin/python
 	@ln -sfn ../examples/embedded compot_deploy/embedded
 	@touch $@ $(VENV)/demo.stamp
 
+$(VENV)/docs.stamp: $(VENV)/dev.stamp
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-* out build dist *.egg-info compot_deploy/exporters compot_deploy/quant compot_deploy/llama compot_deploy/embedded
+	rm -rf $(VENV) .venv-* out build dist *.egg-info web/node_modules compot_deploy/web-bundle compot_deploy/exporters compot_deploy/quant compot_deploy/llama compot_deploy/embedded

@@ -1,200 +1,299 @@
-"""Divergence against bytes on a decoder: the plan beside one grid everywhere and the best mix of grids.
+"""Divergence against bytes on small decoders: the plan beside everything that it has to beat.
 
-Grams and effects come from calibration windows, figures from held-out ones. Bytes are those of scales,
-integers and one mask bit per entry of sparse codes, without padding.
+Grams, effects and the plan's last check come from calibration windows, figures from held-out ones. Bytes are
+those of integers, scales and masks, without padding. One command writes `decoder_frontier.md`, `.json` and
+`.png`, for the model that ships and for any others:
 
-    python benchmarks/decoder_frontier.py --model DIR --work DIR --out FILE.md
+    python benchmarks/decoder_frontier.py --model DIR --cache DIR --out docs
+
+Whatever was measured is kept in the cache, and a run that was stopped goes on. The program ends with 1 if at
+the size of any baseline, or at a budget, the plan is worse than a baseline of no more bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from baselines import VERSION, Baseline, Small, baselines, paper_row
+from encoder_frontier import LARGEST, paper_claims
+from frontier import (
+    MIXED,
+    PLANNED,
+    Comparison,
+    Jobs,
+    Point,
+    Score,
+    as_data,
+    compare,
+    compare_at_sizes,
+    digest,
+    distinct,
+    draw,
+    report,
+    table,
+    unmatched,
+    verdicts,
+)
+from torch import Tensor
 
-from compot_deploy.allocate import ALLOCATIONS, MatrixSize, PaperStorage, Sparsity
+from compot_deploy import candidates
+from compot_deploy.allocate import PaperStorage
 from compot_deploy.candidates import Search, realize
 from compot_deploy.checkpoint import open_checkpoint
-from compot_deploy.factorize import METHODS, Alternation, singular_spectrum
-from compot_deploy.measures import compare, concatenate, predict, summarize
-from compot_deploy.plan import Curve, GridChoice, Plain, knapsack, smallest_bytes
+from compot_deploy.embedded import MODEL
+from compot_deploy.measures import Prediction, concatenate, predict, summarize
+from compot_deploy.measures import compare as compare_predictions
+from compot_deploy.plan import GridChoice, Plain, Plan, knapsack, smallest_bytes
 from compot_deploy.planning import Task, carry_out, choose, collect_grams, measure_curves, measure_effects
 from compot_deploy.recipe import Recipe
 from compot_deploy.runners import TorchRunner, torch_runner
 from compot_deploy.store import StoredMatrices, write_text
 from compot_deploy.texts import calibration_windows, evaluation_windows
 from compot_deploy.tokens import TokenWindows, load_tokenizer
-from compot_deploy.weights import DENSE, Dense, Matrix, matrix_bytes
+from compot_deploy.weights import Dense, Grid, Matrix, matrix_bytes
+from compot_deploy.whiten import Whitening
 
 STORAGE = PaperStorage()
 GRIDS = GridChoice({2: (32, 64, 128), 3: (32, 64, 128), 4: (32, 64, 128), 8: (128,)})
-FLOATING = tuple(round(0.3 + 0.05 * step, 2) for step in range(14))
+FLOATING = tuple(round(0.3 + 0.1 * step, 1) for step in range(7))
+BUDGETS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.5)
+EVALUATION_TOKENS = 4096
 
+NOISE = 0.04
+"""Two standard errors of the difference of two 4-bit models, paired by window, are 4 to 6 % of their divergence."""
 
-@dataclass(frozen=True)
-class Point:
-    """One method at one size."""
-
-    method: str
-    bits: float
-    divergence: float
-    perplexity_ratio: float
+DIVERGENCE = Score("divergence", "KL [nats per token]", higher=False, noise=NOISE)
+SCORES = (DIVERGENCE, Score("perplexity_ratio", "perplexity ratio", ".3f", higher=False))
 
 
 class Judge:
     """Compares the model with replaced matrices to the original, on held-out windows."""
 
-    def __init__(self, runner: TorchRunner, windows: TokenWindows, numbers: int) -> None:
-        self._runner, self._numbers = runner, numbers
+    def __init__(self, runner: TorchRunner, windows: TokenWindows) -> None:
+        self._runner = runner
         self._windows = [window for window in windows.windows if len(window) > 1]
         self._original = [self._predict(window) for window in self._windows]
+        self.made_from = digest({str(number): window for number, window in enumerate(self._windows)})
 
-    def __call__(self, method: str, size: float, matrices: Mapping[str, Matrix]) -> Point:
-        """Judge matrices of so many bytes."""
+    def __call__(self, matrices: Mapping[str, Matrix]) -> dict[str, float]:
+        """Scores of some matrices."""
         with self._runner.replaced(matrices):
             parts = [
-                compare(original, self._predict(window))
+                compare_predictions(original, self._predict(window))
                 for window, original in zip(self._windows, self._original, strict=True)
             ]
-        positions = concatenate(parts)
-        found = summarize(positions)
-        point = Point(
-            method,
-            size * 8 / self._numbers,
-            found.divergence.mean.value,
-            found.perplexity_ratio.value,
-        )
-        print(
-            f"{method:34s} {point.bits:6.3f} bits  KL {point.divergence:.4f}  "
-            f"perplexity x {point.perplexity_ratio:.3f}",
-            flush=True,
-        )
-        return point
+        found = summarize(concatenate(parts))
+        return {
+            "divergence": found.divergence.mean.value,
+            "perplexity_ratio": found.perplexity_ratio.value,
+        }
 
-    def _predict(self, window: torch.Tensor):  # type: ignore[no-untyped-def]
+    def _predict(self, window: Tensor) -> Prediction:
         (logits,) = self._runner.logits(window[None], len(window))
         return predict(logits[0, :-1], window[1:])
 
 
-def quantized(task: Task, judge: Judge, bits: Sequence[float]) -> list[Point]:
-    """One grid everywhere, the best mix, and the plan at the given sizes and at that of every grid."""
-    points = []
-    curves = measure_curves(task)
-    effects = measure_effects(task)
-    numbers = sum(task.checkpoint.weight(name).numel() for name in effects)
-    sizes = set()
-    for grid in GRIDS.grids:
-        made: dict[str, Matrix] = {}
+class Laboratory:
+    """A decoder, the whitenings of its linears, and what it is judged on."""
+
+    def __init__(self, label: str, task: Task, judge: Judge) -> None:
+        self.label, self.task, self.judge = label, task, judge
+        self.weights: dict[str, Tensor] = {}
+        self._whitenings: dict[str, Whitening] = {}
         for layer, shared in task.inputs:
-            weights = task.weights(task.names(layer, shared))
-            made |= realize(Plain(grid), weights, task.whitening(layer, shared), task.search).matrices
+            names = task.names(layer, shared)
+            self.weights |= task.weights(names)
+            self._whitenings |= dict.fromkeys(names, task.whitening(layer, shared))
+        self.numbers = sum(weight.numel() for weight in self.weights.values())
+        factors = {name: whitening.factor for name, whitening in self._whitenings.items()}
+        self.made_from = digest(self.weights) + digest(factors) + judge.made_from
+
+    def whitening_of(self, name: str) -> Whitening:
+        """Of the input of a linear."""
+        return self._whitenings[name]
+
+    def everywhere(self, grid: Grid) -> Small:
+        """One grid for all linears, by the package's GPTQ."""
+        made: dict[str, Matrix] = {}
+        for layer, shared in self.task.inputs:
+            weights = self.task.weights(self.task.names(layer, shared))
+            made |= realize(
+                Plain(grid), weights, self.task.whitening(layer, shared), self.task.search
+            ).matrices
         size = sum(matrix_bytes(made, STORAGE).values())
-        sizes.add(size)
-        points.append(judge(f"GPTQ {grid}", size, made))
-    plain = [one.only(lambda form: isinstance(form, Plain)) for one in curves]
-    for size in sorted(sizes | {int(one * numbers / 8) for one in bits}):
-        points += _planned(task, judge, curves, plain, effects, size)
-    return points
+        return Small({name: matrix.dequantize() for name, matrix in made.items()}, size)
+
+    def measured(self, jobs: Jobs, entries: Sequence[Baseline]) -> list[Point]:
+        """The points of baselines."""
+        points = []
+        for entry in entries:
+
+            def make(entry: Baseline = entry) -> tuple[float, Mapping[str, float]]:
+                small = entry.make(self)
+                dense = {name: Dense(weight) for name, weight in small.weights.items()}
+                return small.bytes * 8 / self.numbers, self.judge(dense)
+
+            points.append(
+                jobs.point(entry.family, entry.method, (VERSION, entry.method, self.made_from), make)
+            )
+        return points
+
+    def planned(self, jobs: Jobs, sizes: Sequence[float]) -> list[Point]:
+        """The plan at each number of bits, and the plain mix of the same bytes."""
+        curves, effects = measure_curves(self.task), measure_effects(self.task)
+        plain = [one.only(lambda form: isinstance(form, Plain)) for one in curves]
+        points = []
+        for size in sizes:
+            budget = int(size * self.numbers / 8 + 1e-3)  # the size of a baseline is a whole number
+            if smallest_bytes(plain) <= budget:
+                points.append(self._point(jobs, MIXED, MIXED, (knapsack(plain, budget, effects),)))
+            if smallest_bytes(curves) <= budget:
+                points.append(self._point(jobs, PLANNED, PLANNED, choose(curves, effects, budget)))
+        return points
+
+    def floating(self, jobs: Jobs, ratios: Sequence[float]) -> list[Point]:
+        """The knapsack over factorised forms without quantization."""
+        curves, effects = measure_curves(self.task), measure_effects(self.task)
+        plain = sum(2 * weight.numel() for weight in self.weights.values())
+        family = "compot-deploy, knapsack"
+        return [
+            self._point(
+                jobs,
+                family,
+                f"{family}, {ratio:.0%}",
+                (knapsack(curves, int((1 - ratio) * plain), effects),),
+            )
+            for ratio in ratios
+        ]
+
+    def _point(self, jobs: Jobs, family: str, method: str, plans: Sequence[Plan]) -> Point:
+        def make() -> tuple[float, Mapping[str, float]]:
+            best = carry_out(self.task, plans)
+            return best.plan.bytes * 8 / self.numbers, self.judge(StoredMatrices(best.files))
+
+        return jobs.point(family, method, (candidates.VERSION, plans, self.made_from), make)
 
 
-def _planned(
-    task: Task,
-    judge: Judge,
-    curves: Sequence[Curve],
-    plain: Sequence[Curve],
-    effects: Mapping[str, float],
-    size: int,
-) -> list[Point]:
-    points = []
-    if smallest_bytes(plain) <= size:
-        mixed = carry_out(task, (knapsack(plain, size, effects),))
-        points.append(judge("GPTQ, mixed grids, planned", mixed.plan.bytes, StoredMatrices(mixed.files)))
-    if smallest_bytes(curves) <= size:
-        best = carry_out(task, choose(curves, effects, size))
-        points.append(judge("compot-deploy, planned", best.plan.bytes, StoredMatrices(best.files)))
-    return points
+def open_laboratory(model: str | None, search: Search, work: Path, samples: int, length: int) -> Laboratory:
+    """A model with its texts and Grams; None is the model that ships."""
+    recipe = Recipe(model=model, samples=samples, length=length, evaluation_tokens=EVALUATION_TOKENS)
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint = open_checkpoint(model or MODEL)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    task = Task(checkpoint, calibration_windows(recipe, checkpoint, tokenizer, work), work, STORAGE, search)
+    collect_grams(task)
+    held_out = evaluation_windows(recipe, checkpoint, tokenizer, work)
+    label = "the model that ships" if model is None else Path(model).name
+    return Laboratory(label, task, Judge(torch_runner(checkpoint.folder), held_out))
 
 
-def floating(task: Task, judge: Judge, ratios: Sequence[float]) -> list[Point]:
-    """The paper's row: uniform and spectral allocation, SVD-LLM and COMPOT, and the knapsack; 16 bits."""
-    points = []
-    names = task.checkpoint.architecture.linear_names(task.checkpoint.layers)
-    sizes = []
-    for name in names:
-        weight = task.checkpoint.weight(name).float()
-        sizes.append(MatrixSize(name, weight.shape[0], weight.shape[1], singular_spectrum(weight)))
-    plain = sum(Plain(None).bytes(size.inputs, size.outputs, STORAGE) for size in sizes)
-    curves, effects = measure_curves(task), measure_effects(task)
-    for ratio in ratios:
-        for rule in ("uniform", "spectral"):
-            for method, sparsity in (("svd-llm", Sparsity(pattern=DENSE)), ("compot", Sparsity())):
-                allocation = ALLOCATIONS[rule](sizes, ratio=ratio, storage=STORAGE, sparsity=sparsity)
-                made: dict[str, Matrix] = {}
-                for layer, shared in task.inputs:
-                    whitening = task.whitening(layer, shared)
-                    for name, weight in task.weights(task.names(layer, shared)).items():
-                        choice = allocation.choices[name]
-                        if choice.factorized:
-                            factors = METHODS[method](
-                                weight, whitening, choice.atoms, choice.pattern, Alternation(paper_exact=True)
-                            )
-                            made[name] = Dense((factors.dictionary @ factors.codes).float())
-                points.append(judge(f"{method} as published, {rule}, {ratio:.0%}", allocation.bytes, made))
-        best = carry_out(task, (knapsack(curves, int((1 - ratio) * plain), effects),))
-        points.append(
-            judge(f"compot-deploy, planned, {ratio:.0%}", best.plan.bytes, StoredMatrices(best.files))
-        )
-    return points
+def frontier(
+    model: str | None, arguments: argparse.Namespace
+) -> tuple[str, list[Point], list[Point], list[Comparison]]:
+    """All points of a model: quantized, without quantization, and what was compared."""
+    name = "embedded" if model is None else Path(model).name
+    work = arguments.cache / name
+    quantized = open_laboratory(model, Search(GRIDS), work / "quantized", arguments.samples, arguments.length)
+    entries = [
+        Baseline("GPTQ, one grid", f"GPTQ {grid}", lambda _, grid=grid: quantized.everywhere(grid))
+        for grid in GRIDS.grids
+    ]
+    entries += baselines(arguments.factorized_bits, arguments.factorized_bits)
+    row_entries = paper_row(arguments.ratios, arguments.cospadi_ratios)
+    jobs = Jobs(arguments.cache, 5.0 * (len(entries) + len(row_entries) + 60))
+    print(f"-- {quantized.label}", flush=True)
+    points = quantized.measured(jobs, entries)
+    points += quantized.planned(jobs, arguments.bits)
+    tried: set[float] = set()
+    while (size := unmatched(points, DIVERGENCE, LARGEST, tried)) is not None:
+        tried.add(size)
+        points += quantized.planned(jobs, [size])
+    points = distinct(points)
+    row = quantized.measured(jobs, row_entries)
+    if arguments.ratios:
+        search = Search(GridChoice({}), unquantized=True, floating=FLOATING)
+        plain = open_laboratory(model, search, work / "floating", arguments.samples, arguments.length)
+        row += plain.floating(jobs, arguments.ratios)
+    comparisons = [
+        *compare(points, DIVERGENCE, arguments.bits, {}),
+        *compare_at_sizes(points, DIVERGENCE, LARGEST),
+        *paper_claims(row, arguments.ratios, DIVERGENCE),
+    ]
+    return quantized.label, points, row, comparisons
 
 
-def main() -> None:
-    """Measure, print, write."""
+def write(found: Sequence[tuple[str, list[Point], list[Point], list[Comparison]]], out: Path) -> None:
+    """Tables, JSON and plot."""
+    out.mkdir(parents=True, exist_ok=True)
+    data = {label: as_data([*points, *row], claims) for label, points, row, claims in found}
+    write_text(out / "decoder_frontier.json", json.dumps(data, indent=1) + "\n")
+    parts = [_INTRODUCTION]
+    for label, points, row, comparisons in found:
+        parts += [f"\n## {label[0].upper()}{label[1:]}\n\n", table(points, SCORES)]
+        if row:
+            parts += ["\n### Without quantization, 16 bits\n\n", table(row, SCORES)]
+        parts += ["\n### Compared\n\n", verdicts(comparisons)]
+    write_text(out / "decoder_frontier.md", "".join(parts))
+    _plot(found, out / "decoder_frontier.png")
+
+
+_INTRODUCTION = """\
+# Accuracy against bytes on small decoders
+
+Divergence and perplexity, relative to the original, on held-out text. Bits per weight of the linears count integers,
+scales, zero points and masks. Made by `benchmarks/decoder_frontier.py`; what each baseline is, and how its bytes
+are counted, is said in `benchmarks/baselines.py`.
+"""
+
+
+def _plot(found: Sequence[tuple[str, list[Point], list[Point], list[Comparison]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(found), figsize=(7 * len(found), 5), dpi=130, squeeze=False)
+    for axes, (label, points, _, _) in zip(panels[0], found, strict=True):
+        draw(axes, points, DIVERGENCE)
+        axes.set(title=label, xlim=(1.0, 5.6), yscale="log")
+        axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def main() -> int:
+    """Measure, compare, write."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="folder of a decoder")
-    parser.add_argument("--work", type=Path, required=True, help="folder for what is finished; it can go on")
-    parser.add_argument("--out", type=Path, required=True, help="table to write")
-    parser.add_argument("--bits", type=float, nargs="*", default=[1.5, 2.0, 2.5, 3.0, 3.5, 4.5])
+    parser.add_argument("--model", action="append", default=[], help="folder of a further decoder")
+    parser.add_argument(
+        "--shipped", action=argparse.BooleanOptionalAction, default=True, help="the model that ships"
+    )
+    parser.add_argument("--cache", type=Path, required=True, help="folder of what was measured")
+    parser.add_argument("--out", type=Path, required=True, help="folder for table, JSON and plot")
+    parser.add_argument("--bits", type=float, nargs="+", default=list(BUDGETS))
+    parser.add_argument("--factorized-bits", type=float, nargs="*", default=[2.0, 3.0, 4.0])
     parser.add_argument("--ratios", type=float, nargs="*", default=[0.2, 0.3, 0.4])
+    parser.add_argument("--cospadi-ratios", type=float, nargs="*", default=[0.4])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=128)
     arguments = parser.parse_args()
-    recipe = Recipe(
-        model=arguments.model, samples=arguments.samples, length=arguments.length, evaluation_tokens=4096
-    )
-    checkpoint = open_checkpoint(arguments.model)
-    tokenizer = load_tokenizer(checkpoint.folder)
-    points: list[Point] = []
-    for label, search in (
-        ("quantized", Search(GRIDS)),
-        ("floating", Search(GridChoice({}), unquantized=True, floating=FLOATING)),
-    ):
-        work = arguments.work / label
-        work.mkdir(parents=True, exist_ok=True)
-        windows = calibration_windows(recipe, checkpoint, tokenizer, work)
-        task = Task(checkpoint, windows, work, STORAGE, search)
-        collect_grams(task)
-        names = checkpoint.architecture.linear_names(checkpoint.layers)
-        numbers = sum(checkpoint.weight(name).numel() for name in names)
-        held_out = evaluation_windows(recipe, checkpoint, tokenizer, work)
-        judge = Judge(torch_runner(checkpoint.folder), held_out, numbers)
-        points += (
-            quantized(task, judge, arguments.bits)
-            if label == "quantized"
-            else floating(task, judge, arguments.ratios)
-        )
-    lines = ["| method | bits per weight | KL [nats per token] | perplexity ratio |", "|---|---|---|---|"]
-    lines += [
-        f"| {point.method} | {point.bits:.3f} | {point.divergence:.4f} | {point.perplexity_ratio:.3f} |"
-        for point in sorted(points, key=lambda point: (point.bits, point.method))
-    ]
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(arguments.out, "\n".join(lines) + "\n")
+    arguments.cache.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    found = []
+    for model in ((None,) if arguments.shipped else ()) + tuple(arguments.model):
+        found.append(frontier(model, arguments))
+        write(found, arguments.out)
+    holds = [report(comparisons) for _, _, _, comparisons in found]
+    return 0 if all(holds) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -49,7 +49,14 @@ class Evaluation:
 
 
 class Encoder:
-    """The encoder, the Grams of its linears, and the embeddings that it should give."""
+    """The encoder, the Grams of its linears, and the embeddings that it should give.
+
+    Attributes:
+        weights: by linear, shape (in, out).
+        grams: of their inputs, by linear.
+        whitenings: likewise.
+        original: embeddings of the test lines by the original weights.
+    """
 
     def __init__(self, calibration: Path, test: Path, cache: Path | None = None) -> None:
         """Read both texts; Grams and embeddings are kept in `cache`, named after the texts' contents."""
@@ -83,7 +90,7 @@ class Encoder:
                 "calibration": self.embed({}, self._effect_lines),
             },
         )
-        self._original, self._original_lines = original["test"], original["calibration"]
+        self.original, self._original_lines = original["test"], original["calibration"]
 
     def sizes(self) -> list[MatrixSize]:
         """Sizes and spectra, for an allocation."""
@@ -122,8 +129,8 @@ class Encoder:
         embeddings = self.embed(weights)
         return Evaluation(
             error=sum(errors) / len(self.weights),
-            cosine=float((embeddings * self._original).sum(-1).mean()),
-            neighbours=float((_nearest(embeddings) == _nearest(self._original)).float().mean()),
+            cosine=float((embeddings * self.original).sum(-1).mean()),
+            neighbours=float((_nearest(embeddings) == _nearest(self.original)).float().mean()),
         )
 
     def _batches(self, path: Path) -> list[Any]:

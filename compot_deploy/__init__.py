@@ -1,3 +1,7 @@
 """compot-deploy: compress a transformer, ship it to edge devices, prove its accuracy."""
 
+from compot_deploy import registration as _registration
+
 __version__ = "0.1.0"
+
+_registration.install()

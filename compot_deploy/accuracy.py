@@ -13,6 +13,10 @@ exact settings must be rounding and nothing more; the *total* is what a user not
 for another: a good total can hide a wrong export behind a generous gate, and a bad export must not be blamed
 on the method.
 
+Where the factors existed before they were quantized, a fifth model, *factorized*, reads along and splits the
+method loss in two: reference → factorized is what factorisation costs, factorized → compressed what
+quantization does.
+
 Every window of the evaluation text is read from its start with an empty cache. Position t predicts token
 t + 1: the first token of a window is never scored, and the last position predicts nothing. Logits exist for a
 few positions at a time; what is kept is 49 bytes per position and pair.
@@ -22,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -39,11 +43,9 @@ from compot_deploy.measures import (
     predict,
     summarize,
 )
+from compot_deploy.progress import Progress, silent
 from compot_deploy.runners import Runner
 from compot_deploy.tokens import TokenWindows
-
-Progress: TypeAlias = Callable[[int, int, str], None]
-"""Called with (steps done, steps in all, what is being done)."""
 
 LOGITS_AT_ONCE: Final = 2**24
 """Logits of one runner held at a time, 64 MiB in float32: bounds the chunk, whatever the vocabulary."""
@@ -190,6 +192,7 @@ class Continuation:
         compressed: torch with dequantized weights.
         exact: the file, computed exactly.
         exported: the file as it ships.
+        factorized: the factors before quantization; None where they were not measured.
     """
 
     prompt: str
@@ -197,6 +200,7 @@ class Continuation:
     compressed: str
     exact: str
     exported: str
+    factorized: str | None = None
 
 
 @dataclass(frozen=True)
@@ -240,6 +244,9 @@ class AccuracyReport:
         reference_absent: why there is no reference; None where there is one.
         continuations: the texts side by side.
         gate: the verdict.
+        factorization: reference → factors before quantization; None where those were not measured.
+        quantization: factors before quantization → compressed; None where those were not measured.
+        split_absent: why the method loss is not split; None where it is.
     """
 
     metrics_version: int
@@ -252,6 +259,9 @@ class AccuracyReport:
     reference_absent: str | None
     continuations: tuple[Continuation, ...]
     gate: GateResult
+    factorization: Loss | None = None
+    quantization: Loss | None = None
+    split_absent: str | None = None
 
 
 def check(
@@ -262,8 +272,10 @@ def check(
     evaluation: Evaluation,
     gate: Gate,
     *,
+    factorized: Runner | None = None,
     reference_absent: str = "the original model was not given",
-    progress: Progress | None = None,
+    factorized_absent: str = "the factors before quantization were not given",
+    progress: Progress = silent,
 ) -> AccuracyReport:
     """Measure method, export and total loss and judge them.
 
@@ -275,7 +287,9 @@ def check(
             the same object, and runs once.
         evaluation: text and prompts.
         gate: limits.
+        factorized: the factors before quantization, in torch; splits the method loss. Needs the reference.
         reference_absent: why there is no reference, for the report.
+        factorized_absent: why there are no factors before quantization, for the report.
         progress: called after every step.
 
     Raises:
@@ -288,18 +302,22 @@ def check(
             f"original model, and {reference_absent}. Give it with --reference."
         )
     roles: dict[str, Runner] = {} if reference is None else {"reference": reference}
+    if reference is None:
+        factorized, factorized_absent = None, reference_absent
+    if factorized is not None:
+        roles["factorized"] = factorized
     roles |= {"compressed": compressed, "exact": exported_exact, "exported": exported}
     distinct = {id(runner): runner for runner in roles.values()}
     _check_fit(list(distinct.values()), evaluation)
 
     batches = _batches(evaluation.text.windows, evaluation.batch)
     noise_batches = _batches(evaluation.text.windows[:NOISE_WINDOWS], evaluation.batch) or batches[:1]
-    tick = _Ticker(
-        len(batches) + len(noise_batches) + len(evaluation.prompts) * len(distinct), progress or _silent
-    )
+    tick = _Ticker(len(batches) + len(noise_batches) + len(evaluation.prompts) * len(distinct), progress)
     pairs = [("compressed", "exact"), ("compressed", "exported")]
     if reference is not None:
         pairs += [("reference", "compressed"), ("reference", "exported")]
+    if factorized is not None:
+        pairs += [("reference", "factorized"), ("factorized", "compressed")]
     comparisons = _read_in_lockstep(roles, pairs, batches, tick)
     noise = _noise_floor(reference or compressed, noise_batches, tick)
     texts = _continue_prompts(roles, evaluation, tick)
@@ -312,9 +330,11 @@ def check(
             tuple(_match(a, b) for a, b in zip(texts[first], texts[second], strict=True)),
         )
 
-    method = total = None
+    method = total = factorization = quantization = None
     if reference is not None:
         method, total = loss("reference", "compressed"), loss("reference", "exported")
+    if factorized is not None:
+        factorization, quantization = loss("reference", "factorized"), loss("factorized", "compressed")
     export_exact, export_shipped = loss("compressed", "exact"), loss("compressed", "exported")
     return AccuracyReport(
         metrics_version=METRICS_VERSION,
@@ -327,7 +347,31 @@ def check(
         reference_absent=reference_absent if reference is None else None,
         continuations=_continuations(evaluation, texts),
         gate=judge(gate, export_exact, export_shipped, method, total),
+        factorization=factorization,
+        quantization=quantization,
+        split_absent=factorized_absent if factorized is None else None,
     )
+
+
+def measure(
+    reference: Runner, candidate: Runner, evaluation: Evaluation, progress: Progress = silent
+) -> Loss:
+    """One loss by itself, for a model that is shown beside another.
+
+    Args:
+        reference: taken as right.
+        candidate: measured.
+        evaluation: text and prompts.
+        progress: called after every step.
+    """
+    roles: dict[str, Runner] = {"reference": reference, "candidate": candidate}
+    _check_fit(list(roles.values()), evaluation)
+    batches = _batches(evaluation.text.windows, evaluation.batch)
+    tick = _Ticker(len(batches) + 2 * len(evaluation.prompts), progress)
+    comparisons = _read_in_lockstep(roles, [("reference", "candidate")], batches, tick)
+    texts = _continue_prompts(roles, evaluation, tick)
+    matches = tuple(_match(a, b) for a, b in zip(texts["reference"], texts["candidate"], strict=True))
+    return Loss(reference.name, candidate.name, comparisons["reference", "candidate"], matches)
 
 
 def judge(
@@ -342,10 +386,10 @@ def judge(
     bad += export_exact.comparison.nonfinite_reference
     bad += 0 if method is None else method.comparison.nonfinite_reference
     criteria = [
-        _criterion(
+        criterion(
             "nonfinite_logits", float(bad), 0.0, "at most", "logits of any model that are NaN or infinite"
         ),
-        _criterion(
+        criterion(
             "max_export_nmse",
             export_exact.comparison.nmse,
             gate.max_export_nmse,
@@ -359,7 +403,7 @@ def judge(
         figures = total.comparison
         if gate.max_perplexity_ratio is not None:
             criteria.append(
-                _criterion(
+                criterion(
                     "max_perplexity_ratio",
                     figures.perplexity_ratio.value,
                     gate.max_perplexity_ratio,
@@ -370,13 +414,13 @@ def judge(
         if gate.max_kl is not None:
             mean = figures.divergence.mean.value
             criteria.append(
-                _criterion(
+                criterion(
                     "max_kl", mean, gate.max_kl, "at most", "mean KL divergence from the original in nats"
                 )
             )
         if gate.min_top1 is not None:
             criteria.append(
-                _criterion(
+                criterion(
                     "min_top1",
                     figures.top1_agreement.value,
                     gate.min_top1,
@@ -384,13 +428,14 @@ def judge(
                     "share of positions with the original's most likely token",
                 )
             )
-    return GateResult(tuple(criteria), all(criterion.passed for criterion in criteria))
+    return GateResult(tuple(criteria), all(one.passed for one in criteria))
 
 
-def _criterion(
+def criterion(
     name: str, value: float, threshold: float, relation: Literal["at most", "at least"], what: str
 ) -> Criterion:
-    # NaN compares as False either way, so what could not be measured fails.
+    """A value held against a limit. NaN, what could not be measured, fails."""
+    # NaN compares as False either way.
     passed = value <= threshold if relation == "at most" else value >= threshold
     verdict = "passed" if passed else "failed"
     return Criterion(
@@ -399,8 +444,13 @@ def _criterion(
         threshold,
         relation,
         passed,
-        f"{what}: {value:.4g}, {relation} {threshold:.4g}: {verdict}",
+        f"{what}: {shown(value)}, {relation} {shown(threshold)}: {verdict}",
     )
+
+
+def shown(value: float) -> str:
+    """A figure of the gate: counts of a thousand and more with every digit, others with four."""
+    return f"{value:,.0f}" if abs(value) >= 1000 and value.is_integer() else f"{value:.4g}"
 
 
 def _check_fit(runners: Sequence[Runner], evaluation: Evaluation) -> None:
@@ -543,6 +593,7 @@ def _continuations(
             compressed=decode(texts["compressed"][number]),
             exact=decode(texts["exact"][number]),
             exported=decode(texts["exported"][number]),
+            factorized=decode(texts["factorized"][number]) if "factorized" in texts else None,
         )
         for number, prompt in enumerate(evaluation.prompts)
     )
@@ -571,7 +622,3 @@ class _Ticker:
     def __call__(self, label: str) -> None:
         self._done += 1
         self._progress(self._done, self._total, label)
-
-
-def _silent(done: int, total: int, label: str) -> None:
-    """Progress that nobody watches."""

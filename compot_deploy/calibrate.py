@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor, nn
 
 from compot_deploy.checkpoint import Checkpoint
@@ -34,6 +34,16 @@ class Gram:
 
     matrix: Float64[Tensor, "inputs inputs"]
     tokens: int
+
+
+def importance(gram: Float64[Tensor, "inputs inputs"]) -> Float32[Tensor, " inputs"]:
+    """Mean square of each input relative to that of all: how much its rounding errors matter.
+
+    The diagonal of the Gram over its mean, which is what llama.cpp calls an importance matrix.
+    """
+    diagonal = gram.diagonal()
+    mean = diagonal.mean()
+    return (diagonal / mean if mean > 0 else torch.ones_like(diagonal)).float().contiguous()
 
 
 class BlockStream:

@@ -5,8 +5,10 @@
     compot-deploy [MODEL] --quant int4 --format onnx [--out DIR]    compress, export, check
     compot-deploy plan MODEL --bits 2.2                             what would be chosen, and what it costs
     compot-deploy check DIR                                         check an exported folder again
+    compot-deploy report DIR                                        write its report.html again
     compot-deploy inspect DIR                                       what is in it, layer by layer
     compot-deploy run DIR -p "prompt"                               text from it, with tokens per second
+    compot-deploy serve DIR                                         the same in a browser, which runs the model
 
 Exit codes: 0 done and gate passed · 1 gate failed (the folder is kept, marked) · 2 bad usage or input ·
 3 unsupported model · 4 missing runtime or extra · 75 interrupted, the same command resumes.
@@ -15,10 +17,13 @@ Exit codes: 0 done and gate passed · 1 gate failed (the folder is kept, marked)
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import signal
 import sys
+import threading
+import webbrowser
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -45,11 +50,16 @@ from compot_deploy.errors import (
     InterruptedRunError,
     RecipeError,
 )
+from compot_deploy.gate import Demands, GateFile, parse_growth, read_baseline, read_gate
 from compot_deploy.generate import generate
-from compot_deploy.judging import Deployment, check_folder
+from compot_deploy.judging import HTML, Deployment, check_folder, write_check, write_report_again
 from compot_deploy.pipeline import plan_only, run
 from compot_deploy.recipe import Recipe, default_of, knob_type, knobs, recipe_from_mapping
 from compot_deploy.report import tables, verdict
+from compot_deploy.serve import DEFAULT_PORT, PageServer
+from compot_deploy.summary import STEP_SUMMARY, to_summary, write_summary
+from compot_deploy.traced import TracedDeployment, deploy_traced, is_traced
+from compot_deploy.traced import overview as traced_overview
 
 _GROUPS: Final = {
     "model": "what and where",
@@ -117,6 +127,10 @@ def _deploy(arguments: list[str], out: Console, err: Console) -> int:
             "No model given: using the small model that ships with compot-deploy (1.6M parameters, trained on "
             "Python's documentation)."
         )
+    if is_traced(recipe):
+        with _bars(err) as progress:
+            deployment = deploy_traced(recipe, progress)
+        return _show_traced(deployment, out)
     with _bars(err) as progress:
         deployments = run(recipe, progress)
     return max((_show(deployment, out) for deployment in deployments), default=EXIT_OK)
@@ -151,12 +165,61 @@ def _check(arguments: list[str], out: Console, err: Console) -> int:
     )
     parser.add_argument("folder", type=Path, help="a folder that compot-deploy wrote")
     parser.add_argument("--reference", help="original model, where it is no longer where the recipe says")
+    parser.add_argument("--gate", type=Path, help="TOML file of limits; flags win over it")
+    parser.add_argument(
+        "--baseline", type=Path, help="report.json (or folder) of a good run, which may not be outgrown"
+    )
+    parser.add_argument(
+        "--max-growth",
+        help="growth of KL divergence and bytes over the baseline, 5%% or 0.05 (default: 10%% and 2%%)",
+    )
+    parser.add_argument(
+        "--report-dir", type=Path, help="also write report.html, report.json and JUnit XML there"
+    )
+    parser.add_argument(
+        "--summary",
+        type=Path,
+        help=f"write a Markdown summary there (default: add it to ${STEP_SUMMARY}, where that is set)",
+    )
     _add_knobs(parser, only={"max_perplexity_ratio", "max_kl", "min_top1", "max_export_nmse"})
     values = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
     folder, reference = values.pop("folder"), values.pop("reference", None)
+    report_dir, summary = values.pop("report_dir", None), values.pop("summary", None)
+    demands = _demands(values.pop("gate", None), values.pop("baseline", None), values.pop("max_growth", None))
     with _bars(err) as progress:
-        deployment = check_folder(folder, reference=reference, limits=values, progress=progress)
+        deployment = check_folder(
+            folder, reference=reference, limits=values, demands=demands, progress=progress
+        )
+    if report_dir is not None:
+        write_check(report_dir, deployment.report)
+    if summary is not None:
+        write_summary(to_summary(deployment.report, demands), summary, append=False)
+    elif os.environ.get(STEP_SUMMARY):
+        text = to_summary(deployment.report, demands)
+        write_summary(text, Path(os.environ[STEP_SUMMARY]), append=True)
     return _show(deployment, out)
+
+
+def _demands(gate: Path | None, baseline: Path | None, max_growth: str | None) -> Demands:
+    return Demands(
+        gate=GateFile() if gate is None else read_gate(gate),
+        baseline=None if baseline is None else read_baseline(baseline),
+        baseline_name=f"The baseline {baseline}",
+        max_growth=None if max_growth is None else parse_growth(max_growth, "--max-growth"),
+    )
+
+
+def _report(arguments: list[str], out: Console, err: Console) -> int:
+    parser = _Parser(
+        prog="compot-deploy report",
+        description="Write report.html, the model card and JUnit XML of an exported folder again, from the figures in "
+        "its report.json; nothing is measured.",
+    )
+    parser.add_argument("folder", type=Path, help="a folder that compot-deploy wrote")
+    folder = parser.parse_args(arguments).folder
+    report = write_report_again(folder)
+    out.print(Text(f"{folder / HTML}: {verdict(report)}"))
+    return EXIT_OK
 
 
 def _inspect(arguments: list[str], out: Console, err: Console) -> int:
@@ -188,11 +251,37 @@ def _run(arguments: list[str], out: Console, err: Console) -> int:
     return EXIT_OK
 
 
+def _serve(arguments: list[str], out: Console, err: Console) -> int:
+    parser = _Parser(
+        prog="compot-deploy serve",
+        description="Open a page on this machine in which the browser itself runs an exported ONNX folder.",
+        epilog=_EXIT_CODES,
+    )
+    parser.add_argument("folder", type=Path, help="an ONNX folder that compot-deploy wrote")
+    parser.add_argument(
+        "--port", type=int, default=DEFAULT_PORT, help=f"0 takes any free one (default: {DEFAULT_PORT})"
+    )
+    parser.add_argument("--no-open", action="store_true", help="only print the address")
+    options = parser.parse_args(arguments)
+    with PageServer(options.folder, options.port) as server:
+        out.print(Text(f"{server.url} runs {options.folder} in the browser. Stop with Ctrl-C."))
+        try:
+            if not options.no_open:
+                # In a thread, for a browser that runs in the terminal would keep this one.
+                threading.Thread(target=webbrowser.open, args=[server.url], daemon=True).start()
+            server.serve_forever()
+        except KeyboardInterrupt:
+            out.print("Stopped.")
+    return EXIT_OK
+
+
 _COMMANDS: Final[Mapping[str, Callable[[list[str], Console, Console], int]]] = {
     "plan": _plan,
     "check": _check,
+    "report": _report,
     "inspect": _inspect,
     "run": _run,
+    "serve": _serve,
 }
 
 
@@ -329,6 +418,11 @@ def _show(deployment: Deployment, out: Console) -> int:
     return EXIT_OK if deployment.passed else EXIT_GATE_FAILED
 
 
+def _show_traced(deployment: TracedDeployment, out: Console) -> int:
+    _print_overview(out, traced_overview(deployment))
+    return EXIT_OK if deployment.passed else EXIT_GATE_FAILED
+
+
 def _print_overview(out: Console, overview: inspection.Overview) -> None:
     _print_table(out, overview.title, overview.columns, overview.rows)
     for line in overview.lines:
@@ -351,6 +445,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # It misses an optional kernel, aloud, whenever it is imported.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

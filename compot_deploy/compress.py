@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from compot_deploy.allocate import Choice
-from compot_deploy.factorize import METHODS, Alternation
+from compot_deploy.factorize import METHODS, Factors, alternation_of
 from compot_deploy.quant import QUANTIZERS
 from compot_deploy.quantize_factors import quantize_factors
 from compot_deploy.recipe import Recipe
@@ -40,10 +40,17 @@ class LinearFacts:
 
 @dataclass(frozen=True)
 class CompressedLinear:
-    """A final matrix and how it came about."""
+    """A final matrix and how it came about.
+
+    Attributes:
+        matrix: as it will be exported.
+        facts: for reports.
+        unquantized: the factors before quantization, multiplied out; None for a matrix that stays plain.
+    """
 
     matrix: Matrix
     facts: LinearFacts
+    unquantized: Dense | None = None
 
 
 def compress_linear(
@@ -57,20 +64,42 @@ def compress_linear(
         choice: atoms and pattern, or plain with the reason.
         recipe: method, quantizer and grids.
     """
+    return quantize_linear(
+        weight, whitening, choice, recipe, factorize_linear(weight, whitening, choice, recipe)
+    )
+
+
+def factorize_linear(
+    weight: Float[Tensor, "inputs outputs"], whitening: Whitening, choice: Choice, recipe: Recipe
+) -> Factors | None:
+    """The factors of a weight before quantization; None where it stays plain."""
+    if not choice.factorized:
+        return None
+    return METHODS[recipe.method](
+        weight,
+        whitening,
+        choice.atoms,
+        choice.pattern,
+        alternation_of(recipe.rounds, paper_exact=recipe.paper_exact),
+    )
+
+
+def quantize_linear(
+    weight: Float[Tensor, "inputs outputs"],
+    whitening: Whitening,
+    choice: Choice,
+    recipe: Recipe,
+    factors: Factors | None,
+) -> CompressedLinear:
+    """The final form of a weight from its factors; see `compress_linear` for the other arguments."""
     quantizer = QUANTIZERS[recipe.quantizer]
     matrix: Matrix
-    if not choice.factorized:
+    product: Dense | None = None
+    if factors is None:
         grid = recipe.dictionary_grid
         matrix = Dense(weight.float()) if grid is None else quantizer(weight, whitening.gram, grid)
         error, unquantized = whitening.error(weight, matrix.dequantize()), 0.0
     else:
-        factors = METHODS[recipe.method](
-            weight,
-            whitening,
-            choice.atoms,
-            choice.pattern,
-            Alternation(rounds=recipe.rounds, paper_exact=recipe.paper_exact),
-        )
         quantized = quantize_factors(
             factors,
             weight,
@@ -82,6 +111,7 @@ def compress_linear(
         )
         matrix = Factorized((Pair(quantized.dictionary, quantized.codes, choice.name, quantized.pattern),))
         error, unquantized = quantized.error, quantized.unquantized_error
+        product = Dense((factors.dictionary.double() @ factors.codes.double()).float())
     facts = LinearFacts(
         name=choice.name,
         error=error,
@@ -90,4 +120,4 @@ def compress_linear(
         ridge_escalated=whitening.escalated,
         reason=choice.reason,
     )
-    return CompressedLinear(matrix, facts)
+    return CompressedLinear(matrix, facts, product)

@@ -8,6 +8,7 @@ The tree::
     │   └── ArtifactError          2   a folder or file that does not match its manifest, or is damaged
     ├── UnsupportedModelError      3   an architecture (or a feature of one) that is not handled
     ├── MissingDependencyError     4   an optional package or runtime is not installed
+    ├── MissingBundleError         4   the page of `compot-deploy serve` was not built
     └── InterruptedRunError       75   stopped on request; the same command resumes
 
 A failed accuracy gate is not an exception: it is a verdict, and exit code 1 (`GATE_FAILED`).
@@ -63,6 +64,12 @@ class MissingDependencyError(CompotDeployError):
             f'Install it with: pip install "compot-deploy[{extra}]"'
         )
         self.package, self.extra = package, extra
+
+
+class MissingBundleError(CompotDeployError):
+    """The browser's part of the package was not built; the message names the command that builds it."""
+
+    exit_code = EXIT_MISSING_DEPENDENCY
 
 
 class InterruptedRunError(CompotDeployError):

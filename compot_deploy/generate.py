@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compot_deploy.errors import ArtifactError, InputError
-from compot_deploy.runners import Runner, onnx_runner
+from compot_deploy.runners import Runner, huggingface_runner, onnx_runner
 from compot_deploy.tokens import load_tokenizer
 
 
@@ -30,7 +30,7 @@ def generate(path: Path, prompt: str, *, tokens: int = 64, threads: int = 1) -> 
     """Continue a prompt greedily.
 
     Args:
-        path: an exported ONNX or GGUF folder, or a GGUF file.
+        path: an exported ONNX, GGUF or Hugging Face folder, or a GGUF file.
         prompt: text.
         tokens: most tokens to add.
         threads: of the runtime.
@@ -46,13 +46,15 @@ def generate(path: Path, prompt: str, *, tokens: int = 64, threads: int = 1) -> 
 
         made = generate_in_llama(find_gguf(path), prompt, max_tokens=tokens, threads=threads)
         return Generated(made.text, made.tokens, made.tokens_per_second)
-    if not (path / "onnx" / "model.onnx").is_file():
+    onnx = (path / "onnx" / "model.onnx").is_file()
+    if not onnx and not list(path.glob("model*.safetensors")):
         raise ArtifactError(
-            f"{path} holds neither onnx/model.onnx nor a GGUF file: export a model there first."
+            f"{path} holds neither onnx/model.onnx nor a GGUF file nor model.safetensors: export a model there "
+            "first."
         )
     tokenizer = load_tokenizer(path)
     ids = [*tokenizer.first, *tokenizer.encode(prompt)]
-    runner: Runner = onnx_runner(path, threads=threads)
+    runner: Runner = onnx_runner(path, threads=threads) if onnx else huggingface_runner(path)
     if not ids:
         raise InputError("The prompt has no tokens: give at least one word.")
     if runner.context is not None and len(ids) + tokens > runner.context:

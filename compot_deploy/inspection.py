@@ -81,4 +81,5 @@ def _kept(pattern: str, atoms: int) -> str:
 
 
 def _bits(leaf: LeafRecord) -> str:
-    return f"{leaf.bits}/g{leaf.group}" if leaf.group else str(leaf.bits)
+    name = leaf.bits if leaf.codebook == "integer" else leaf.codebook
+    return f"{name}/g{leaf.group}" if leaf.group else str(name)

@@ -4,37 +4,57 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Final
 
 from compot_deploy import __version__
-from compot_deploy.accuracy import Evaluation, Gate, check
+from compot_deploy.accuracy import Evaluation, Gate, check, measure
 from compot_deploy.checkpoint import Checkpoint, open_checkpoint
 from compot_deploy.embedded import MODEL
 from compot_deploy.errors import InputError
 from compot_deploy.exporters import EXPORTERS
+from compot_deploy.exporters.archive import transport_bytes
 from compot_deploy.exporters.artifact import (
+    MANIFEST,
     Manifest,
     library_versions,
     seal,
     verify,
 )
 from compot_deploy.exporters.model_card import model_card
+from compot_deploy.gate import Demands
 from compot_deploy.progress import Progress, silent
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe, recipe_from_mapping
-from compot_deploy.report import Report, Sizes, to_json, to_junit
-from compot_deploy.runners import RUNNERS, compressed_runner, torch_runner
+from compot_deploy.report import SCHEMA_MINOR, Report, Rival, Sizes, from_json, to_json, to_junit
+from compot_deploy.report_facts import Origin
+from compot_deploy.report_html import to_html
+from compot_deploy.report_manifest import (
+    frontier_of,
+    layers_of,
+    memory_of,
+    origin_of,
+    plain_memory_of,
+)
+from compot_deploy.runners import RUNNERS, Runner, TorchRunner, compressed_runner, torch_runner
 from compot_deploy.store import write_text
 from compot_deploy.texts import read_evaluation
 from compot_deploy.tokens import (
     load_tokenizer,
 )
-from compot_deploy.weights import CompressedModel, Grid
+from compot_deploy.weights import CompressedModel, Grid, Matrix, Quantized, leaves, matrix_bytes
 
 REPORT: Final = "compot/report.json"
 JUNIT: Final = "compot/report.junit.xml"
 CARD: Final = "README.md"
+HTML: Final = "compot/report.html"
+
+TOTAL_LIMITS: Final = frozenset(("max_perplexity_ratio", "max_kl", "min_top1"))
+"""Limits on the total loss, which need the original model."""
+
+REPORT_FILES: Final = (REPORT, JUNIT, CARD, HTML)
+"""Written last, for people and programs that judge: they do not count as bytes of the artifact."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +80,7 @@ def check_folder(
     *,
     reference: str | None = None,
     limits: Mapping[str, float] | None = None,
+    demands: Demands | None = None,
     progress: Progress = silent,
 ) -> Deployment:
     """Check an exported folder again: its bytes, its structure, its accuracy.
@@ -71,17 +92,21 @@ def check_folder(
         folder: written by `deploy`.
         reference: the original model, where it has moved.
         limits: gate limits that replace those of the recipe, by knob.
+        demands: of a gate file and a baseline.
         progress: told how far the work is.
 
     Raises:
         ArtifactError: a file does not match the manifest.
-        InputError: a limit needs the original model, and it is not there.
+        InputError: a limit needs the original model, and it is not there; or the baseline does not compare.
     """
+    demands = demands or Demands()
+    limits = {**demands.gate.losses, **(limits or {})}
     manifest = verify(folder)
-    recipe = recipe_from_mapping({**manifest.recipe, **(limits or {})}, origin=f"{folder}'s manifest")
+    recipe = recipe_from_mapping({**manifest.recipe, **limits}, origin=f"{folder}'s manifest")
     exporter = EXPORTERS[manifest.exporter]
     model = exporter.read_model(folder)
     evaluation = read_evaluation(folder, load_tokenizer(folder), model.config)
+    demands.check_text(evaluation.text.digest, evaluation.text.source)
     original: Checkpoint | None = None
     absent = "the folder does not hold it"
     try:
@@ -97,12 +122,16 @@ def check_folder(
                 f"is {original.fingerprint[:12]}, not {str(manifest.facts.get('source'))[:12]}."
             )
         original, absent = None, "the model where the recipe says has changed since"
+    if original is None and demands.compares_losses:
+        raise InputError(
+            f"Growth of the loss cannot be measured without the original model: {absent}. Give it with --reference."
+        )
     gate = gate_of(recipe)
-    if original is None and not limits:
+    if original is None and not TOTAL_LIMITS & limits.keys():
         # Limits that came with the folder cannot be measured here; what can be is.
         gate = Gate(max_export_nmse=gate.max_export_nmse)
     report = judge_folder(folder, manifest, model, original, evaluation, gate, progress, absent=absent)
-    return Deployment(folder, report)
+    return Deployment(folder, demands.apply(report))
 
 
 def judge_folder(
@@ -114,38 +143,98 @@ def judge_folder(
     gate: Gate,
     progress: Progress,
     absent: str = "",
+    artifact: str | None = None,
+    unquantized: Mapping[str, Matrix] | None = None,
+    unquantized_absent: str = "the folder does not hold the factors before quantization",
+    rival: Mapping[str, Matrix] | None = None,
 ) -> Report:
-    """Lint a folder, read evaluation text with up to four models, and put everything into a report."""
+    """Lint a folder, read evaluation text with up to five models, and put everything into a report.
+
+    Args:
+        folder: to judge.
+        manifest: of the folder.
+        model: what the folder holds.
+        original: the original; None leaves the method and total loss out.
+        evaluation: text and prompts.
+        gate: limits.
+        progress: told how far the work is.
+        absent: why there is no original.
+        artifact: name of the folder, where it is not there yet.
+        unquantized: factorised linears before quantization, multiplied out; they split the method loss.
+        unquantized_absent: why there are none.
+        rival: the matrices of the same model through another quantizer, which is read beside it.
+    """
     exporter = EXPORTERS[manifest.exporter]
     findings = exporter.lint(folder)
-    reference = None
+    reference = factorized = None
     if original is not None:
-        reference = torch_runner(
-            original.folder, name="original", allow_pickle=any(p.suffix == ".bin" for p in original.files)
+        reference = _original_runner(original, "original")
+    with ExitStack() as stack:
+        if original is not None and unquantized is not None:
+            factorized = _original_runner(original, "factorised, before quantization")
+            stack.enter_context(factorized.replaced(unquantized))
+        accuracy = check(
+            reference,
+            compressed_runner(model),
+            RUNNERS[manifest.exporter](folder),
+            RUNNERS[manifest.exporter](folder, exact=True),
+            evaluation,
+            gate,
+            factorized=factorized,
+            reference_absent=absent,
+            factorized_absent=unquantized_absent,
+            progress=progress,
         )
-    accuracy = check(
-        reference,
-        compressed_runner(model),
-        RUNNERS[manifest.exporter](folder),
-        RUNNERS[manifest.exporter](folder, exact=True),
-        evaluation,
-        gate,
-        reference_absent=absent,
-        progress=progress,
-    )
     return Report(
         model=str(manifest.recipe.get("model") or "the model that ships with compot-deploy"),
-        artifact=folder.name,
+        artifact=artifact or folder.resolve().name,
         format=manifest.exporter,
         package=__version__,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        sizes=sizes_of(manifest),
+        sizes=replace(
+            sizes_of(manifest), transport=transport_bytes(folder, without=(*REPORT_FILES, MANIFEST))
+        ),
         accuracy=accuracy,
         findings=findings,
         facts=facts_of(manifest),
         recipe=manifest.recipe,
         versions=library_versions(),
+        layers=layers_of(manifest),
+        frontier=frontier_of(manifest),
+        origin=origin_of(manifest),
+        rival=None
+        if rival is None or reference is None
+        else _rival(reference, model, rival, evaluation, manifest),
     )
+
+
+def _rival(
+    reference: Runner,
+    model: CompressedModel,
+    matrices: Mapping[str, Matrix],
+    evaluation: Evaluation,
+    manifest: Manifest,
+) -> Rival:
+    beside = replace(model, matrices=matrices)
+    exporter = EXPORTERS[manifest.exporter]
+    storage = exporter.storage(exporter.options(manifest.recipe))
+    grid = next(
+        leaf.grid
+        for name, matrix in matrices.items()
+        if _is_linear(name)
+        for leaf in leaves(matrix)
+        if isinstance(leaf, Quantized)
+    )
+    return Rival(
+        name=f"gptq {grid}",
+        bytes=sum(matrix_bytes(matrices, storage).values()),
+        loss=measure(reference, compressed_runner(beside), evaluation),
+    )
+
+
+def _original_runner(original: Checkpoint, name: str) -> TorchRunner:
+    pickled = any(path.suffix == ".bin" for path in original.files)
+    return torch_runner(original.folder, name=name, allow_pickle=pickled)
 
 
 def gate_of(recipe: Recipe) -> Gate:
@@ -169,11 +258,16 @@ def sizes_of(manifest: Manifest) -> Sizes:
         storage.leaf_bytes(record.inputs, record.outputs, Grid(8, DEFAULT_GROUP)) for record in linears
     )
     return Sizes(
-        artifact=sum(record.bytes for record in manifest.files),
+        artifact=sum(record.bytes for record in manifest.files if record.path not in REPORT_FILES),
         weights=weights,
         plain_int4=rest + sum(record.plain_int4_bytes for record in linears),
         plain_int8=rest + plain8,
         fp16=2 * sum(record.inputs * record.outputs for record in manifest.matrices),
+        memory=memory_of(manifest, storage),
+        memory_int4=plain_memory_of(manifest, storage, linears, 4),
+        memory_int8=plain_memory_of(manifest, storage, linears, 8),
+        linears=sum(record.bytes for record in linears),
+        linear_weights=sum(record.inputs * record.outputs for record in linears),
     )
 
 
@@ -191,8 +285,67 @@ def _is_linear(name: str) -> bool:
 
 
 def write_report(folder: Path, report: Report, manifest: Manifest) -> None:
-    """Write report.json, JUnit XML and the model card, and take them into the manifest."""
+    """Write report.json, report.html, JUnit XML and the model card, and take them into the manifest."""
     write_text(folder / REPORT, to_json(report))
     write_text(folder / JUNIT, to_junit(report))
+    write_text(folder / HTML, to_html(report))
     write_text(folder / CARD, model_card(report, manifest))
-    seal(folder, (REPORT, JUNIT, CARD))
+    seal(folder, REPORT_FILES)
+
+
+def write_report_again(folder: Path) -> Report:
+    """Write the report of an existing folder again from its own figures; nothing is measured.
+
+    What an older report does not have and the manifest knows is filled in.
+
+    Raises:
+        ArtifactError: not a folder of ours, or damaged.
+        InputError: there is no report, or it is of another version.
+    """
+    manifest = verify(folder)
+    try:
+        text = (folder / REPORT).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder} has no {REPORT}: a report is written when a model is exported. Export it again."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder / REPORT} cannot be read: {error}.") from None
+    report = from_json(text, str(folder / REPORT))
+    known = sizes_of(manifest)
+    sizes = replace(
+        report.sizes,
+        **{
+            entry.name: getattr(known, entry.name)
+            for entry in fields(Sizes)
+            if getattr(report.sizes, entry.name) is None
+        },
+    )
+    report = replace(
+        report,
+        schema_minor=SCHEMA_MINOR,
+        sizes=sizes,
+        layers=report.layers or layers_of(manifest),
+        frontier=report.frontier or frontier_of(manifest),
+        origin=origin_of(manifest) if report.origin == Origin() else report.origin,
+    )
+    write_report(folder, report, manifest)
+    return report
+
+
+def write_check(folder: Path, report: Report) -> None:
+    """Write the files of a report somewhere else than into an artifact, for continuous integration.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in (
+            (REPORT, to_json(report)),
+            (JUNIT, to_junit(report)),
+            (HTML, to_html(report)),
+        ):
+            write_text(folder / Path(name).name, text)
+    except OSError as error:
+        raise InputError(f"The report cannot be written to {folder}: {error.strerror}.") from None

@@ -11,12 +11,14 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors.torch import load_file
 
+from compot_deploy import __version__
 from compot_deploy.accuracy import Evaluation
 from compot_deploy.allocate import (
     ALLOCATIONS,
@@ -26,9 +28,9 @@ from compot_deploy.allocate import (
     Precision,
     Sparsity,
 )
-from compot_deploy.calibrate import BlockStream
+from compot_deploy.calibrate import BlockStream, importance
 from compot_deploy.checkpoint import Checkpoint, open_checkpoint
-from compot_deploy.compress import LinearFacts, compress_linear
+from compot_deploy.compress import LinearFacts, factorize_linear, quantize_linear
 from compot_deploy.embedded import MODEL
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
@@ -43,30 +45,35 @@ from compot_deploy.exporters.artifact import (
 from compot_deploy.factorize import singular_spectrum
 from compot_deploy.judging import Deployment, gate_of, judge_folder, write_report
 from compot_deploy.plan import InMemory, Joint, Plain
+from compot_deploy.plan_report import frontier_of
 from compot_deploy.planning import (
     Draft,
     Task,
     carry_out,
     choose,
     collect_grams,
+    importances,
     measure_curves,
     measure_effects,
 )
 from compot_deploy.progress import Progress, silent
 from compot_deploy.quant import rtn
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe, override, recipe_from_mapping
+from compot_deploy.report_facts import Frontier
 from compot_deploy.settings import (
     budget_of,
     check_format,
     check_groups,
+    check_quantizer,
     device_of,
     other_bytes,
+    rival_of,
     search_of,
     shape_of,
     storage_of,
     table_grid,
 )
-from compot_deploy.store import StoredMatrices, save_matrices, write_text
+from compot_deploy.store import StoredMatrices, save_matrices, write_tensors, write_text
 from compot_deploy.texts import EVALUATION, calibration_windows, evaluation_json, evaluation_of
 from compot_deploy.tokens import (
     TokenWindows,
@@ -74,9 +81,24 @@ from compot_deploy.tokens import (
 )
 from compot_deploy.weights import DENSE, CompressedModel, Dense, Matrix, Storage
 from compot_deploy.whiten import whiten
-from compot_deploy.workspace import block_file, facts_file, kept_when_interrupted, targets_of, work_folder
+from compot_deploy.workspace import (
+    block_file,
+    facts_file,
+    importance_file,
+    kept_when_interrupted,
+    rival_file,
+    targets_of,
+    unquantized_file,
+    work_folder,
+)
 
 RECIPE: Final = "compot/recipe.toml"
+
+SPLIT_WEIGHTS: Final = 2**30
+"""Linears of more weights are judged without the factors before quantization: these are one more model in memory,
+4 bytes a weight."""
+
+_LARGEST_HALF: Final = 6e4
 
 
 @dataclass(frozen=True)
@@ -89,6 +111,12 @@ class Compression:
         facts: one per linear, in block order.
         calibration: the windows that were used.
         notes: facts about the run that a report must state.
+        unquantized: the factorised linears before quantization, multiplied out; None if not kept.
+        unquantized_absent: why they were not kept.
+        frontier: loss predicted against bytes, where a knapsack planned.
+        effects: what a unit of squared error of each linear costs, where a knapsack planned.
+        rival: the same factors through GPTQ, where another quantizer is compared with it.
+        importance: linear to the diagonal of its Gram relative to its mean, shape (in,); for formats that round.
     """
 
     model: CompressedModel
@@ -96,6 +124,12 @@ class Compression:
     facts: tuple[LinearFacts, ...]
     calibration: TokenWindows
     notes: tuple[str, ...]
+    unquantized: Mapping[str, Matrix] | None = None
+    unquantized_absent: str = ""
+    frontier: Frontier | None = None
+    effects: Mapping[str, float] = field(default_factory=dict)
+    rival: Mapping[str, Matrix] | None = None
+    importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def deploy(model: str | None = None, *, progress: Progress = silent, **knobs: Any) -> tuple[Deployment, ...]:
@@ -118,6 +152,7 @@ def deploy(model: str | None = None, *, progress: Progress = silent, **knobs: An
 
 def run(recipe: Recipe, progress: Progress = silent) -> tuple[Deployment, ...]:
     """Everything, from a recipe: check what can be checked, compress, then export and judge each format."""
+    check_quantizer(recipe)
     checkpoint = open_checkpoint(recipe.model or MODEL, allow_pickle=recipe.allow_pickle)
     targets = targets_of(recipe)
     for kind, target in targets.items():
@@ -151,7 +186,8 @@ def compress(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progr
     stream: BlockStream | None = None
     for layer in range(checkpoint.layers):
         progress(layer, checkpoint.layers, label)
-        if not block_file(work, layer).exists():
+        finished = (block_file, importance_file, unquantized_file)
+        if not all(path(work, layer).exists() for path in finished):
             if stream is None:
                 stream = BlockStream(checkpoint, windows, device=device_of(recipe), dtype=recipe.dtype)
                 for done in range(layer):
@@ -170,8 +206,37 @@ def compress(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progr
         for entry in json.loads(facts_file(work, layer).read_text())
     )
     model = _model(recipe, checkpoint, files, work)
+    rival: Mapping[str, Matrix] | None = None
+    if rival_of(recipe) is not None:
+        numbers = {block_file(work, layer): layer for layer in range(checkpoint.layers)}
+        beside = {name: rival_file(work, numbers[path]) for name, path in files.items()}
+        rival = StoredMatrices({**beside, **_compress_tables(recipe, checkpoint, work)})
     notes = (*planned.notes, *_notes(windows, facts))
-    return Compression(model, allocation, facts, windows, notes)
+    kept = _keeps_unquantized(checkpoint)
+    return Compression(
+        model,
+        allocation,
+        facts,
+        windows,
+        notes,
+        rival=rival,
+        importance=_importance(checkpoint, work),
+        unquantized=StoredMatrices(
+            {
+                name: unquantized_file(work, layer)
+                for layer in range(checkpoint.layers)
+                for path in checkpoint.architecture.linears
+                if allocation.choices[
+                    name := f"{checkpoint.architecture.block_path(layer)}.{path}"
+                ].factorized
+            }
+        )
+        if kept
+        else None,
+        unquantized_absent=""
+        if kept
+        else f"a model of more than {SPLIT_WEIGHTS:,} weights would be in memory once more for it",
+    )
 
 
 def _compress_as_planned(
@@ -203,7 +268,19 @@ def _compress_as_planned(
         *_notes(drafted.task.windows, outcome.facts),
     )
     allocation = Allocation(ordered, outcome.plan.budget)
-    return Compression(model, allocation, outcome.facts, drafted.task.windows, notes)
+    return Compression(
+        model,
+        allocation,
+        outcome.facts,
+        drafted.task.windows,
+        notes,
+        importance=importances(drafted.task),
+        unquantized_absent="the plan's factors were made on their grids and never existed without"
+        if any(isinstance(entry.candidate.form, Joint) for entry in outcome.plan.chosen)
+        else "the plan factorises no linear",
+        frontier=frontier_of(drafted, outcome.plan, recipe.budget),
+        effects=drafted.effects,
+    )
 
 
 def draft(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progress = silent) -> Draft:
@@ -271,17 +348,54 @@ def _compress_block(
     device = device_of(recipe)
     grams = stream.advance(layer)
     matrices: dict[str, Matrix] = {}
+    unquantized: dict[str, Matrix] = {}
+    beside: dict[str, Matrix] = {}
+    rival = rival_of(recipe)
     facts = []
     for shared in checkpoint.architecture.inputs:
         whitening = whiten(grams[shared.name].matrix.to(device))
         for path in shared.linears:
             name = f"{block}.{path}"
             weight = checkpoint.weight(name).float().to(device)
-            result = compress_linear(weight, whitening, allocation.choices[name], recipe)
+            choice = allocation.choices[name]
+            factors = factorize_linear(weight, whitening, choice, recipe)
+            result = quantize_linear(weight, whitening, choice, recipe, factors)
             matrices[name] = result.matrix
+            if result.unquantized is not None:
+                unquantized[name] = _halved(result.unquantized)
+            if rival is not None:
+                beside[name] = quantize_linear(weight, whitening, choice, rival, factors).matrix
             facts.append(asdict(result.facts))
+    write_tensors(
+        importance_file(work, layer), {name: importance(gram.matrix) for name, gram in grams.items()}, {}
+    )
     write_text(facts_file(work, layer), json.dumps(facts, indent=1))
+    if rival is not None:
+        save_matrices(rival_file(work, layer), beside)
+    save_matrices(unquantized_file(work, layer), unquantized if _keeps_unquantized(checkpoint) else {})
     save_matrices(block_file(work, layer), matrices)
+
+
+def _importance(checkpoint: Checkpoint, work: Path) -> dict[str, torch.Tensor]:
+    """How much each input of every linear matters, as the work folder holds it."""
+    architecture = checkpoint.architecture
+    return {
+        f"{architecture.block_path(layer)}.{path}": stored[shared.name]
+        for layer in range(checkpoint.layers)
+        for stored in (load_file(importance_file(work, layer)),)
+        for shared in architecture.inputs
+        for path in shared.linears
+    }
+
+
+def _keeps_unquantized(checkpoint: Checkpoint) -> bool:
+    names = checkpoint.architecture.linear_names(checkpoint.layers)
+    return sum(math.prod(shape_of(checkpoint, name)) for name in names) <= SPLIT_WEIGHTS
+
+
+def _halved(matrix: Dense) -> Dense:
+    """In 16 bits on disk: that rounds by 1e-7 of the power, and factorisation loses 1e-3 and more."""
+    return Dense(matrix.weight.half()) if float(matrix.weight.abs().max()) < _LARGEST_HALF else matrix
 
 
 def _compress_tables(recipe: Recipe, checkpoint: Checkpoint, work: Path) -> dict[str, Path]:
@@ -320,6 +434,14 @@ def allocate(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, progress:
         RecipeError: a ratio that cannot be met, saying which can.
     """
     names = checkpoint.architecture.linear_names(checkpoint.layers)
+    if recipe.method == "plain":
+        sized = {
+            name: Plain(recipe.dictionary_grid).bytes(*shape_of(checkpoint, name), storage) for name in names
+        }
+        plain = {name: Choice(name, 0, DENSE, size, size) for name, size in sized.items()}
+        return Plan(
+            Allocation(plain, sum(sized.values())), recipe, ("nothing was factorised: --method plain",)
+        )
     spectral = recipe.allocator == "spectral"
     sizes = []
     for number, name in enumerate(names):
@@ -345,7 +467,7 @@ def allocate(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, progress:
         return Plan(attempt(recipe), recipe)
     except RecipeError:
         finer = DEFAULT_GROUP // 2
-        if recipe.code_group is not None or recipe.code_grid is None:
+        if recipe.code_group is not None or recipe.code_grid is None or recipe.code_grid.table:
             raise
         recipe = override(recipe, code_group=finer)
         note = f"groups of {DEFAULT_GROUP} atoms are too coarse for this ratio: codes use groups of {finer}"
@@ -362,11 +484,14 @@ def _export(
     progress: Progress,
 ) -> Deployment:
     exporter = EXPORTERS[kind]
-    options = exporter.options(asdict(recipe))
+    options = exporter.options(
+        asdict(recipe)
+        | {"importance": compression.importance, "provenance": _provenance(recipe, compression.calibration)}
+    )
     storage = exporter.storage(options)
     with staged_folder(target, recipe.force) as folder:
         progress(0, 1, f"Write {kind}")
-        exporter.write(compression.model, folder, options)
+        differences = exporter.write(compression.model, folder, options) or ()
         progress(1, 1, f"Write {kind}")
         (folder / EVALUATION).parent.mkdir(exist_ok=True)
         write_text(folder / EVALUATION, evaluation_json(evaluation))
@@ -388,19 +513,46 @@ def _export(
                     facts={
                         "source": checkpoint.fingerprint,
                         "calibration": compression.calibration.source,
-                        "notes": list(compression.notes),
+                        "calibration_windows": len(compression.calibration.windows),
+                        "calibration_tokens": sum(map(len, compression.calibration.windows)),
+                        "notes": [*compression.notes, *(fact.rstrip(".") for fact in differences)],
                         "linears": [asdict(fact) for fact in compression.facts],
+                        "frontier": None if compression.frontier is None else asdict(compression.frontier),
+                        "effects": dict(compression.effects),
                     },
                 ),
             ),
         )
         report = judge_folder(
-            folder, manifest, compression.model, checkpoint, evaluation, gate_of(recipe), progress
+            folder,
+            manifest,
+            model,
+            checkpoint,
+            evaluation,
+            gate_of(recipe),
+            progress,
+            artifact=target.resolve().name,
+            unquantized=compression.unquantized,
+            unquantized_absent=compression.unquantized_absent,
+            rival=compression.rival,
         )
         write_report(folder, report, manifest)
     if recipe.archive:
         write_archive(target, recipe.force)
     return Deployment(target, report)
+
+
+def _provenance(recipe: Recipe, calibration: TokenWindows) -> dict[str, str]:
+    """What a file that stands alone says about where it comes from; the same run writes the same bytes."""
+    places = ("out", "force", "archive")
+    knobs = {
+        name: value for name, value in asdict(recipe).items() if name not in places and value is not None
+    }
+    return {
+        "recipe": json.dumps(knobs, sort_keys=True),
+        "calibration": calibration.digest,
+        "version": __version__,
+    }
 
 
 def _rounds(kind: str, options: Any) -> bool:

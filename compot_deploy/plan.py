@@ -507,7 +507,7 @@ def form_from_data(data: Mapping[str, Any]) -> Form:
     """Read what `form_to_data` wrote."""
 
     def grid(value: Sequence[int] | None) -> Grid | None:
-        return None if value is None else Grid(*value)
+        return None if value is None else Grid(value[0], value[1])
 
     if "plain" in data:
         return Plain(grid(data["plain"]))

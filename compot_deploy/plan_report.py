@@ -20,10 +20,12 @@ from compot_deploy.plan import (
     smallest_bytes,
 )
 from compot_deploy.planning import Draft
+from compot_deploy.report_facts import Frontier, FrontierPoint
 from compot_deploy.weights import Grid
 
 _PLAIN_INT4: Final = Plain(Grid(4, 32))
 _POINTS: Final = 32
+_REPORT_POINTS: Final = 20
 
 
 @dataclass(frozen=True)
@@ -166,11 +168,39 @@ def plot(planned: Planned, path: Path) -> None:
     temporary.replace(path)
 
 
-def _frontier(planned: Planned, curves: Sequence[Curve]) -> tuple[Plan, ...]:
+def frontier_of(draft: Draft, taken: Plan, counts: str) -> Frontier:
+    """The figures of the plot, for a report: predicted loss against bytes, and the plan that was taken.
+
+    Args:
+        draft: curves and effects.
+        taken: the plan that was carried out.
+        counts: ``file`` or ``memory``, what the bytes are.
+    """
+    planned = Planned("", draft)
+
+    def point(plan: Plan) -> FrontierPoint:
+        return FrontierPoint(plan.bytes, plan.bytes * 8 / planned.weights, plan.loss)
+
+    def points(curves: Sequence[Curve]) -> tuple[FrontierPoint, ...]:
+        if not all(all(curve.alone) for curve in curves):
+            return ()
+        return tuple(point(plan) for plan in _frontier(planned, curves, _REPORT_POINTS))
+
+    return Frontier(
+        counts=counts,
+        budget=draft.plans[0].budget,
+        weights=planned.weights,
+        chosen=point(taken),
+        all_forms=points(draft.curves),
+        plain=points([curve.only(lambda form: isinstance(form, Plain)) for curve in draft.curves]),
+    )
+
+
+def _frontier(planned: Planned, curves: Sequence[Curve], count: int = _POINTS) -> tuple[Plan, ...]:
     """Plans from the smallest size to twice the chosen one."""
     low = smallest_bytes(curves)
     high = max(2 * planned.plan.bytes, low + 1)
-    budgets = [low + (high - low) * step // (_POINTS - 1) for step in range(_POINTS)]
+    budgets = [low + (high - low) * step // (count - 1) for step in range(count)]
     return frontier(curves, planned.draft.effects, budgets)
 
 

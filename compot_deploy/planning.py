@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compot_deploy.architectures import SharedInput
-from compot_deploy.calibrate import BlockStream
+from compot_deploy.calibrate import BlockStream, importance
 from compot_deploy.candidates import VERSION, Search, curve, forms, realize
 from compot_deploy.checkpoint import Checkpoint
 from compot_deploy.compress import LinearFacts
@@ -157,6 +157,15 @@ def collect_grams(task: Task) -> None:
                 _gram_file(task.work, layer), {name: gram.matrix for name, gram in grams.items()}, {}
             )
     task.progress(layers, layers, label)
+
+
+def importances(task: Task) -> dict[str, Float[Tensor, " inputs"]]:
+    """How much each input of every linear matters, from the Grams in the work folder."""
+    return {
+        name: importance(load_file(_gram_file(task.work, layer))[shared.name])
+        for layer, shared in task.inputs
+        for name in task.names(layer, shared)
+    }
 
 
 def measure_curves(task: Task) -> tuple[Curve, ...]:

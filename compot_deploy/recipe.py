@@ -21,7 +21,7 @@ if sys.version_info >= (3, 11):
 else:  # pragma: no cover - Python 3.10 only
     import tomli as tomllib
 
-Quant = Literal["none", "int8", "int4"]
+Quant = Literal["none", "int8", "int4", "nf4", "fp4"]
 Precision = Literal["none", "int8", "int4"]
 
 
@@ -47,7 +47,9 @@ class Recipe:
     )
 
     # Size
-    quant: Quant = _knob("int4", "precision of dictionaries and codes", group="size")
+    quant: Quant = _knob(
+        "int4", "precision of dictionaries and codes; nf4 and fp4 are bitsandbytes' tables", group="size"
+    )
     ratio: float = _knob(
         0.2,
         "how much smaller the linears become than the same linears stored dense at the same precision",
@@ -61,7 +63,9 @@ class Recipe:
         group="size",
     )
     size: str | None = _knob(
-        None, "budget instead of --ratio: size of the whole output, 400MB for example", group="size"
+        None,
+        "budget instead of --ratio: size of the whole output but report.html, 400MB for example",
+        group="size",
     )
     budget: Literal["file", "memory"] = _knob(
         "file",
@@ -87,13 +91,17 @@ class Recipe:
     )
 
     # Method
-    method: Literal["compot", "svd-llm"] = _knob("compot", "how a matrix is factorised")
+    method: Literal["compot", "svd-llm", "plain"] = _knob(
+        "compot", "how a matrix is factorised; plain only quantizes, whatever the ratio"
+    )
     allocation: Literal["auto", "knapsack", "uniform", "spectral"] = _knob(
         "auto",
         "how the budget is spread over the matrices: knapsack weighs measured forms of each by what they cost "
         "the model; spectral and uniform count atoms; auto is knapsack with --bits or --size, else spectral",
     )
-    quantizer: Literal["gptq", "rtn"] = _knob("gptq", "how factors are quantized")
+    quantizer: Literal["gptq", "rtn", "bnb"] = _knob(
+        "gptq", "how factors are quantized; bnb is bitsandbytes, with --quant nf4, fp4 or int8"
+    )
     atoms_per_nonzero: float = _knob(
         2.0, "k/s: atoms in a dictionary per non-zero in a column of the codes (paper: 2)", unit="ratio"
     )
@@ -140,7 +148,9 @@ class Recipe:
         group="output",
     )
     gguf_type: str = _knob(
-        "auto", "GGUF, dense layout: ggml type of the linears, Q4_K for example", group="output"
+        "auto",
+        "GGUF, dense layout: ggml type of the linears, Q4_K or IQ3_XXS for example, rounded with importance weights",
+        group="output",
     )
     archive: bool = _knob(
         False, "also write the folder as one zip file beside it, for transport", group="output"
@@ -164,6 +174,12 @@ class Recipe:
     )
     min_top1: float | None = _knob(
         None, "gate: share of positions with the original's most likely token", unit="fraction", group="gate"
+    )
+    min_cosine: float = _knob(
+        0.9,
+        "gate for encoders and other models that are traced: mean cosine of embeddings to the original's",
+        unit="cosine",
+        group="gate",
     )
     max_export_nmse: float = _knob(
         1e-4,
@@ -199,12 +215,10 @@ class Recipe:
         """
         if self.size is None:
             return None
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?)?B?\s*", self.size, re.IGNORECASE)
-        if match is None or not float(match[1]) > 0:
+        size = size_in_bytes(self.size)
+        if size is None:
             raise RecipeError(f"--size {self.size}: give a number and a unit, 400MB or 1.5GiB for example.")
-        unit = (match[2] or "").lower()
-        base = 1024 if unit.endswith("i") else 1000
-        return int(float(match[1]) * base ** " kmg".index(unit[:1] or " "))
+        return size
 
     # -- grids ---------------------------------------------------------------------------------------
 
@@ -229,6 +243,8 @@ class Recipe:
     def _grid(self, bits: int | None, group: int | None) -> Grid | None:
         if self.quant == "none":
             return None
+        if self.quant == "nf4" or self.quant == "fp4":
+            return Grid(4, group or DEFAULT_GROUP, self.quant)
         return Grid(bits or int(self.quant.removeprefix("int")), group or DEFAULT_GROUP)
 
     # -- validation ----------------------------------------------------------------------------------
@@ -268,6 +284,8 @@ class Recipe:
                 f"--atoms-per-nonzero {self.atoms_per_nonzero:g}: a column cannot use more atoms than there are; "
                 "give 1 (dense codes) or more."
             )
+        if self.method == "plain" and self.planned:
+            raise RecipeError("--method plain has nothing to plan: leave --bits and --size out.")
         if self.code_pattern != "column" and (self.atoms_per_nonzero != 2 or self.method == "svd-llm"):
             other = "--method svd-llm" if self.method == "svd-llm" else "--atoms-per-nonzero"
             raise RecipeError(
@@ -282,6 +300,7 @@ class Recipe:
                 raise RecipeError(
                     f"--{name.replace('_', '-')} {bits} contradicts --quant none: leave one out."
                 )
+        self._check_quantizer()
         for name in ("dictionary_group", "code_group"):
             group = getattr(self, name)
             if group is not None and (group < 16 or group > 256 or group & (group - 1)):
@@ -299,8 +318,34 @@ class Recipe:
                 raise RecipeError(f"--{name.replace('_', '-')} {limit}: a limit cannot be negative or NaN.")
         if self.min_top1 is not None and not 0 <= self.min_top1 <= 1:
             raise RecipeError(f"--min-top1 {self.min_top1}: give a fraction between 0 and 1.")
+        if not -1 <= self.min_cosine <= 1:
+            raise RecipeError(f"--min-cosine {self.min_cosine}: give a number between -1 and 1.")
         if not self.format:
             raise RecipeError("--format: give at least one format.")
+
+    def _check_quantizer(self) -> None:
+        table = self.quant in ("nf4", "fp4")
+        if table and self.quantizer != "bnb":
+            raise RecipeError(
+                f"--quant {self.quant} is a table of bitsandbytes, which --quantizer {self.quantizer} does not know: "
+                "add --quantizer bnb."
+            )
+        if self.quantizer != "bnb":
+            return
+        if self.quant not in ("nf4", "fp4", "int8"):
+            raise RecipeError(
+                f"--quantizer bnb: bitsandbytes has nf4, fp4 and int8, not {self.quant}; add --quant nf4."
+            )
+        if self.planned:
+            raise RecipeError(
+                "--quantizer bnb: a plan chooses among integer grids, which bitsandbytes does not have; give a "
+                "--ratio instead of --bits, --size or --allocation knapsack."
+            )
+        for name in ("dictionary_bits", "code_bits"):
+            if getattr(self, name) is not None:
+                raise RecipeError(f"--{name.replace('_', '-')} contradicts --quantizer bnb: leave one out.")
+        if table and 16 in (self.dictionary_group, self.code_group):
+            raise RecipeError(f"--quant {self.quant}: bitsandbytes has blocks of 32 and more, not 16.")
 
     # -- TOML ----------------------------------------------------------------------------------------
 
@@ -337,6 +382,16 @@ class Recipe:
 
 DEFAULT_GROUP: Final = 32
 """Inputs per scale: the finest that every runtime runs fast, 0.5 bit per weight."""
+
+
+def size_in_bytes(text: str) -> int | None:
+    """``400MB`` or ``1.5GiB`` in bytes; None for what is no size above 0."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?)?B?\s*", text, re.IGNORECASE)
+    if match is None or not float(match[1]) > 0:
+        return None
+    unit = (match[2] or "").lower()
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(match[1]) * base ** " kmg".index(unit[:1] or " "))
 
 
 def recipe_from_mapping(values: Mapping[str, Any], origin: str) -> Recipe:

@@ -9,20 +9,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import types
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 from xml.etree import ElementTree
 
-from compot_deploy.accuracy import AccuracyReport, GreedyMatch, Loss
+from compot_deploy.accuracy import AccuracyReport, GreedyMatch, Loss, shown
 from compot_deploy.errors import InputError
 from compot_deploy.findings import Finding, errors
 from compot_deploy.measures import METRICS_VERSION, Estimate
+from compot_deploy.report_facts import Frontier, LayerFigures, Origin
 
 SCHEMA_VERSION: Final = 1
 """Raised when a field of report.json changes its meaning or disappears; a new field does not raise it."""
+
+SCHEMA_MINOR: Final = 1
+"""Raised with every field that is added: a report without this field has 0, and lacks what came with 1."""
 
 ABSENT: Final = "—"
 """Stands in a table where nothing was or could be measured."""
@@ -40,6 +44,10 @@ class Sizes:
         fp16: all weights at 16 bits.
         transport: the artifact compressed for transport, where that was measured.
         memory: weights in memory after loading, where that is known.
+        memory_int4: the same weights in memory with every linear plain int4.
+        memory_int8: the same with plain int8.
+        linears: bytes of the linears alone, in the file.
+        linear_weights: how many weights they have.
     """
 
     artifact: int
@@ -49,6 +57,25 @@ class Sizes:
     fp16: int
     transport: int | None = None
     memory: int | None = None
+    memory_int4: int | None = None
+    memory_int8: int | None = None
+    linears: int | None = None
+    linear_weights: int | None = None
+
+
+@dataclass(frozen=True)
+class Rival:
+    """The same factors in as many bytes, quantized by another quantizer: what the choice of quantizer costs.
+
+    Attributes:
+        name: quantizer and grid, ``gptq int4/g32``.
+        bytes: of the weights.
+        loss: its method loss.
+    """
+
+    name: str
+    bytes: int
+    loss: Loss
 
 
 @dataclass(frozen=True)
@@ -68,6 +95,11 @@ class Report:
         recipe: every knob of the run; plain JSON values.
         versions: of the libraries that took part.
         schema_version: layout of this report.
+        schema_minor: fields that were added to it since.
+        layers: one entry per matrix, in block order.
+        frontier: what a plan could have chosen; None where nothing was planned.
+        origin: calibration and provenance.
+        rival: the same factors through GPTQ, where another quantizer was chosen; None otherwise.
     """
 
     model: str
@@ -82,6 +114,11 @@ class Report:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+    schema_minor: int = SCHEMA_MINOR
+    layers: tuple[LayerFigures, ...] = ()
+    frontier: Frontier | None = None
+    origin: Origin = field(default_factory=Origin)
+    rival: Rival | None = None
 
     @property
     def passed(self) -> bool:
@@ -229,12 +266,12 @@ def to_junit(report: Report) -> str:
     suite = ElementTree.SubElement(
         suites,
         "testsuite",
-        name=_printable(f"compot-deploy: {report.artifact}"),
+        name=printable(f"compot-deploy: {report.artifact}"),
         tests=str(len(report.accuracy.gate.criteria) + len(report.findings)),
         failures=str(failures),
         errors="0",
         skipped="0",
-        timestamp=_printable(report.created),
+        timestamp=printable(report.created),
     )
     properties = ElementTree.SubElement(suite, "properties")
     for name, value in (
@@ -243,40 +280,38 @@ def to_junit(report: Report) -> str:
         ("artifact_bytes", str(report.sizes.artifact)),
         ("metrics_version", str(report.accuracy.metrics_version)),
     ):
-        ElementTree.SubElement(properties, "property", name=name, value=_printable(value))
+        ElementTree.SubElement(properties, "property", name=name, value=printable(value))
     for criterion in report.accuracy.gate.criteria:
         case = ElementTree.SubElement(
-            suite, "testcase", classname="compot_deploy.gate", name=_printable(criterion.name), time="0"
+            suite, "testcase", classname="compot_deploy.gate", name=printable(criterion.name), time="0"
         )
         tag = "system-out" if criterion.passed else "failure"
         detail = ElementTree.SubElement(case, tag)
-        detail.text = _printable(criterion.sentence)
+        detail.text = printable(criterion.sentence)
         if not criterion.passed:
-            detail.attrib.update(type="gate", message=_printable(criterion.sentence))
+            detail.attrib.update(type="gate", message=printable(criterion.sentence))
     for finding in report.findings:
         case = ElementTree.SubElement(
-            suite, "testcase", classname="compot_deploy.lint", name=_printable(finding.where), time="0"
+            suite, "testcase", classname="compot_deploy.lint", name=printable(finding.where), time="0"
         )
         failed = finding.severity == "error"
         detail = ElementTree.SubElement(case, "failure" if failed else "system-out")
-        detail.text = _printable(f"{finding.severity}: {finding.sentence}")
+        detail.text = printable(f"{finding.severity}: {finding.sentence}")
         if failed:
-            detail.attrib.update(type="lint", message=_printable(finding.sentence))
+            detail.attrib.update(type="lint", message=printable(finding.sentence))
     ElementTree.indent(suites)
     return (
         '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suites, encoding="unicode") + "\n"
     )
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Control characters and half characters as escapes: XML cannot hold them, a terminal would obey them."""
-    return "".join(f"\\x{ord(c):02x}" if _is_control(c) else c for c in text)
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
-def _is_control(character: str) -> bool:
-    if character in "\t\n":
-        return False
-    return unicodedata.category(character) in ("Cc", "Cs") or character in "\ufffe\uffff"
+_CONTROL: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+"""Of Unicode's categories Cc and Cs, without tab and newline, and what XML forbids besides."""
 
 
 # Tables
@@ -309,6 +344,7 @@ def tables(report: Report) -> tuple[Table, ...]:
         gate_table(report),
         size_table(report),
         loss_table(report),
+        choice_table(report),
         finding_table(report),
         text_table(report),
     )
@@ -320,8 +356,8 @@ def gate_table(report: Report) -> Table:
     rows = tuple(
         (
             criterion.name,
-            _figure(criterion.value),
-            f"{criterion.relation} {criterion.threshold:g}",
+            limit_figure(criterion.value),
+            f"{criterion.relation} {limit_figure(criterion.threshold)}",
             "passed" if criterion.passed else "FAILED",
         )
         for criterion in report.accuracy.gate.criteria
@@ -339,12 +375,17 @@ def size_table(report: Report) -> Table:
         ("plain int8, weights", sizes.plain_int8),
         ("fp16, weights", sizes.fp16),
         ("artifact, compressed for transport", sizes.transport),
+    ]
+    in_memory: list[tuple[str, int | None]] = [
         ("artifact, weights in memory", sizes.memory),
+        ("plain int4, weights in memory", sizes.memory_int4),
+        ("plain int8, weights in memory", sizes.memory_int8),
     ]
     rows = tuple(
-        (name, _bytes(count), f"{count:,}", _ratio(sizes.weights, count))
-        for name, count in entries
-        if count is not None
+        (name, readable_bytes(count), f"{count:,}", ratio(weights, count))
+        for weights, group in ((sizes.weights, entries), (sizes.memory, in_memory))
+        for name, count in group
+        if count is not None and weights is not None
     )
     return Table("Size", ("", "size", "bytes", "artifact's weights / this"), rows, report.facts)
 
@@ -352,14 +393,19 @@ def size_table(report: Report) -> Table:
 def loss_table(report: Report) -> Table:
     """The three losses side by side, the export twice, and the noise floor."""
     accuracy = report.accuracy
-    losses: tuple[Loss | None, ...] = (
-        accuracy.method,
-        accuracy.export_exact,
-        accuracy.export_shipped,
-        accuracy.total,
-        accuracy.noise,
-    )
-    figures = [None if loss is None else _figures(loss) for loss in losses]
+    columns: dict[str, Loss | None] = {}
+    if accuracy.factorization is not None:
+        columns = {"factorisation": accuracy.factorization, "quantization": accuracy.quantization}
+    columns["method"] = accuracy.method
+    if report.rival is not None:
+        columns[f"method, {report.rival.name}"] = report.rival.loss
+    columns |= {
+        "export, exact": accuracy.export_exact,
+        "export, shipped": accuracy.export_shipped,
+        "total": accuracy.total,
+        "noise floor": accuracy.noise,
+    }
+    figures = [None if loss is None else _figures(loss) for loss in columns.values()]
     names = tuple(_figures(accuracy.export_exact))
     rows = tuple(
         (name, *(ABSENT if column is None else column[name] for column in figures)) for name in names
@@ -373,14 +419,53 @@ def loss_table(report: Report) -> Table:
     ]
     if accuracy.reference_absent is not None:
         notes.append(f"No method and total loss: {accuracy.reference_absent}.")
-    columns = ("", "method", "export, exact", "export, shipped", "total", "noise floor")
-    return Table("Accuracy", columns, rows, tuple(notes))
+    elif accuracy.factorization is not None:
+        notes.append("The method loss is split: factorisation alone, then what quantization adds to it.")
+    rival = report.rival
+    if rival is not None:
+        notes.append(
+            f"{rival.name} is the same model with the same factors, quantized by {rival.name.split()[0]} instead, in "
+            f"{rival.bytes:,} bytes of weights; this one has {report.sizes.weights:,}."
+        )
+    return Table("Accuracy", ("", *columns), rows, tuple(notes))
+
+
+def choice_table(report: Report) -> Table:
+    """What was chosen for how many matrices, what that takes, and the error that it makes."""
+    groups: dict[str, list[LayerFigures]] = {}
+    for layer in report.layers:
+        groups.setdefault(kind_of(layer), []).append(layer)
+    rows = []
+    for kind, layers in sorted(groups.items()):
+        size = sum(layer.bytes for layer in layers)
+        weights = sum(layer.inputs * layer.outputs for layer in layers)
+        measured = [layer.error for layer in layers if layer.error is not None]
+        rows.append(
+            (
+                kind,
+                str(len(layers)),
+                readable_bytes(size),
+                f"{size * 8 / weights:.2f}",
+                figure(sum(measured) / len(measured)) if measured else ABSENT,
+                ratio(size, sum(layer.plain_int4_bytes for layer in layers)),
+            )
+        )
+    columns = ("form", "matrices", "size", "bits per weight", "mean error", "of plain int4")
+    notes = ("Error is relative, of a matrix's output on calibration text; scales count as bits.",)
+    return Table("Matrices", columns, tuple(rows), notes if rows else ())
+
+
+def kind_of(layer: LayerFigures) -> str:
+    """The form of a matrix without its sizes: what matrices are grouped by."""
+    if layer.kind == "factorized":
+        return "dictionary and codes"
+    return layer.choice
 
 
 def finding_table(report: Report) -> Table:
     """What the structural lint found."""
     rows = tuple(
-        (finding.severity, _printable(finding.where), _printable(finding.sentence))
+        (finding.severity, printable(finding.where), printable(finding.sentence))
         for finding in report.findings
     )
     return Table("Structure", ("severity", "where", "finding"), rows)
@@ -393,35 +478,42 @@ def text_table(report: Report) -> Table:
         voices: dict[str, list[str]] = {}
         for who, said in (
             ("original", text.reference),
+            ("factorised", text.factorized),
             ("compressed", text.compressed),
             ("exported, exact", text.exact),
             ("exported, as shipped", text.exported),
         ):
             if said is not None:
                 voices.setdefault(said, []).append(who)
-        rows += [(_printable(text.prompt), " = ".join(who), _printable(said)) for said, who in voices.items()]
+        rows += [(printable(text.prompt), " = ".join(who), printable(said)) for said, who in voices.items()]
     return Table("Greedy text", ("prompt", "model", "continuation"), tuple(rows))
 
 
-def to_markdown(report: Report) -> str:
-    """Verdict and tables as GitHub Markdown, for a model card or a job summary."""
+def to_markdown(report: Report, without: Sequence[str] = ()) -> str:
+    """Verdict and tables as GitHub Markdown, for a model card or a job summary.
+
+    Args:
+        report: to show.
+        without: titles of tables that are left out.
+    """
     blocks = [f"**{_markdown(verdict(report))}**"]
-    for table in tables(report):
-        lines = [
-            f"### {table.title}",
-            "",
-            _markdown_row(table.columns),
-            _markdown_row(
-                ["---"]
-                + ["---:" if table.title in ("Size", "Accuracy") else "---"] * (len(table.columns) - 1),
-                escape=False,
-            ),
-            *(_markdown_row(row) for row in table.rows),
-        ]
-        if table.notes:
-            lines += ["", *(f"- {_markdown(note)}" for note in table.notes)]
-        blocks.append("\n".join(lines))
+    blocks += [table_markdown(table) for table in tables(report) if table.title not in without]
     return "\n\n".join(blocks) + "\n"
+
+
+def table_markdown(table: Table) -> str:
+    """A table as GitHub Markdown, its title above it and its notes below."""
+    right = "---" if table.title in ("Gate", "Structure", "Greedy text") else "---:"
+    lines = [
+        f"### {table.title}",
+        "",
+        _markdown_row(table.columns),
+        _markdown_row(["---", *[right] * (len(table.columns) - 1)], escape=False),
+        *(_markdown_row(row) for row in table.rows),
+    ]
+    if table.notes:
+        lines += ["", *(f"- {_markdown(note)}" for note in table.notes)]
+    return "\n".join(lines)
 
 
 def _markdown_row(cells: Sequence[str], escape: bool = True) -> str:
@@ -430,7 +522,7 @@ def _markdown_row(cells: Sequence[str], escape: bool = True) -> str:
 
 def _markdown(text: str) -> str:
     """Text that Markdown shows as it is, in one line."""
-    text = _printable(text)
+    text = printable(text)
     for character in "\\`*_[]<>|#":
         text = text.replace(character, "\\" + character)
     return " ".join(text.split())
@@ -440,36 +532,43 @@ def _figures(loss: Loss) -> dict[str, str]:
     figures = loss.comparison
     divergence = figures.divergence
     return {
-        "perplexity, from": _estimate(figures.reference_perplexity),
-        "perplexity, to": _estimate(figures.candidate_perplexity),
-        "perplexity ratio": _estimate(figures.perplexity_ratio),
-        "KL divergence, mean [nats]": _estimate(divergence.mean),
-        "KL divergence, median": _figure(divergence.median),
-        "KL divergence, p90": _figure(divergence.p90),
-        "KL divergence, p99": _figure(divergence.p99),
-        "KL divergence, largest": _figure(divergence.maximum),
-        "same top token": _percent(figures.top1_agreement),
-        "logit NMSE": _figure(figures.nmse),
-        "largest logit difference": _figure(figures.largest_difference),
+        "perplexity, from": estimate(figures.reference_perplexity),
+        "perplexity, to": estimate(figures.candidate_perplexity),
+        "perplexity ratio": estimate(figures.perplexity_ratio),
+        "KL divergence, mean [nats]": estimate(divergence.mean),
+        "KL divergence, median": figure(divergence.median),
+        "KL divergence, p90": figure(divergence.p90),
+        "KL divergence, p99": figure(divergence.p99),
+        "KL divergence, largest": figure(divergence.maximum),
+        "same top token": percent(figures.top1_agreement),
+        "logit NMSE": figure(figures.nmse),
+        "largest logit difference": figure(figures.largest_difference),
         "non-finite logits": str(figures.nonfinite_reference + figures.nonfinite_candidate),
-        "same greedy tokens": _greedy(loss.greedy),
+        "same greedy tokens": greedy_matches(loss.greedy),
     }
 
 
-def _greedy(matches: Sequence[GreedyMatch]) -> str:
+def greedy_matches(matches: Sequence[GreedyMatch]) -> str:
+    """How much of the greedy continuations is the same."""
     if not matches:
         return ABSENT
     shared, length = sum(match.common_prefix for match in matches), sum(match.length for match in matches)
     return f"{shared}/{length}, {sum(match.equal for match in matches)} of {len(matches)} texts"
 
 
-def _figure(value: float) -> str:
+def figure(value: float) -> str:
+    """Three digits."""
     return f"{value:.3g}" if math.isfinite(value) else ABSENT
 
 
-def _estimate(estimate: Estimate) -> str:
+def limit_figure(value: float) -> str:
+    """A value or a limit of the gate; absent where nothing was measured."""
+    return shown(value) if math.isfinite(value) else ABSENT
+
+
+def estimate(measured: Estimate) -> str:
     """As many decimals as the standard error justifies: two of its digits."""
-    value, error = estimate.value, estimate.standard_error
+    value, error = measured.value, measured.standard_error
     if not math.isfinite(value):
         return ABSENT
     if not math.isfinite(error):
@@ -484,14 +583,15 @@ def _estimate(estimate: Estimate) -> str:
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
-def _percent(estimate: Estimate) -> str:
-    if not math.isfinite(estimate.value):
+def percent(measured: Estimate) -> str:
+    """A fraction with its standard error."""
+    if not math.isfinite(measured.value):
         return ABSENT
-    error = f" ± {100 * estimate.standard_error:.2f}" if math.isfinite(estimate.standard_error) else ""
-    return f"{100 * estimate.value:.2f}{error} %"
+    error = f" ± {100 * measured.standard_error:.2f}" if math.isfinite(measured.standard_error) else ""
+    return f"{100 * measured.value:.2f}{error} %"
 
 
-def _bytes(count: int) -> str:
+def readable_bytes(count: int) -> str:
     """Decimal units, three digits; gigabytes with two decimals."""
     value = float(count)
     for unit in ("B", "kB", "MB"):
@@ -501,5 +601,6 @@ def _bytes(count: int) -> str:
     return f"{value:,.2f} GB"
 
 
-def _ratio(count: int, of: int) -> str:
+def ratio(count: int, of: int) -> str:
+    """One number in per cent of another."""
     return f"{100 * count / of:.1f} %" if of else ABSENT

@@ -461,7 +461,45 @@ def llama_runner(folder: Path, *, exact: bool = False, threads: int = 0) -> Runn
     return LlamaRunner(folder, exact=exact, threads=threads)
 
 
-RUNNERS: Final[Mapping[str, RunnerFactory]] = MappingProxyType({"onnx": onnx_runner, "gguf": llama_runner})
+def huggingface_runner(folder: Path, *, exact: bool = False, threads: int = 0) -> TorchRunner:
+    """An exported Hugging Face folder in transformers, in float32.
+
+    Packed factors are computed exactly as they are; only bitsandbytes' own modules, which a plain model may
+    consist of, round activations, and `exact` multiplies them out.
+
+    The folder is loaded as a user would, by the Auto class, but no code of it is run: see
+    `compot_deploy.huggingface.layout.read_config`.
+
+    Raises:
+        ArtifactError: files and configuration disagree, or point elsewhere.
+    """
+    import transformers
+
+    from compot_deploy.exporters.huggingface import EXPORTER, is_bnb
+    from compot_deploy.exporters.huggingface_bnb import dequantized
+    from compot_deploy.huggingface.layout import read_config
+    from compot_deploy.quant import require_bitsandbytes
+
+    plain = is_bnb(folder)
+    if plain:
+        require_bitsandbytes()
+        EXPORTER.read_model(folder)  # refuses what is not as we write it
+    else:
+        read_config(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
+    if plain:
+        how = "bitsandbytes multiplied out" if exact else "bitsandbytes"
+        return TorchRunner(
+            dequantized(model) if exact else model, f"transformers {transformers.__version__}, {how}"
+        )
+    return TorchRunner(model.unpack(), f"transformers {transformers.__version__}, packed factors")
+
+
+RUNNERS: Final[Mapping[str, RunnerFactory]] = MappingProxyType(
+    {"onnx": onnx_runner, "gguf": llama_runner, "huggingface": huggingface_runner}
+)
 """Kind of artifact → the function that opens it."""
 
 

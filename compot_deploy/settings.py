@@ -15,13 +15,18 @@ from compot_deploy.candidates import Search
 from compot_deploy.checkpoint import Checkpoint, checkpoint_shape
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
+from compot_deploy.exporters.gguf_storage import ProductStorage
+from compot_deploy.exporters.gguf_tokenizer import tokenizer_bytes as gguf_tokenizer_bytes
 from compot_deploy.plan import GridChoice, Plain
-from compot_deploy.recipe import DEFAULT_GROUP, Recipe
+from compot_deploy.quant import require_bitsandbytes
+from compot_deploy.recipe import DEFAULT_GROUP, Recipe, override
 from compot_deploy.weights import Grid, Pattern, Storage
 
-_BYTES_PER_LINEAR: Final = 2700
-_RECORDS: Final = 29_000
-"""About what graph and manifest take for a linear, and report, card and configuration once."""
+_BYTES_PER_LINEAR: Final = 3600
+_BYTES_PER_GGUF_LINEAR: Final = 1900
+_RECORDS: Final = 40_000
+"""About what graph, manifest and report.json take for a linear, and card, configuration and frontier once; the page
+report.html, which nobody ships, does not count."""
 _BYTES_PER_EVALUATION_TOKEN: Final = 5
 
 
@@ -34,6 +39,10 @@ def check_groups(recipe: Recipe, checkpoint: Checkpoint) -> None:
         RecipeError: names the linear and a size that works.
     """
     group = recipe.dictionary_group
+    if group is None and recipe.dictionary_grid is not None and recipe.dictionary_grid.table:
+        group = (
+            recipe.dictionary_grid.group
+        )  # bitsandbytes' blocks must not cross from one output to the next
     if group is None or recipe.quant == "none":
         return
     for name in checkpoint.architecture.linear_names(checkpoint.layers):
@@ -42,6 +51,23 @@ def check_groups(recipe: Recipe, checkpoint: Checkpoint) -> None:
             fitting = [size for size in (16, 32, 64, 128, 256) if inputs % size == 0]
             hint = f"Use {' or '.join(map(str, fitting))}." if fitting else "Leave --dictionary-group out."
             raise RecipeError(f"{name}: {inputs} inputs do not split into groups of {group}. {hint}")
+
+
+def check_quantizer(recipe: Recipe) -> None:
+    """Refuse a quantizer whose package is missing, before any work is done.
+
+    Raises:
+        MissingDependencyError: names the extra.
+    """
+    if recipe.quantizer == "bnb":
+        require_bitsandbytes()
+
+
+def rival_of(recipe: Recipe) -> Recipe | None:
+    """The recipe of what bitsandbytes is compared with: GPTQ on integers of the same bits and groups."""
+    if recipe.quantizer != "bnb":
+        return None
+    return override(recipe, quantizer="gptq", quant="int8" if recipe.quant == "int8" else "int4")
 
 
 def check_format(recipe: Recipe, checkpoint: Checkpoint, kind: str) -> None:
@@ -60,6 +86,27 @@ def check_format(recipe: Recipe, checkpoint: Checkpoint, kind: str) -> None:
     }
     exporter = EXPORTERS[kind]
     exporter.check(checkpoint.architecture, checkpoint.config, grids, exporter.options(asdict(recipe)))
+    _check_budget(recipe, checkpoint)
+
+
+def _check_budget(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Refuse a budget that a dense GGUF file cannot keep: it holds products, whatever the factors take."""
+    if not recipe.planned or recipe.quant == "none" or not isinstance(storage_of(recipe), ProductStorage):
+        return
+    if recipe.gguf_type != "auto":
+        raise RecipeError(
+            f"--gguf-type {recipe.gguf_type} decides the bytes of every linear, so --bits and --size have "
+            "nothing to choose: leave one of them out."
+        )
+    storage = storage_of(recipe)
+    budget = budget_of(recipe, checkpoint, storage, other_bytes(recipe, checkpoint))
+    names = checkpoint.architecture.linear_names(checkpoint.layers)
+    least = sum(storage.leaf_bytes(*shape_of(checkpoint, name), Grid(4, DEFAULT_GROUP)) for name in names)
+    if budget < least:
+        raise RecipeError(
+            f"{budget} bytes are too few for the linears of a dense GGUF file, in which factors are multiplied "
+            f"out: {least} is the least (Q4_0). Use --gguf-layout sparse, or allow more."
+        )
 
 
 def storage_of(recipe: Recipe) -> Storage:
@@ -105,6 +152,11 @@ def search_of(recipe: Recipe, checkpoint: Checkpoint) -> Search:
         )
     exporter = EXPORTERS[recipe.format[0]]
     options = exporter.options(asdict(recipe))
+    if isinstance(exporter.storage(options), ProductStorage):
+        # Factors are multiplied out: they would cost what the product costs, and finer grids as much as Q4_0.
+        return Search(
+            GridChoice(dict.fromkeys((4, 8), (DEFAULT_GROUP,))), rates=(), sparse=(), unquantized=True
+        )
 
     def takes(grid: Grid) -> bool:
         try:
@@ -172,9 +224,14 @@ def other_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
         for name in checkpoint.tensors
         if name not in matrices
     )
-    total += 4 * architecture.head_size(checkpoint.config) * checkpoint.context
-    total += sum(path.stat().st_size for path in checkpoint.folder.glob("*token*") if path.is_file())
-    total += _BYTES_PER_LINEAR * len(names) + _RECORDS
+    tokenizer = sum(path.stat().st_size for path in checkpoint.folder.glob("*token*") if path.is_file())
+    if recipe.format[0] == "gguf":
+        # No graph and no rotary tables; the tokenizer once more, inside the file.
+        total += tokenizer + gguf_tokenizer_bytes(checkpoint.folder, checkpoint.config)
+        total += _BYTES_PER_GGUF_LINEAR * len(names) + _RECORDS
+    else:
+        total += 4 * architecture.head_size(checkpoint.config) * checkpoint.context
+        total += tokenizer + _BYTES_PER_LINEAR * len(names) + _RECORDS
     return total + _BYTES_PER_EVALUATION_TOKEN * recipe.evaluation_tokens
 
 

@@ -108,7 +108,9 @@ def _put_leaf(key: str, leaf: Leaf, tensors: dict[str, Tensor]) -> dict[str, Any
             return {"kind": "dense", "key": key}
         case Quantized():
             tensors[f"{key}|integers"], tensors[f"{key}|scales"] = leaf.integers, leaf.scales
-            return {"kind": "quantized", "key": key, "bits": leaf.grid.bits, "group": leaf.grid.group}
+            grid = leaf.grid
+            stored = {"kind": "quantized", "key": key, "bits": grid.bits, "group": grid.group}
+            return stored if grid.codebook == "integer" else {**stored, "codebook": grid.codebook}
         case _:
             assert_never(leaf)
 
@@ -135,5 +137,5 @@ def _get_leaf(entry: Mapping[str, Any], reader: Any) -> Leaf:
     return Quantized(
         integers=reader.get_tensor(f"{entry['key']}|integers"),
         scales=reader.get_tensor(f"{entry['key']}|scales"),
-        grid=Grid(entry["bits"], entry["group"]),
+        grid=Grid(entry["bits"], entry["group"], entry.get("codebook", "integer")),
     )

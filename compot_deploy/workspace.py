@@ -28,6 +28,7 @@ _DOES_NOT_CHANGE_WEIGHTS: Final = frozenset(
         "max_perplexity_ratio",
         "max_kl",
         "min_top1",
+        "min_cosine",
         "max_export_nmse",
     )
 )
@@ -100,6 +101,21 @@ def block_file(work: Path, layer: int) -> Path:
     return work / f"block-{layer:04d}.safetensors"
 
 
+def importance_file(work: Path, layer: int) -> Path:
+    """How much each input of the linears of a block matters, by shared input."""
+    return work / f"importance-{layer:04d}.safetensors"
+
+
+def unquantized_file(work: Path, layer: int) -> Path:
+    """Factors of a block before quantization, multiplied out: only judging reads them."""
+    return work / f"unquantized-{layer:04d}.safetensors"
+
+
 def facts_file(work: Path, layer: int) -> Path:
     """What happened to the linears of a block."""
     return work / f"facts-{layer:04d}.json"
+
+
+def rival_file(work: Path, layer: int) -> Path:
+    """Matrices of a block through the quantizer that another one is compared with."""
+    return work / f"rival-{layer:04d}.safetensors"

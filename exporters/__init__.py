@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 from compot_deploy.architectures import Architecture
 from compot_deploy.exporters.gguf_folder import GgufExporter
+from compot_deploy.exporters.huggingface import HuggingFaceExporter
 from compot_deploy.exporters.onnx import OnnxExporter
 from compot_deploy.findings import Finding
 from compot_deploy.weights import CompressedModel, Grid, Matrix, Storage
@@ -44,8 +45,12 @@ class Exporter(Protocol):
         """Refuse what cannot be written, before any work is done for it."""
         ...
 
-    def write(self, model: CompressedModel, folder: Path, options: Any) -> None:
-        """Write every file but the manifest into an existing folder."""
+    def write(self, model: CompressedModel, folder: Path, options: Any) -> tuple[str, ...] | None:
+        """Write every file but the manifest into an existing folder.
+
+        Returns:
+            What a report must say about the files: everything that differs from what was asked.
+        """
         ...
 
     def read(self, folder: Path) -> Mapping[str, Matrix]:
@@ -61,5 +66,7 @@ class Exporter(Protocol):
         ...
 
 
-EXPORTERS: Final[Mapping[str, Exporter]] = MappingProxyType({"onnx": OnnxExporter(), "gguf": GgufExporter()})
+EXPORTERS: Final[Mapping[str, Exporter]] = MappingProxyType(
+    {"onnx": OnnxExporter(), "gguf": GgufExporter(), "huggingface": HuggingFaceExporter()}
+)
 """By the name that ``--format`` takes."""

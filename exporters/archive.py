@@ -8,6 +8,7 @@ and permissions fixed.
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO, cast
 
@@ -53,17 +54,24 @@ def check_archive(folder: Path, force: bool) -> None:
         raise InputError(f"{archive_path(folder)} exists already: choose another --out, or use --force.")
 
 
-def transport_bytes(folder: Path) -> int:
-    """Size of the archive that `write_archive` would make of the files as they are; nothing is written."""
+def transport_bytes(folder: Path, without: Collection[str] = ()) -> int:
+    """Size of the archive that `write_archive` would make of the files as they are; nothing is written.
+
+    Args:
+        folder: an exported folder.
+        without: paths inside it that do not count.
+    """
     stream = _Stream(None)
-    _zip(folder, stream)
+    _zip(folder, stream, without)
     return stream.end
 
 
-def _zip(folder: Path, file: _Stream) -> None:
+def _zip(folder: Path, file: _Stream, without: Collection[str] = ()) -> None:
     with zipfile.ZipFile(cast(IO[bytes], file), "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = path.relative_to(folder).as_posix()
+            if name in without:
+                continue
             entry = zipfile.ZipInfo(name, _EPOCH)
             entry.compress_type = zipfile.ZIP_DEFLATED
             entry.external_attr = 0o644 << 16

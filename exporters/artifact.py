@@ -65,6 +65,7 @@ _LIBRARIES: Final = (
     "onnxruntime",
     "onnxruntime-gpu",
     "xllamacpp",
+    "bitsandbytes",
 )
 
 _DISK_ERRORS: Final = {
@@ -229,6 +230,7 @@ class LeafRecord:
         group: inputs that share a scale; None for floating point.
         nonzeros: entries that are not zero.
         bytes: what it takes in the file, its scales included.
+        codebook: what an integer stands for, see `compot_deploy.weights.Codebook`.
     """
 
     inputs: int
@@ -237,6 +239,7 @@ class LeafRecord:
     group: int | None
     nonzeros: int
     bytes: int
+    codebook: str = "integer"
 
 
 @dataclass(frozen=True)
@@ -439,6 +442,7 @@ def _describe_leaf(leaf: Leaf, size: int) -> LeafRecord:
         group=grid.group if grid else None,
         nonzeros=int(torch.count_nonzero(values)),
         bytes=size,
+        codebook=grid.codebook if grid else "integer",
     )
 
 

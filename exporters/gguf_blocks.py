@@ -29,6 +29,11 @@ def block_type(grid: Grid) -> str:
     return "Q4_0" if grid.bits <= 4 else "Q8_0"
 
 
+def padded(inputs: int) -> int:
+    """Inputs rounded up to whole blocks."""
+    return -(-inputs // BLOCK) * BLOCK
+
+
 def check_group(grid: Grid, inputs: int) -> None:
     """Refuse a group that blocks of 32 cannot express.
 

@@ -22,23 +22,22 @@ from typing import Any, Final, cast, get_args
 from compot_deploy.architectures import Architecture, find_architecture
 from compot_deploy.checkpoint import TOKENIZER_FILES
 from compot_deploy.errors import ArtifactError, RecipeError
-from compot_deploy.exporters.gguf import GgufOptions, GgufStorage, Layout, read, write
+from compot_deploy.exporters import gguf_quantize
+from compot_deploy.exporters.gguf import (
+    GgufOptions,
+    GgufStorage,
+    Layout,
+    ProductStorage,
+    read,
+    write,
+)
 from compot_deploy.exporters.gguf_reader import read_header
 from compot_deploy.findings import Finding
-from compot_deploy.weights import DENSE, CompressedModel, Grid, Matrix, Pattern
+from compot_deploy.weights import CompressedModel, Grid, Matrix
 
 FILE: Final = "model.gguf"
 
 _CONFIGURATION: Final = ("config.json", "generation_config.json")
-
-
-@dataclass(frozen=True)
-class PlainStorage:
-    """Bytes of a leaf in a dense file: what llama.cpp's own types take."""
-
-    def leaf_bytes(self, rows: int, columns: int, grid: Grid | None, pattern: Pattern = DENSE) -> int:
-        """See `compot_deploy.weights.Storage.leaf_bytes`."""
-        return GgufStorage("factorized").leaf_bytes(rows, columns, grid, DENSE)
 
 
 @dataclass(frozen=True)
@@ -52,15 +51,33 @@ class GgufExporter:
     name: str = "gguf"
 
     def options(self, knobs: Mapping[str, Any]) -> GgufOptions:
-        """Options from a recipe's knobs (``gguf_layout``, ``gguf_type``); others are ignored."""
+        """Options from a recipe's knobs (``gguf_layout``, ``gguf_type``); others are ignored.
+
+        What is known of a run besides its knobs may be among them: ``importance``, a mapping of linears to the
+        diagonals of their Grams, and ``provenance``, texts by name.
+
+        Raises:
+            RecipeError: a layout or type that does not exist, or a type for a layout that carries integers over.
+        """
         layout = knobs.get("gguf_layout") or "dense"
         if layout not in get_args(Layout):
             raise RecipeError(f"--gguf-layout {layout}: choose one of {', '.join(get_args(Layout))}.")
-        return GgufOptions(layout=cast(Layout, layout), type=str(knobs.get("gguf_type") or "auto"))
+        kind = str(knobs.get("gguf_type") or "auto")
+        if kind != "auto" and layout != "dense":
+            raise RecipeError(
+                f"--gguf-type {kind} is for the layout dense; {layout} carries the integers over as they are: "
+                "leave out one of the two."
+            )
+        return GgufOptions(
+            layout=cast(Layout, layout),
+            type=kind,
+            importance=knobs.get("importance"),
+            provenance=knobs.get("provenance") or {},
+        )
 
-    def storage(self, options: GgufOptions) -> GgufStorage | PlainStorage:
+    def storage(self, options: GgufOptions) -> GgufStorage | ProductStorage:
         """What a leaf takes in the file."""
-        return PlainStorage() if options.layout == "dense" else GgufStorage(options.layout)
+        return ProductStorage(options.type) if options.layout == "dense" else GgufStorage(options.layout)
 
     def check(
         self,
@@ -73,7 +90,10 @@ class GgufExporter:
 
         Raises:
             RecipeError: a grid that the layout cannot store exactly.
+            MissingDependencyError: a type that only llama.cpp's library writes, and it is not installed.
         """
+        if options.type != "auto":
+            gguf_quantize.check_library(options.type)
         if options.layout == "dense":
             return  # any grid is multiplied out
         storage = GgufStorage(options.layout)
@@ -83,13 +103,14 @@ class GgufExporter:
             except RecipeError as error:
                 raise RecipeError(f"{role}: {error}") from None
 
-    def write(self, model: CompressedModel, folder: Path, options: GgufOptions) -> None:
-        """Write every file but the manifest into an existing folder."""
-        write(model, folder / FILE, options)
+    def write(self, model: CompressedModel, folder: Path, options: GgufOptions) -> tuple[str, ...]:
+        """Write every file but the manifest into an existing folder; returns what differs from what was asked."""
+        written = write(model, folder / FILE, options)
         source = Path(model.source)
         for name in (*_CONFIGURATION, *TOKENIZER_FILES):
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
+        return written.facts
 
     def read(self, folder: Path) -> Mapping[str, Matrix]:
         """Every matrix of the file, integers and scales bit for bit."""

@@ -7,6 +7,7 @@ through ``ggml_quantize_chunk`` in the wheel of the extra ``llama``; nothing is 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 from typing import Final
 
 import numpy as np
@@ -20,6 +21,9 @@ _LIBRARY: Final = (
     "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS",
     "IQ3_S", "IQ4_NL", "IQ4_XS",
 )  # fmt: skip
+_SEARCHED: Final = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
+"""Types of gguf-py's for which llama.cpp has a search that importance weights guide."""
+
 TYPES: Final = (*FLOATS, *_GGUF_PY, *_LIBRARY)
 NEED_IMPORTANCE: Final = ("IQ1_S", "IQ2_XXS", "IQ2_XS")
 """llama.cpp refuses to quantize to these without importance weights."""
@@ -46,6 +50,28 @@ def check_type(kind: str) -> None:
     """
     if kind not in TYPES:
         raise RecipeError(f"The GGUF type {kind!r} is not written. Use one of: {', '.join(TYPES)}.")
+
+
+def check_library(kind: str) -> None:
+    """Refuse a type that only llama.cpp's library writes where the library is not installed.
+
+    Raises:
+        MissingDependencyError: naming the extra that brings it.
+    """
+    if kind in _LIBRARY:
+        from compot_deploy.llama.library import load_library
+
+        load_library()
+
+
+def searched(kind: str) -> bool:
+    """Whether llama.cpp's rounding to a type is a search that importance weights guide; gguf-py has none."""
+    return kind in _LIBRARY or kind in _SEARCHED
+
+
+def weighs(kind: str) -> bool:
+    """Whether importance weights guide the rounding to a type here, where the library may not be installed."""
+    return searched(kind) and importlib.util.find_spec("xllamacpp") is not None
 
 
 def fitting_type(kind: str, inputs: int) -> str:
@@ -79,7 +105,8 @@ def quantize(
     Args:
         rows: one row per output.
         kind: a name from `TYPES` whose block divides the inputs.
-        importance: weight of each input in the rounding error, the diagonal of the Gram.
+        importance: weight of each input in the rounding error, the diagonal of the Gram; ignored for types
+            that gguf-py writes where llama.cpp's library is not installed (see `weighs`).
 
     Raises:
         RecipeError: the type needs importance weights and there are none.
@@ -91,7 +118,7 @@ def quantize(
         raise RecipeError(
             f"{kind} needs importance weights, the diagonals of the Grams. Calibrate, or use IQ2_S or Q2_K."
         )
-    if kind in _GGUF_PY and importance is None:
+    if kind in _GGUF_PY and (importance is None or not weighs(kind)):
         from gguf import GGMLQuantizationType
         from gguf.quants import quantize as by_gguf
 

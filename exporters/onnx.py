@@ -45,6 +45,7 @@ from compot_deploy.exporters.onnx_graph import (
 from compot_deploy.exporters.onnx_lint import errors_first, lint_onnx
 from compot_deploy.exporters.onnx_tensors import DATA, GRAPH, TensorReader
 from compot_deploy.exporters.packing import (
+    BNB_TYPES,
     Blocked,
     NBits,
     OnnxCodes,
@@ -52,12 +53,14 @@ from compot_deploy.exporters.packing import (
     OnnxStorage,
     TwoOfFour,
     unpack_blocked,
+    unpack_bnb4,
     unpack_nbits,
     unpack_two_of_four,
     unsupported_grid,
 )
 from compot_deploy.findings import Finding, errors
 from compot_deploy.weights import (
+    Codebook,
     CompressedModel,
     Dense,
     Factorized,
@@ -186,14 +189,14 @@ class OnnxExporter:
         source = Path(model.source) if model.source else None
         generation = generation_config_json(model.config, _read_json(source, "generation_config.json"))
         context = options.context or decoder_shape(model.architecture, model.config).context
-        _write_json(folder / "config.json", config_json(model.architecture, model.config, model.tied))
-        _write_json(folder / "generation_config.json", generation)
-        _write_json(
+        write_json(folder / "config.json", config_json(model.architecture, model.config, model.tied))
+        write_json(folder / "generation_config.json", generation)
+        write_json(
             folder / "genai_config.json",
             genai_config_json(model.architecture, model.config, generation, context, GRAPH),
         )
         if source is not None:
-            _copy_tokenizer(source, folder)
+            copy_tokenizer(source, folder)
 
     def read(self, folder: Path) -> Mapping[str, Matrix]:
         """Every matrix of a folder, read back from the graph and its data file when it is asked for.
@@ -430,6 +433,8 @@ class OnnxMatrices(Mapping[str, Matrix]):
                 )
                 return unpack_two_of_four(two_of_four, _attribute(node, "K"), grid)
             return self._nbits(node.input[1], node.input[2], _attribute(node, "K"), grid)
+        if node.op_type == "MatMulBnb4":
+            return self._bnb4(node)
         weight = self._producer.get(node.input[1])
         if weight is not None and weight.op_type == "DequantizeLinear":
             integers = self._reader.protos[weight.input[0]]
@@ -437,6 +442,13 @@ class OnnxMatrices(Mapping[str, Matrix]):
             packed = Blocked(self._reader.bytes_of(weight.input[0]), self._scales(weight.input[1]))
             return unpack_blocked(packed, int(integers.dims[0]), grid)
         return Dense(self._floats(node.input[1]))
+
+    def _bnb4(self, node: NodeProto) -> Quantized:
+        rows, outputs = _attribute(node, "K"), _attribute(node, "N")
+        kinds = {number: name for name, number in BNB_TYPES.items()}
+        grid = Grid(4, _attribute(node, "block_size"), cast(Codebook, kinds[_attribute(node, "quant_type")]))
+        blob = self._reader.bytes_of(node.input[1]).view(outputs, rows // grid.group, grid.group // 2)
+        return unpack_bnb4(NBits(blob, self._scales(node.input[2]).view(outputs, -1)), rows, grid)
 
     def _table(self, node: NodeProto) -> Leaf:
         """The token embedding, turned from (vocabulary, hidden) to (hidden, vocabulary)."""
@@ -485,12 +497,13 @@ def _attribute(node: NodeProto, name: str) -> int:
     raise ArtifactError(f"The node {node.name} has no attribute {name}.")
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the files of a tokenizer, readable in transformers 4 and 5."""
     for name in TOKENIZER_FILES:
         if name == "tokenizer_config.json":
             settings = _read_json(source, name)
             if settings:
-                _write_json(folder / name, portable_tokenizer_config(settings))
+                write_json(folder / name, portable_tokenizer_config(settings))
         elif (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 
@@ -508,5 +521,6 @@ def _read_json(source: Path | None, name: str) -> dict[str, Any]:
     return value
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object as every file of a folder has it."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")

@@ -261,21 +261,64 @@ def genai_config_json(
         filename: of the graph, relative to the folder.
     """
     shape = decoder_shape(architecture, config)
+    facts = GenaiDecoder(
+        model_type=architecture.genai_type,
+        context=context,
+        vocabulary=shape.vocabulary,
+        hidden=shape.hidden,
+        layers=shape.layers,
+        heads=shape.heads,
+        key_value_heads=shape.key_value_heads,
+        head_size=shape.head_size,
+        shares_buffer=True,
+    )
+    return genai_json(facts, generation, filename)
+
+
+@dataclass(frozen=True)
+class GenaiDecoder:
+    """What onnxruntime-genai wants to know about a graph.
+
+    Attributes:
+        model_type: ``model.type``; "decoder" is any graph with a cache.
+        context: longest sequence that the graph takes.
+        vocabulary: number of token ids.
+        hidden: width of the residual stream.
+        layers: number of blocks.
+        heads: query heads.
+        key_value_heads: key and value heads.
+        head_size: width of one head.
+        shares_buffer: the graph writes into the cache that it reads, as GroupQueryAttention does.
+    """
+
+    model_type: str
+    context: int
+    vocabulary: int
+    hidden: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_size: int
+    shares_buffer: bool
+
+
+def genai_json(facts: GenaiDecoder, generation: Mapping[str, Any], filename: str) -> dict[str, Any]:
+    """genai_config.json of a graph with the usual names; see `genai_config_json`."""
     end = generation.get("eos_token_id")
     first_end = end[0] if isinstance(end, list) and end else end
     padding = generation.get("pad_token_id")
     model: dict[str, Any] = {
-        "type": architecture.genai_type,
-        "context_length": context,
-        "vocab_size": shape.vocabulary,
+        "type": facts.model_type,
+        "context_length": facts.context,
+        "vocab_size": facts.vocabulary,
         "decoder": {
             "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
             "filename": filename,
-            "head_size": shape.head_size,
-            "hidden_size": shape.hidden,
-            "num_attention_heads": shape.heads,
-            "num_hidden_layers": shape.layers,
-            "num_key_value_heads": shape.key_value_heads,
+            "head_size": facts.head_size,
+            "hidden_size": facts.hidden,
+            "num_attention_heads": facts.heads,
+            "num_hidden_layers": facts.layers,
+            "num_key_value_heads": facts.key_value_heads,
             "inputs": {
                 "input_ids": "input_ids",
                 "attention_mask": "attention_mask",
@@ -299,11 +342,11 @@ def genai_config_json(
     search = {
         "do_sample": False,
         "early_stopping": True,
-        "max_length": context,
+        "max_length": facts.context,
         "min_length": 0,
         "num_beams": 1,
         "num_return_sequences": 1,
-        "past_present_share_buffer": True,
+        "past_present_share_buffer": facts.shares_buffer,
         "repetition_penalty": 1.0,
         "temperature": 1.0,
         "top_k": 50,

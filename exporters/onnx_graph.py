@@ -55,12 +55,14 @@ from compot_deploy.exporters.onnx_config import (
 )
 from compot_deploy.exporters.onnx_tensors import Extent, TensorWriter
 from compot_deploy.exporters.packing import (
+    BNB_TYPES,
     POSITIONS,
     OnnxCodes,
     OnnxOps,
     OnnxStorage,
     expansion_table,
     pack_blocked,
+    pack_bnb4,
     pack_nbits,
     pack_two_of_four,
     unsupported_grid,
@@ -92,6 +94,9 @@ EXPANSION_TABLE: Final = "/constants/two_of_four/table"
 EXPANSION_WEIGHTS: Final = "/constants/two_of_four/weights"
 """Two tensors that all packed codes of a graph share: bytes by row, and (1, 6), which make
 ``pattern + 6·value`` of a row as a product, because no standard operator adds two bytes."""
+
+TRACED: Final = "compot.traced"
+"""Metadata of a graph that was traced, and what for: ``features`` or ``generation``."""
 
 INLINE_BYTES: Final = 1024
 """Tensors up to this size are kept in the graph, larger ones in the data file."""
@@ -178,7 +183,7 @@ class Expansion:
 
 
 def expansion_of(value: str, producers: Mapping[str, NodeProto]) -> Expansion | None:
-    """The expansion that makes `value`, as `_Graph.expanded` writes it; None if it is made in another way.
+    """The expansion that makes `value`, as `GraphBuilder.expanded` writes it; None if it is made in another way.
 
     Args:
         value: what a MatMulNBits multiplies with.
@@ -202,9 +207,17 @@ def expansion_of(value: str, producers: Mapping[str, NodeProto]) -> Expansion | 
 
 
 @dataclass(frozen=True)
-class _Table:
-    """The token table as a tied head reads it: floats (vocabulary, hidden), or packed integers and scales."""
+class TokenTable:
+    """The token table as a tied head reads it: floats (vocabulary, hidden), or packed integers and scales.
 
+    Attributes:
+        shape: (hidden, vocabulary).
+        values: the floats or the integers.
+        scales: of integers.
+        grid: of integers.
+    """
+
+    shape: tuple[int, int]
     values: str
     scales: str | None = None
     grid: Grid | None = None
@@ -221,7 +234,7 @@ def _require(complaint: str | None, name: str) -> None:
 
 
 @dataclass
-class _Graph:
+class GraphBuilder:
     """Nodes and tensors as they are added; a value is named by its string."""
 
     writer: TensorWriter
@@ -394,6 +407,8 @@ class _Graph:
                     )
                     return self.node("MatMul", [source, weight], f"{path}/MatMul", facts=facts)
                 layout = NBitsLayout(rows, columns, grid)
+                if grid.codebook != "integer":
+                    return self.bnb4(name, path, source, leaf, facts)
                 if OnnxStorage(self.ops, codes=self.codes).packs(grid, pattern):
                     blob, scales = self.expanded(name, path, leaf)
                 else:
@@ -442,7 +457,103 @@ class _Graph:
             accuracy_level=self.accuracy_level,
         )
 
+    def bnb4(self, name: str, path: str, source: str, leaf: Quantized, facts: Mapping[str, str]) -> str:
+        """One MatMulBnb4, which computes in float32 always."""
+        packed = pack_bnb4(leaf)
+        codes = packed.blob.flatten()
+        blob = self.tensor(f"{name}.integers", codes, TensorProto.UINT8, codes.shape)
+        scales = packed.scales.flatten()
+        return self.node(
+            "MatMulBnb4",
+            [source, blob, self.scales(name, path, scales)],
+            f"{path}/MatMul",
+            domain=MICROSOFT,
+            facts=facts,
+            K=leaf.shape[0],
+            N=leaf.shape[1],
+            block_size=leaf.grid.group,
+            quant_type=BNB_TYPES[leaf.grid.codebook],
+        )
+
+    def embedding(
+        self, name: str, matrix: Matrix, tokens: str, *, tied: bool = False
+    ) -> tuple[str, TokenTable]:
+        """Rows of a table by token id.
+
+        Args:
+            name: of the table.
+            matrix: the table, (hidden, vocabulary).
+            tokens: the value with the token ids.
+            tied: `tied_head` will read the table as well.
+
+        Returns:
+            The embedded tokens, and the table as `tied_head` wants it.
+        """
+        path = node_path(name)
+        facts = {Part.MATRIX: name, Part.ROLE: Part.EMBEDDING}
+        match matrix:
+            case Dense():
+                stored = self.stored_float(f"{name}.weight", matrix.weight.T)
+                # A tied head needs the whole table as float32; an embedding alone only the rows it gathers.
+                table = self.as_float(stored, f"{path}/weight/Cast") if tied else stored
+                value = self.node("Gather", [table, tokens], f"{path}/Gather", facts=facts, axis=0)
+                if table == stored and self.tensors[stored].data_type != TensorProto.FLOAT:
+                    value = self.node("Cast", [value], f"{path}/Cast", to=TensorProto.FLOAT)
+                return value, TokenTable(matrix.shape, table)
+            case Quantized():
+                return self._quantized_embedding(name, matrix, tokens, facts, tied)
+            case Factorized():
+                raise RecipeError(f"{name}: a factorized token embedding cannot be stored in ONNX.")
+            case _:
+                assert_never(matrix)
+
+    def _quantized_embedding(
+        self, name: str, matrix: Quantized, tokens: str, facts: Mapping[str, str], tied: bool
+    ) -> tuple[str, TokenTable]:
+        grid, (hidden, _), path = matrix.grid, matrix.shape, node_path(name)
+        _require(unsupported_grid(grid, self.ops, embedding=True), name)
+        packed = pack_nbits(matrix)
+        extent = self.writer.append(packed.blob)
+        table = self.alias(f"{name}.integers", extent, TensorProto.UINT8, packed.table.shape)
+        scales = self.scales(name, path, packed.scales)
+        value = self.node(
+            "GatherBlockQuantized",
+            [table, tokens, scales],
+            f"{path}/Gather",
+            domain=MICROSOFT,
+            facts={**facts, Part.INPUTS: str(hidden)},
+            bits=grid.bits,
+            block_size=grid.group,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+        if hidden % grid.group:  # the last block is filled up
+            bounds = [self.constant([0]), self.constant([hidden]), self.constant([2])]
+            value = self.node("Slice", [value, *bounds], f"{path}/Slice")
+        if not tied:
+            return value, TokenTable(matrix.shape, table)
+        # The head reads the same bytes as (vocabulary, blocks, block bytes): a second name, no second copy.
+        blob = self.alias(f"{name}.integers.blocks", extent, TensorProto.UINT8, packed.blob.shape)
+        return value, TokenTable(matrix.shape, blob, scales, grid)
+
+    def tied_head(self, head: str, embedding: str, table: TokenTable, source: str) -> str:
+        """``source @ table``, with the table of the token embedding."""
+        path = node_path(head)
+        facts = {Part.MATRIX: embedding, Part.ROLE: Part.TIED_HEAD}
+        if table.scales is None or table.grid is None:
+            return self.node(
+                "FusedMatMul",
+                [source, table.values],
+                f"{path}/MatMul",
+                domain=MICROSOFT,
+                facts=facts,
+                transB=1,
+            )
+        layout = NBitsLayout(*table.shape, table.grid)
+        return self.nbits(path, source, table.values, table.scales, layout, facts)
+
     def scales(self, name: str, path: str, scales: Tensor) -> str:
+        """Scales as float32, stored as float16."""
         stored = self.tensor(f"{name}.scales", scales, TensorProto.FLOAT16, scales.shape)
         return self.node("Cast", [stored], f"{path}/scales/Cast", to=TensorProto.FLOAT)
 
@@ -496,7 +607,7 @@ def build_decoder(
     rows = shape.context if context is None else context
     if not 1 <= rows <= shape.context:
         raise RecipeError(f"A context of {rows} tokens is out of range: the model has 1 to {shape.context}.")
-    graph = _Graph(TensorWriter(data, location, data.tell()), ops, accuracy_level, floats, codes)
+    graph = GraphBuilder(TensorWriter(data, location, data.tell()), ops, accuracy_level, floats, codes)
     builder = _Decoder(graph, model, shape)
     builder.build(rotary_tables(model.config, rows))
     made = helper.make_graph(
@@ -515,7 +626,7 @@ def build_decoder(
 class _Decoder:
     """Walks through the decoder, block by block."""
 
-    graph: _Graph
+    graph: GraphBuilder
     model: CompressedModel
     shape: DecoderShape
 
@@ -660,77 +771,19 @@ class _Decoder:
     def _unmasked(self) -> str:
         return self.graph.constant(0.0, TensorProto.FLOAT)
 
-    def _embed(self) -> tuple[str, _Table]:
+    def _embed(self) -> tuple[str, TokenTable]:
         """The token embedding, and its table for a head that is tied to it."""
-        graph, name = self.graph, self.model.architecture.embedding
+        name = self.model.architecture.embedding
         matrix = self.model.matrices[name]
         _check_shape(name, matrix, (self.shape.hidden, self.shape.vocabulary))
-        path = node_path(name)
-        facts = {Part.MATRIX: name, Part.ROLE: Part.EMBEDDING}
-        match matrix:
-            case Dense():
-                stored = graph.stored_float(f"{name}.weight", matrix.weight.T)
-                # A tied head needs the whole table as float32; an embedding alone only the rows it gathers.
-                table = graph.as_float(stored, f"{path}/weight/Cast") if self.model.tied else stored
-                value = graph.node("Gather", [table, "input_ids"], f"{path}/Gather", facts=facts, axis=0)
-                if table == stored and graph.tensors[stored].data_type != TensorProto.FLOAT:
-                    value = graph.node("Cast", [value], f"{path}/Cast", to=TensorProto.FLOAT)
-                return value, _Table(table)
-            case Quantized():
-                return self._embed_quantized(name, path, matrix, facts)
-            case Factorized():
-                raise RecipeError(f"{name}: a factorized token embedding cannot be stored in ONNX.")
-            case _:
-                assert_never(matrix)
+        return self.graph.embedding(name, matrix, "input_ids", tied=self.model.tied)
 
-    def _embed_quantized(
-        self, name: str, path: str, matrix: Quantized, facts: Mapping[str, str]
-    ) -> tuple[str, _Table]:
-        graph, grid = self.graph, matrix.grid
-        _require(unsupported_grid(grid, graph.ops, embedding=True), name)
-        packed = pack_nbits(matrix)
-        extent = graph.writer.append(packed.blob)
-        table = graph.alias(f"{name}.integers", extent, TensorProto.UINT8, packed.table.shape)
-        scales = graph.scales(name, path, packed.scales)
-        value = graph.node(
-            "GatherBlockQuantized",
-            [table, "input_ids", scales],
-            f"{path}/Gather",
-            domain=MICROSOFT,
-            facts={**facts, Part.INPUTS: str(self.shape.hidden)},
-            bits=grid.bits,
-            block_size=grid.group,
-            gather_axis=0,
-            quantize_axis=1,
-        )
-        if self.shape.hidden % grid.group:  # the last block is filled up
-            bounds = [graph.constant([0]), graph.constant([self.shape.hidden]), graph.constant([2])]
-            value = graph.node("Slice", [value, *bounds], f"{path}/Slice")
-        if not self.model.tied:
-            return value, _Table(table)
-        # The head reads the same bytes as (vocabulary, blocks, block bytes): a second name, no second copy.
-        blob = graph.alias(f"{name}.integers.blocks", extent, TensorProto.UINT8, packed.blob.shape)
-        return value, _Table(blob, scales, grid)
-
-    def _head(self, source: str, table: _Table) -> None:
+    def _head(self, source: str, table: TokenTable) -> None:
         graph, architecture = self.graph, self.model.architecture
-        if not self.model.tied:
-            self._linear(architecture.head, source)
+        if self.model.tied:
+            graph.tied_head(architecture.head, architecture.embedding, table, source)
         else:
-            path = node_path(architecture.head)
-            facts = {Part.MATRIX: architecture.embedding, Part.ROLE: Part.TIED_HEAD}
-            if table.scales is None or table.grid is None:
-                graph.node(
-                    "FusedMatMul",
-                    [source, table.values],
-                    f"{path}/MatMul",
-                    domain=MICROSOFT,
-                    facts=facts,
-                    transB=1,
-                )
-            else:
-                layout = NBitsLayout(self.shape.hidden, self.shape.vocabulary, table.grid)
-                graph.nbits(path, source, table.values, table.scales, layout, facts)
+            self._linear(architecture.head, source)
         graph.nodes[-1].output[0] = "logits"
 
     def _linear(self, module: str, source: str) -> str:

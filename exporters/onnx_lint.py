@@ -19,10 +19,19 @@ from onnx import ModelProto, NodeProto, TensorProto
 from torch import Tensor
 
 from compot_deploy.errors import ArtifactError
-from compot_deploy.exporters.onnx_graph import ACCURACY_LEVEL, MICROSOFT, Expansion, Part, expansion_of
+from compot_deploy.exporters.onnx_graph import (
+    ACCURACY_LEVEL,
+    MICROSOFT,
+    TRACED,
+    Expansion,
+    Part,
+    expansion_of,
+)
 from compot_deploy.exporters.onnx_tensors import DATA, GRAPH, Extent, TensorReader, external_extent
 from compot_deploy.exporters.packing import (
     BLOCKS,
+    BNB_BLOCKS,
+    BNB_TYPES,
     GATHER_BITS,
     NBITS_BITS,
     POSITIONS,
@@ -45,6 +54,7 @@ _BITS: Final = {
     TensorProto.INT32: 32,
     TensorProto.INT8: 8,
     TensorProto.UINT8: 8,
+    TensorProto.BOOL: 8,
     TensorProto.INT4: 4,
     TensorProto.UINT4: 4,
 }
@@ -61,7 +71,16 @@ _ZERO_BYTES: Final = {2: 0xAA, 4: 0x88, 8: 0x80}
 _CHUNK: Final = 1 << 24
 """Bytes that are looked at at once."""
 
-_CONSUMER_FILES: Final = ("config.json", "generation_config.json", "genai_config.json")
+_CONSUMER_FILES: Final = {
+    None: ("config.json", "generation_config.json", "genai_config.json"),
+    "generation": ("config.json", "generation_config.json"),
+    "features": ("config.json",),
+}
+"""By what the graph was traced for; None for a graph of ours."""
+
+_TEXT_INPUTS: Final = ("input_ids", "attention_mask", "token_type_ids")
+_TEXT_OUTPUTS: Final = ("last_hidden_state", "logits")
+"""What consumers give to an encoder or classifier, and what they read."""
 
 
 def lint_onnx(folder: Path) -> tuple[Finding, ...]:
@@ -102,6 +121,8 @@ class _Lint:
         for node in self.model.graph.node:
             if node.op_type == "MatMulNBits":
                 yield from self._nbits(node)
+            elif node.op_type == "MatMulBnb4":
+                yield from self._bnb4(node)
             elif node.op_type == "GatherBlockQuantized":
                 yield from self._gather(node)
             elif node.op_type == "DequantizeLinear":
@@ -148,6 +169,12 @@ class _Lint:
         name = str(node.input[0]) if node is not None and node.op_type == "Cast" else value
         return tuple(self.reader.protos[name].dims) if name in self.reader.protos else None
 
+    @cached_property
+    def task(self) -> str | None:
+        """What the graph was traced for; None for a graph of ours."""
+        found = {entry.key: entry.value for entry in self.model.metadata_props}.get(TRACED)
+        return found if found is None or found in _CONSUMER_FILES else "features"
+
     # -- the graph --
 
     def _versions(self) -> Iterator[Finding]:
@@ -177,6 +204,9 @@ class _Lint:
         """Names of inputs and outputs, which every consumer goes by."""
         graph = self.model.graph
         inputs, outputs = [i.name for i in graph.input], [o.name for o in graph.output]
+        if self.task == "features":
+            yield from self._features(inputs, outputs)
+            return
         declared = self.config.get("num_hidden_layers")
         layers = -(-sum(name.startswith("past_key_values.") for name in inputs) // 2)
         if isinstance(declared, int) and declared != layers:
@@ -200,6 +230,28 @@ class _Lint:
             for name in found:
                 if name not in expected:
                     yield self._at("warning", f"{what}s", f"The {what} {name} is none that consumers know.")
+
+    def _features(self, inputs: list[str], outputs: list[str]) -> Iterator[Finding]:
+        """A graph that reads whole texts: tokens in, hidden states or logits out."""
+        for name in _TEXT_INPUTS[:2]:
+            if name not in inputs:
+                yield self._at("error", "inputs", f"The input {name} is missing; consumers look for it.")
+        if not set(outputs) & set(_TEXT_OUTPUTS):
+            yield self._at(
+                "error",
+                "outputs",
+                f"None of the outputs {', '.join(_TEXT_OUTPUTS)} is there; consumers look for one.",
+            )
+        for what, found, known in (("input", inputs, _TEXT_INPUTS), ("output", outputs, _TEXT_OUTPUTS)):
+            for name in found:
+                if name not in known:
+                    yield self._at("warning", f"{what}s", f"The {what} {name} is none that consumers know.")
+        for value in self.model.graph.input:
+            sizes = [size.dim_param for size in value.type.tensor_type.shape.dim]
+            if not all(sizes):
+                yield self._at(
+                    "warning", "inputs", f"{value.name} takes texts of one number and length only, {sizes}."
+                )
 
     def _wiring(self) -> Iterator[Finding]:
         graph = self.model.graph
@@ -264,6 +316,23 @@ class _Lint:
                 yield from self._zeros(node.input[1], bits)
             else:
                 yield from self._expansion(node, expansion, (outputs, blocks, block * bits // 8))
+
+    def _bnb4(self, node: NodeProto) -> Iterator[Finding]:
+        settings = _integers(node)
+        block, inputs, outputs = (settings.get(name, 0) for name in ("block_size", "K", "N"))
+        if settings.get("quant_type") not in BNB_TYPES.values():
+            yield self._at(
+                "error", node.name, f"quant_type is {settings.get('quant_type')}, and there are 0 and 1."
+            )
+        if block not in BNB_BLOCKS or inputs % block:
+            yield self._at(
+                "error",
+                node.name,
+                f"{inputs} inputs in blocks of {block}: a block would cross from one output to the next.",
+            )
+            return
+        yield from self._shape(node, 1, (inputs * outputs // 2,))
+        yield from self._shape(node, 2, (inputs // block * outputs,))
 
     def _expansion(
         self, node: NodeProto, expansion: Expansion, shape: tuple[int, int, int]
@@ -443,6 +512,8 @@ class _Lint:
 
     def _tied(self) -> Iterator[Finding]:
         """A model with tied embeddings has one table, and head and embedding read the same bytes of it."""
+        if self.task == "features":
+            return  # whatever config.json ties, there is no head
         roles = {_fact(node, Part.ROLE): node for node in self.model.graph.node}
         head, table = roles.get(Part.TIED_HEAD), roles.get(Part.EMBEDDING)
         if self.config.get("tie_word_embeddings") and table is not None and head is None:
@@ -465,12 +536,14 @@ class _Lint:
         return name
 
     def _files(self) -> Iterator[Finding]:
-        for name in _CONSUMER_FILES:
+        for name in _CONSUMER_FILES[self.task]:
             path = self.folder / name
             if not path.is_file():
                 yield Finding("warning", name, "The file is missing; some consumers need it.")
             elif _json(path) is None:
                 yield Finding("error", name, "The file holds no JSON object.")
+        if self.task is not None:
+            return
         value: Any = _json(self.folder / "genai_config.json")
         for key in ("model", "decoder", "filename"):
             value = value.get(key) if isinstance(value, dict) else None

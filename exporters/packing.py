@@ -1,6 +1,6 @@
 """How integers lie in an ONNX file, in both directions, and what that costs.
 
-Four layouts, all of the same numbers (``Quantized``: integers (in, out), scales (groups, out)):
+Five layouts, all of the same numbers (``Quantized``: integers (in, out), scales (groups, out)):
 
 * **MatMulNBits** (com.microsoft): ``B`` uint8 (out, blocks, block·bits/8), row n is output n, the last block
   filled up with the integer zero; unsigned codes ``integer + 2**(bits-1)``, lowest bits first::
@@ -23,13 +23,19 @@ Four layouts, all of the same numbers (``Quantized``: integers (in, out), scales
   Two kept codes that rounded to zero leave their place open: the first row of `POSITIONS` that covers the
   non-zeros is written, and whichever row a file has, the same integers come out.
 
+* **MatMulBnb4** (com.microsoft): bitsandbytes' NF4 and FP4, uint8 (out·in/2) output after output, the first of
+  two codes in the high half; scales (out, blocks). Blocks never cross from one output to the next, because the
+  inputs are a multiple of the block.
+
 Sources: the ONNX Runtime contrib operator documentation; the ONNX operator specification, opset 21 (int4
 storage, blocked quantization).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final, Literal, TypeAlias
 
 import torch
@@ -53,6 +59,12 @@ QDQ_BITS: Final = (4, 8)
 
 GATHER_BITS: Final = (4, 8)
 """Bits that GatherBlockQuantized runs."""
+
+BNB_BLOCKS: Final = (16, 32, 64, 128, 256)
+"""Block sizes of MatMulBnb4 that are used here; it takes any power of two from 16 on."""
+
+BNB_TYPES: Final[Mapping[str, int]] = MappingProxyType({"fp4": 0, "nf4": 1})
+"""Attribute ``quant_type`` of MatMulBnb4, by codebook."""
 
 BLOCKS: Final = (16, 32, 64, 128, 256)
 """Block sizes that MatMulNBits and GatherBlockQuantized accept."""
@@ -127,7 +139,7 @@ def pack_nbits(matrix: Quantized) -> NBits:
     blocks = grid.groups(rows)
     if grid.group * grid.bits % 8:
         raise ValueError(f"A block of {grid.group} {grid.bits}-bit integers does not fill whole bytes.")
-    _check_range(matrix)
+    _check_integers(matrix)
     zero = 2 ** (grid.bits - 1)
     codes = torch.full((outputs, blocks * grid.group), zero, dtype=torch.uint8)
     # An int8 seen as uint8 and raised by the zero point wraps around to the unsigned code. In place: this may
@@ -169,7 +181,7 @@ def pack_blocked(matrix: Quantized) -> Blocked:
     bits = matrix.grid.bits
     if bits not in QDQ_BITS:
         raise ValueError(f"DequantizeLinear has no {bits}-bit integers at opset 21; it has 4 and 8.")
-    _check_range(matrix)
+    _check_integers(matrix)
     flat = matrix.integers.contiguous().view(-1).view(torch.uint8)
     if bits == 4:
         if flat.numel() % 2:
@@ -197,6 +209,45 @@ def unpack_blocked(packed: Blocked, rows: int, grid: Grid) -> Quantized:
         flat = (nibbles ^ 0x08) - 0x08  # two's complement: the top bit counts -8
     integers: Int8[Tensor, "inputs outputs"] = flat.view(torch.int8).view(rows, outputs)
     return Quantized(integers=integers.contiguous(), scales=packed.scales.contiguous(), grid=grid)
+
+
+def pack_bnb4(matrix: Quantized) -> NBits:
+    """Pack NF4 or FP4 for MatMulBnb4; `unpack_bnb4` is its inverse.
+
+    The codes are bitsandbytes': for NF4 ``integer + 7``; for FP4 the integer, or ``8 - integer`` if it is
+    negative.
+
+    Raises:
+        ValueError: an integer grid, or inputs that are no multiple of the block.
+    """
+    grid = matrix.grid
+    rows, outputs = matrix.shape
+    if grid.codebook not in BNB_TYPES or rows % grid.group:
+        raise ValueError(f"MatMulBnb4 cannot hold {rows} inputs on {grid}.")
+    _check_range(matrix)
+    integers = matrix.integers.T.contiguous()
+    codes = integers + 7 if grid.codebook == "nf4" else torch.where(integers < 0, 8 - integers, integers)
+    pairs = codes.to(torch.uint8).view(outputs, rows // grid.group, -1, 2)
+    return NBits(pairs[..., 0] << 4 | pairs[..., 1], matrix.scales.T.contiguous())
+
+
+def unpack_bnb4(packed: NBits, rows: int, grid: Grid) -> Quantized:
+    """Read what `pack_bnb4` wrote; see `unpack_nbits` for the arguments.
+
+    Raises:
+        ValueError: the bytes do not have the size that `rows` and `grid` say, or hold a negative zero.
+    """
+    outputs, blocks, size = packed.blob.shape
+    if rows % grid.group or blocks * grid.group != rows or size * 2 != grid.group:
+        raise ValueError(f"{rows} inputs on {grid} are not {blocks} blocks of {size} bytes.")
+    codes = torch.stack((packed.blob >> 4, packed.blob & 15), dim=-1).view(outputs, rows).to(torch.int8)
+    if grid.codebook == "nf4":
+        integers = codes - 7
+    else:
+        if bool((codes == 8).any()):
+            raise ValueError("There is a negative zero, which is not written here.")
+        integers = torch.where(codes < 8, codes, 8 - codes)
+    return Quantized(integers.T.contiguous(), packed.scales.T.contiguous(), grid)
 
 
 def expansion_table() -> UInt8[Tensor, "1536 2"]:
@@ -283,6 +334,12 @@ def _split(packed: UInt8[Tensor, "*rows bytes"], bits: int) -> UInt8[Tensor, "*r
     return torch.stack(lanes, dim=-1).flatten(-2)
 
 
+def _check_integers(matrix: Quantized) -> None:
+    if matrix.grid.codebook != "integer":
+        raise ValueError(f"{matrix.grid} has a table, and here integers stand for themselves.")
+    _check_range(matrix)
+
+
 def _check_range(matrix: Quantized) -> None:
     low, high = (int(value) for value in torch.aminmax(matrix.integers))
     if low < matrix.grid.lowest or high > matrix.grid.highest:
@@ -343,7 +400,11 @@ class OnnxStorage:
     def packs(self, grid: Grid, pattern: Pattern) -> bool:
         """Whether a leaf is written as two of four."""
         return (
-            self.codes == "packed" and self.ops == "matmulnbits" and grid.bits == 4 and pattern == TWO_OF_FOUR
+            self.codes == "packed"
+            and self.ops == "matmulnbits"
+            and grid.bits == 4
+            and grid.codebook == "integer"
+            and pattern == TWO_OF_FOUR
         )
 
 
@@ -355,6 +416,13 @@ def unsupported_grid(grid: Grid, ops: OnnxOps, embedding: bool = False) -> str |
         ops: how quantized linears are written.
         embedding: the matrix is the token embedding.
     """
+    if grid.codebook != "integer":
+        if embedding or ops != "matmulnbits":
+            what = "token embeddings" if embedding else f"linears written as {ops}"
+            return f"ONNX has no {grid.codebook} for {what}: use int8, or --onnx-ops matmulnbits for linears."
+        if grid.group not in BNB_BLOCKS:
+            return f"ONNX stores {grid.codebook} in blocks of {_either(BNB_BLOCKS)}, not {grid.group}."
+        return None
     bits = GATHER_BITS if embedding else QDQ_BITS if ops == "qdq" else NBITS_BITS
     blocks = TWO_BIT_BLOCKS if grid.bits == 2 else BLOCKS
     if grid.bits not in bits:

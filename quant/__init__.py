@@ -9,6 +9,7 @@ from typing import Final, Protocol, runtime_checkable
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from compot_deploy.quant.bnb import bnb, require_bitsandbytes
 from compot_deploy.quant.gptq import gptq
 from compot_deploy.quant.rtn import rtn
 from compot_deploy.weights import Grid, Quantized
@@ -30,6 +31,6 @@ class Quantizer(Protocol):
         ...
 
 
-QUANTIZERS: Final[Mapping[str, Quantizer]] = MappingProxyType({"gptq": gptq, "rtn": rtn})
+QUANTIZERS: Final[Mapping[str, Quantizer]] = MappingProxyType({"gptq": gptq, "rtn": rtn, "bnb": bnb})
 
-__all__ = ["QUANTIZERS", "Quantizer", "gptq", "rtn"]
+__all__ = ["QUANTIZERS", "Quantizer", "bnb", "gptq", "require_bitsandbytes", "rtn"]

@@ -55,7 +55,7 @@ FUNCTION void KERNEL(tile)(const compot_tiles *t, const uint8_t *tile, const com
                 UNROLL for (int k = 0; k < vectors / 2; k++) {
                     const int j = half * vectors / 2 + k;
                     if (part == 0) /* one line at a time: a burst of them waits for itself */
-                        UNROLL for (int i = j * lines / vectors; i < (j + 1) * lines / vectors; i++) PREFETCH(unit + AHEAD + 64 * i);
+                        for (int i = j * lines / vectors; i < (j + 1) * lines / vectors; i++) PREFETCH(unit + AHEAD + 64 * i);
                     bytes_v w = true_values(KERNEL(values)(unit, j, vectors, bits), bits);
                     if (of == 1) {
                         ints_v *into = half && !fine ? chosen : dots; /* two chains of sums wait less than one */

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from compot_deploy.errors import ArtifactError, CompotDeployError, InputError
-from compot_deploy.exporters import gguf
+from compot_deploy.exporters import gguf, gguf_quantize
 from compot_deploy.exporters.gguf_reader import GgufFile, read_header
 from compot_deploy.llama.library import (
     TYPE_F32,
@@ -32,6 +32,7 @@ from compot_deploy.llama.library import (
     GgmlTensor,
     GgufInit,
     SetTensorCallback,
+    UnsupportedLlamaError,
     check_layout,
     check_parameters,
     load_library,
@@ -39,7 +40,7 @@ from compot_deploy.llama.library import (
 )
 from compot_deploy.llama.plugin import Leaf, Plugin, has_plugin, leaf, load_plugin
 
-Execution: TypeAlias = Literal["auto", "plugin", "expand"]
+Execution: TypeAlias = Literal["auto", "plugin", "float", "expand"]
 
 MAX_THREADS: Final = 512
 """ggml's own limit, GGML_MAX_N_THREADS."""
@@ -95,20 +96,22 @@ class LlamaModel:
         threads: threads of llama.cpp.
         context: positions to keep; None takes what the file promises.
         exact: F32 cache and no flash attention, for logits that can be compared; otherwise llama.cpp's defaults.
-        execution: ``plugin`` runs factors as they are, ``expand`` multiplies them out when loading (exact up to
-            float32, and as large as the original model), ``auto`` takes the plug-in where there is one.
+        execution: ``plugin`` runs factors as they are, on activations in int8; ``float`` does so with nothing
+            rounded, slowly; ``expand`` multiplies them out when loading (exact up to float32, and as large as the
+            original model; a dense file of any type likewise); ``auto`` takes the plug-in where there is one, and
+            leaves dense files to llama.cpp.
         batch: most tokens computed at a time.
 
     Attributes:
         layout: of the file.
-        execution: how its factors run; ``native`` for a dense file.
+        execution: how its factors run; ``native`` for a dense file as llama.cpp reads it.
         threads: as asked.
         context: positions kept.
 
     Raises:
         ArtifactError: the file is damaged.
         InputError: too many threads, or a context that the model was not made for.
-        MissingDependencyError: no llama.cpp library; or `plugin` was asked for and was not built.
+        MissingDependencyError: no llama.cpp library; or `plugin` or `float` was asked for and was not built.
         UnsupportedLlamaError: the library is not one that was tested.
         LlamaError: llama.cpp refused the file.
     """
@@ -144,7 +147,7 @@ class LlamaModel:
         self.execution = "native"
         try:
             if self.layout == "dense":
-                self._load_dense()
+                self._load_dense(file, execution)
             else:
                 self._load_factorized(file, execution)
             self._open_context(exact)
@@ -313,18 +316,31 @@ class LlamaModel:
         said = self._library.said
         return LlamaError(f"llama.cpp could not {what} {self.path.name}" + (f": {said}" if said else "."))
 
-    def _load_dense(self) -> None:
+    def _load_dense(self, file: GgufFile, execution: Execution) -> None:
+        if execution == "expand" and self._may_hand_over():
+            self.execution = "expand"
+            parts = _Parts(file, gguf.FactorizedIndex({}, {}))
+            self._hand_over(file, parts, parts.expanded(), {})
+            return
         self._library.clear_log()
         parameters = self._library.llama_model_default_params()
         self._model = self._library.llama_model_load_from_file(str(self.path).encode(), parameters)
         if not self._model:
             raise self._refusal("load")
 
+    def _may_hand_over(self) -> bool:
+        """Whether the library is one whose tensors are known; any other still reads dense files by itself."""
+        try:
+            check_layout()
+        except UnsupportedLlamaError:
+            return False
+        return True
+
     def _load_factorized(self, file: GgufFile, execution: Execution) -> None:
         check_layout()
         index = gguf.read_index(file)
-        use_plugin = execution == "plugin" or (execution == "auto" and has_plugin())
-        self.execution = "plugin" if use_plugin else "expand"
+        use_plugin = execution in ("plugin", "float") or (execution == "auto" and has_plugin())
+        self.execution = "float" if execution == "float" else "plugin" if use_plugin else "expand"
         parts = _Parts(file, index)
         if use_plugin:
             self._attach(parts)
@@ -355,6 +371,7 @@ class LlamaModel:
         if not state:
             raise MemoryError("The plug-in got no memory.")
         self._state = state
+        plugin.c.compot_plugin_exact(state, int(self.execution == "float"))
         for name, pairs, leaves, bundle in linears:
             array = (Leaf * len(leaves))(*leaves)
             wrong = plugin.c.compot_plugin_add(state, name.encode(), pairs, array, bundle)
@@ -537,7 +554,8 @@ class _Parts:
 
     def __init__(self, file: GgufFile, index: gguf.FactorizedIndex) -> None:
         self.file, self.index = file, index
-        self.base = file.text("compot.base_architecture")
+        dense = gguf.read_layout(file) == "dense"
+        self.base = file.text("general.architecture" if dense else "compot.base_architecture")
         factors = {
             name for pairs in index.matrices.values() for p in pairs for name in (p.dictionary, p.codes)
         }
@@ -572,7 +590,7 @@ class _Parts:
         """Everything multiplied out or dequantized to F32, so that llama.cpp computes without rounding."""
         result: dict[str, tuple[str, tuple[int, ...], Callable[[], np.ndarray]]] = {}
         for name in self.natives:
-            floating = self.file.tensors[name].kind in ("F32", "F16", "BF16")
+            floating = self.file.tensors[name].kind == "F32"
             shape = self.file.tensors[name].shape
             result[name] = self.native(name) if floating else ("F32", shape, lambda n=name: self._product(n))  # type: ignore[misc]
         for name, shape in self.placeholders.items():
@@ -585,6 +603,8 @@ class _Parts:
         if name == HEAD and self.tied:
             name = EMBEDDING
         stem = name.rpartition(".")[0]
+        if name in self.file.tensors and name not in self.index.leaves:
+            return gguf_quantize.dequantize(self.file.bytes_of(name), self.file.tensors[name].kind)
         if stem not in self.index.matrices:
             return np.ascontiguousarray(
                 gguf.read_leaf(self.file, self.index.leaves[name]).dequantize().numpy().T

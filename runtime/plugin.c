@@ -93,7 +93,9 @@ struct plugin {
     char (*neutral)[NAME];
     store *stores;
     int64_t tile_bytes;
-    int64_t max_tokens, wide, atoms; /* widest input, and most atoms of one linear */
+    bool exact; /* activations as they are, sums in double: slow, for comparisons */
+    float *weights; /* then: one row of each thread */
+    int64_t max_tokens, wide, atoms, longest; /* widest input, and most atoms of one linear */
     linear *linears;
     /* scratch, shared by all nodes: they run one after the other */
     compot_activation *x, *z[MAX_PAIRS]; /* of max_tokens tokens, and then one of each thread */
@@ -156,11 +158,23 @@ static compot_activation *rounded_for(compot_activation *all, const plugin *p, c
     return all;
 }
 
-static void multiply(const part *m, int ith, int nth, const compot_activation *x, int64_t tokens, float *y,
+static void multiply(const plugin *p, const part *m, int ith, int nth, const compot_activation *x, int64_t tokens, float *y,
                      int64_t stride, int add) {
     int64_t first = share(m->leaf.outputs, ith, nth), last = share(m->leaf.outputs, ith + 1, nth);
-    if (m->tiled) compot_multiply_tiles(&m->tiles, first, last, x, tokens, y, stride, add);
-    else compot_multiply(&m->leaf, first, last, x, tokens, y, stride, add);
+    if (!p->exact) {
+        if (m->tiled) compot_multiply_tiles(&m->tiles, first, last, x, tokens, y, stride, add);
+        else compot_multiply(&m->leaf, first, last, x, tokens, y, stride, add);
+        return;
+    }
+    float *weights = p->weights + ith * p->longest;
+    for (int64_t r = first; r < last; r++) {
+        compot_row(&m->leaf, r, weights);
+        for (int64_t t = 0; t < tokens; t++) {
+            double sum = add ? y[t * stride + r] : 0.0;
+            for (int64_t i = 0; i < m->leaf.inputs; i++) sum += (double)weights[i] * x[t].x[i];
+            y[t * stride + r] = (float)sum;
+        }
+    }
 }
 
 static void run_linear(tensor *node, int ith, int nth, void *data) {
@@ -183,7 +197,7 @@ static void run_linear(tensor *node, int ith, int nth, void *data) {
         }
         int64_t at = 0;
         for (int i = 0; i < l->pairs; i++) {
-            multiply(&l->dictionaries[i], ith, nth, x, tokens, p->z_raw + at, l->atoms, 0);
+            multiply(p, &l->dictionaries[i], ith, nth, x, tokens, p->z_raw + at, l->atoms, 0);
             at += l->dictionaries[i].leaf.outputs;
         }
         if (l->pairs) {
@@ -199,7 +213,7 @@ static void run_linear(tensor *node, int ith, int nth, void *data) {
     }
     int leaves = l->pairs ? l->pairs : 1;
     for (int i = 0; i < leaves; i++)
-        multiply(&l->codes[i], ith, nth, l->pairs ? z[i] : x, tokens, node->data, stride, i > 0);
+        multiply(p, &l->codes[i], ith, nth, l->pairs ? z[i] : x, tokens, node->data, stride, i > 0);
 }
 
 static void run_rows(tensor *node, int ith, int nth, void *data) {
@@ -298,7 +312,7 @@ COMPOT_API bool compot_plugin_callback(tensor *node, bool ask, void *data) {
 COMPOT_API void compot_plugin_free(plugin *p) {
     if (!p) return;
     for (int i = 0; i < p->stored; i++) free(p->stores[i].memory);
-    free(p->stores), free(p->neutral);
+    free(p->stores), free(p->neutral), free(p->weights);
     free(p->linears), free(p->x), free(p->z_raw), free(p->floats), free(p->bytes);
     for (int i = 0; i < MAX_PAIRS; i++) free(p->z[i]);
     free(p);
@@ -326,7 +340,7 @@ COMPOT_API plugin *compot_plugin_new(int op_mul_mat, int op_get_rows, int op_cus
 static int set_part(plugin *p, part *m, const compot_leaf *leaf) {
     m->leaf = *leaf;
     int64_t bytes = compot_tiles_of(leaf, &m->tiles);
-    m->tiled = bytes > 0;
+    m->tiled = bytes > 0 && !p->exact;
     if (!m->tiled) return 0;
     for (int i = 0; i < p->stored; i++)
         if (p->stores[i].source == leaf->data) {
@@ -419,6 +433,8 @@ COMPOT_API int compot_plugin_ready(plugin *p) {
     p->bytes = malloc(tokens * (size_t)units * COMPOT_UNIT_BYTES);
     p->z_raw = malloc(tokens * (size_t)(p->atoms ? p->atoms : 1) * sizeof(float));
     p->x = calloc(tokens, sizeof *p->x);
+    p->longest = p->wide > p->atoms ? p->wide : p->atoms;
+    if (p->exact && !(p->weights = malloc((size_t)p->threads * (size_t)p->longest * sizeof(float)))) return 30;
     if (!p->floats || !p->bytes || !p->z_raw || !p->x) return 30;
     float *floats = p->floats;
     int8_t *bytes = p->bytes;
@@ -429,6 +445,9 @@ COMPOT_API int compot_plugin_ready(plugin *p) {
     }
     return 0;
 }
+
+/* Computes everything in floating point, from the file; before the first add. */
+COMPOT_API void compot_plugin_exact(plugin *p, int exact) { p->exact = exact != 0; }
 
 /* What went wrong since the last question, or an empty string. */
 COMPOT_API const char *compot_plugin_error(plugin *p) {

@@ -76,6 +76,7 @@ class Plugin:
             ),
             "compot_plugin_neutral": (C.c_int, [C.c_void_p, C.c_char_p]),
             "compot_plugin_bytes": (C.c_int64, [C.c_void_p]),
+            "compot_plugin_exact": (None, [C.c_void_p, C.c_int]),
             "compot_plugin_ready": (C.c_int, [C.c_void_p]),
             "compot_plugin_error": (C.c_char_p, [C.c_void_p]),
             "compot_plugin_runs": (C.c_int64, [C.c_void_p]),

@@ -21,9 +21,9 @@ class LlamaRunner:
 
     Args:
         path: the file, or a folder with exactly one ``*.gguf``.
-        exact: F32 cache, no flash attention, factors multiplied out in float32: what remains is the error of the
-            file. Otherwise llama.cpp's own settings and the plug-in with its int8 activations. llama.cpp still
-            rounds activations for a dense file of a quantized type, which has no other way to run.
+        exact: F32 cache, no flash attention, factors multiplied out and every matrix in float32: what remains is
+            the error of the file. Otherwise llama.cpp's own settings, in which it and the plug-in round
+            activations to 8 bits.
         threads: of llama.cpp; 0 takes half of the processors, at least one.
 
     Raises:

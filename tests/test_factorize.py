@@ -11,6 +11,7 @@ from compot_deploy.errors import InputError, RecipeError
 from compot_deploy.factorize import (
     METHODS,
     Alternation,
+    alternation_of,
     compot,
     least_squares_dictionary,
     polar,
@@ -25,6 +26,7 @@ from compot_deploy.weights import DENSE, Pattern
 from compot_deploy.whiten import Whitening, whiten
 
 PAPER = Alternation(paper_exact=True)
+NEWTON = Alternation(rounds=8, newton=8)
 
 
 def problem(inputs: int, outputs: int) -> tuple[Tensor, Whitening]:
@@ -37,7 +39,7 @@ def orthonormal(rows: int, columns: int) -> Tensor:
 
 @pytest.mark.parametrize("pattern", [Pattern(6, 16), Pattern(2, 4), Pattern(4, 8)])
 @pytest.mark.parametrize(("inputs", "outputs"), [(24, 60), (60, 24)])
-@pytest.mark.parametrize("how", [Alternation(), PAPER])
+@pytest.mark.parametrize("how", [Alternation(), PAPER, NEWTON])
 def test_the_objective_never_rises(pattern: Pattern, inputs: int, outputs: int, how: Alternation) -> None:
     weight, whitening = problem(inputs, outputs)
     factors = compot(weight, whitening, 16, pattern, how)
@@ -215,6 +217,23 @@ def test_momentum_reaches_in_ten_rounds_what_plain_rounds_do_in_twenty() -> None
     assert pushed < plain
 
 
+def test_five_newton_steps_reach_what_twenty_plain_rounds_do() -> None:
+    plain, short = 0.0, 0.0
+    for _ in range(3):
+        weight, whitening = problem(48, 200)
+        plain += compot(weight, whitening, 24, Pattern(12, 24), PAPER).objective[-1]
+        short += compot(weight, whitening, 24, Pattern(12, 24), alternation_of(5)).objective[-1]
+    assert short < plain
+
+
+def test_newton_steps_leave_the_dictionary_orthonormal() -> None:
+    weight, whitening = problem(24, 60)
+    factors = compot(weight, whitening, 12, Pattern(6, 12), Alternation(rounds=6, newton=6, refinements=0))
+    whitened = whitening.apply(factors.dictionary)
+    assert torch.allclose(whitened.T @ whitened, torch.eye(12, dtype=torch.float64), atol=1e-10)
+    assert factors.error**2 == pytest.approx(factors.objective[-1], rel=1e-4)
+
+
 def test_a_round_that_overshoots_is_taken_back() -> None:
     weight, whitening = problem(32, 100)
     history = compot(weight, whitening, 16, Pattern(8, 16), Alternation(momentum=50.0)).objective
@@ -234,7 +253,7 @@ def test_a_round_that_overshoots_is_taken_back() -> None:
         (1, 5, 1, DENSE),
     ],
 )
-@pytest.mark.parametrize("how", [Alternation(), PAPER])
+@pytest.mark.parametrize("how", [Alternation(), PAPER, NEWTON])
 def test_every_shape_is_factorized_as_its_pattern_says(
     inputs: int, outputs: int, atoms: int, pattern: Pattern, how: Alternation
 ) -> None:

@@ -85,10 +85,38 @@ def test_bytes_are_those_that_the_plan_counts(
 ) -> None:
     model = compressed(folders["llama"], MIXES[mix], Grid(8, 64))
     written = gguf.write(model, tmp_path / "m.gguf", gguf.GgufOptions(layout=layout))  # type: ignore[arg-type]
-    planned = matrix_bytes(model.matrices, gguf.GgufStorage(layout))  # type: ignore[arg-type]
+    # These floating factors are in float16; those of a compression are float32, four bytes.
+    storage = gguf.GgufStorage(layout, 2 if mix == "floating factors" else 4)  # type: ignore[arg-type]
+    planned = matrix_bytes(model.matrices, storage)
     assert written.matrix_bytes == planned
     in_file = sum(t.nbytes for t in read_header(written.path).tensors.values() if len(t.shape) == 2)
     assert in_file == sum(planned.values())
+
+
+@pytest.mark.parametrize("layout", ["factorized", "sparse"])
+def test_floating_leaves_of_a_compression_take_the_four_bytes_that_are_counted(
+    folders: dict[str, Path], tmp_path: Path, layout: str
+) -> None:
+    model = compressed(folders["llama"])
+    written = gguf.write(model, tmp_path / "m.gguf", gguf.GgufOptions(layout=layout))  # type: ignore[arg-type]
+    planned = matrix_bytes(model.matrices, gguf.GgufStorage(layout))  # type: ignore[arg-type]
+    assert written.matrix_bytes == planned
+    assert planned["model.layers.0.mlp.up_proj"] == 4 * 64 * 160
+
+
+@pytest.mark.parametrize("kind", ["auto", "Q4_K", "Q6_K", "IQ3_S", "Q4_1", "Q8_0", "BF16", "F32"])
+@pytest.mark.parametrize("mix", ["everything", "2:4"])
+def test_products_take_the_bytes_that_are_counted(
+    folders: dict[str, Path], tmp_path: Path, kind: str, mix: str
+) -> None:
+    """A dense file read back and counted gives its own bytes, fallbacks included."""
+    pytest.importorskip("xllamacpp", reason="the extra llama is not installed")
+    model = compressed(folders["llama"], MIXES[mix], Grid(8, 64))
+    path = gguf.write(model, tmp_path / "m.gguf", gguf.GgufOptions(type=kind)).path
+    in_file = {t.name: t.nbytes for t in read_header(path).tensors.values() if len(t.shape) == 2}
+    counted = matrix_bytes(gguf.read(path).matrices, gguf.ProductStorage(kind))
+    assert sum(counted.values()) == sum(in_file.values())
+    assert sorted(counted.values()) == sorted(in_file.values())
 
 
 def test_a_shared_dictionary_is_stored_once(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -109,6 +137,23 @@ def test_dense_files_carry_integers_over_exactly(folders: dict[str, Path], tmp_p
     for name, matrix in model.matrices.items():
         assert same_matrix(matrix, back.matrices[name]), name
     assert set(written.kinds.values()) == {"Q4_0 exact", "Q8_0 exact", "F32"}
+
+
+def test_values_of_a_codebook_are_rounded_like_floats(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Its numbers are places in a table: carried over as integers they would mean something else."""
+
+    def change(name: str, weight: torch.Tensor) -> Matrix:
+        made = quantized_by_rounding(weight, Grid(4, 32))
+        return Quantized(made.integers.clamp(min=-7), made.scales, Grid(4, 32, "nf4"))
+
+    model = compressed(folders["llama"], change)
+    written = gguf.write(model, tmp_path / "m.gguf")
+    assert not any("exact" in kind for kind in written.kinds.values())
+    back = gguf.read(written.path).matrices["model.layers.0.mlp.up_proj"].dequantize()
+    expected = model.matrices["model.layers.0.mlp.up_proj"].dequantize()
+    assert float(((back - expected).norm() / expected.norm()) ** 2) < 0.02
+    with pytest.raises(RecipeError, match="no nf4"):
+        gguf.write(model, tmp_path / "m.gguf", gguf.GgufOptions(layout="sparse"))
 
 
 def test_factors_are_multiplied_out_in_dense_files(folders: dict[str, Path], tmp_path: Path) -> None:

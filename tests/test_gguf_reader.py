@@ -13,7 +13,7 @@ from compot_deploy.architectures import ARCHITECTURES
 from compot_deploy.errors import ArtifactError
 from compot_deploy.exporters import gguf
 from compot_deploy.exporters.gguf_reader import parse, read_header
-from compot_deploy.weights import CompressedModel, Dense, Factorized, Grid, Pair, Pattern
+from compot_deploy.weights import CompressedModel, Dense, Factorized, Grid, Matrix, Pair, Pattern
 from tests.reference_gguf import random_quantized
 
 CONFIG = {
@@ -28,7 +28,7 @@ def tiny_model() -> CompressedModel:
     shapes = {"q_proj": (8, 8), "k_proj": (8, 4), "v_proj": (8, 4), "o_proj": (8, 8)}
     shapes |= {"gate_proj": (8, 16), "up_proj": (8, 16), "down_proj": (16, 8)}
     architecture = ARCHITECTURES["llama"]
-    matrices: dict[str, gguf.Matrix] = {}
+    matrices: dict[str, Matrix] = {}
     for name in architecture.linear_names(1):
         inputs, outputs = shapes[name.rpartition(".")[2]]
         pair = Pair(

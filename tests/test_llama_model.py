@@ -15,20 +15,22 @@ from torch import Tensor, nn
 
 pytest.importorskip("xllamacpp", reason="the extra llama is not installed")
 
+from compot_deploy.embedded import HELD_OUT_TEXT, MODEL
 from compot_deploy.errors import ArtifactError, InputError
-from compot_deploy.exporters import gguf
+from compot_deploy.exporters import gguf, gguf_planes
 from compot_deploy.llama import LlamaError, LlamaModel, UnsupportedLlamaError, generate
 from compot_deploy.llama import library as library_module
-from compot_deploy.llama.plugin import has_plugin
+from compot_deploy.llama.plugin import has_plugin, leaf, load_plugin
 from compot_deploy.llama.runner import LlamaRunner
 from compot_deploy.weights import DENSE, CompressedModel, Factorized, Grid, Matrix, Pattern
 from tests import tiny
-from tests.reference_gguf import compressed, shared_change, torch_model
+from tests.reference_gguf import compressed, random_quantized, shared_change, torch_model
 
 pytestmark = pytest.mark.consumer
 needs_plugin = pytest.mark.skipif(not has_plugin(), reason="the C plug-in is not built")
 
 EXACT = 1e-4
+F16_NOISE = 2e-2
 TOKENS = torch.randint(3, 320, (1, 50), generator=torch.Generator().manual_seed(3))
 CHANGES: dict[str, Any] = {
     "factorized": shared_change(Grid(4, 64), DENSE, 0.6, head=4),
@@ -62,6 +64,22 @@ def test_dense_logits_equal_torch_at_every_position(folders: dict[str, Path], ki
     with LlamaModel(path, exact=True) as llama:
         got = llama.logits(TOKENS[0].tolist())
     assert np.abs(got - torch_logits(torch_model(folders[kind], model))).max() < EXACT
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16"])
+def test_the_shipped_model_equals_torch_at_every_position(tmp_path: Path, kind: str) -> None:
+    """In F32 to rounding. For F16 weights llama.cpp rounds activations to F16 too, which is what is left then."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = HELD_OUT_TEXT.read_text()[:3000]
+    ids = AutoTokenizer.from_pretrained(MODEL)(text)["input_ids"][:400]
+    reference = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = reference(torch.tensor([ids])).logits[0].numpy()
+    gguf.write(compressed(MODEL), tmp_path / "m.gguf", gguf.GgufOptions(type=kind))
+    with LlamaModel(tmp_path / "m.gguf", exact=True) as llama:
+        got = llama.logits(ids)
+    assert len(ids) == 400 and np.abs(got - expected).max() < (EXACT if kind == "F32" else F16_NOISE)
 
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -124,6 +142,15 @@ def rounded(x: Tensor) -> Tensor:
     return (integers * (peak / 127)).flatten(-2)[..., :width]
 
 
+def round_activations(reference: Any, model: CompressedModel, name: str) -> None:
+    """Make torch compute as the plug-in does, from the factors."""
+    for module, matrix in model.matrices.items():
+        if module != model.architecture.embedding:
+            parent, _, child = module.rpartition(".")
+            setattr(reference.get_submodule(parent), child, Rounding(matrix, name != "factorized"))
+    reference.lm_head = Rounding(model.matrices[model.architecture.embedding], False)
+
+
 @needs_plugin
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("kind", ["llama3", "qwen3"])
@@ -138,11 +165,7 @@ def test_the_plugin_equals_torch_with_rounded_activations(
     model, path = exported(folders[kind], name)
     reference = torch_model(folders[kind], model)
     plain = torch_logits(reference)
-    for module, matrix in model.matrices.items():
-        if module != model.architecture.embedding:
-            parent, _, child = module.rpartition(".")
-            setattr(reference.get_submodule(parent), child, Rounding(matrix, name != "factorized"))
-    reference.lm_head = Rounding(model.matrices[model.architecture.embedding], False)
+    round_activations(reference, model, name)
     expected = torch_logits(reference)
     with LlamaModel(path, exact=True, execution="plugin") as llama:
         batch = llama.logits(TOKENS[0].tolist())
@@ -167,20 +190,101 @@ def test_threads_do_not_change_a_bit(folders: dict[str, Path], name: str) -> Non
     assert np.array_equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
 
 
-def test_greedy_tokens_equal_torch(folders: dict[str, Path]) -> None:
-    model, path = exported(folders["llama3"], "sparse")
-    reference = torch_model(folders["llama3"], model)
+def greedy(reference: Any, prompt: Tensor, count: int) -> list[int]:
+    """What torch continues a prompt with."""
     with torch.no_grad():
-        expected = reference.generate(
-            TOKENS[:, :8],
-            max_new_tokens=24,
-            min_new_tokens=24,
+        made = reference.generate(
+            prompt,
+            max_new_tokens=count,
+            min_new_tokens=count,
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
-        )[0, 8:].tolist()
+        )
+    return [int(token) for token in made[0, prompt.shape[1] :]]
+
+
+@needs_plugin
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("kind", ["llama3", "qwen3"])
+def test_factors_run_unrounded_generate_what_torch_does(
+    folders: dict[str, Path], kind: str, name: str
+) -> None:
+    """Dictionary and codes inside llama.cpp's own graph and threads, with one thread and with two."""
+    model, path = exported(folders[kind], name)
+    reference = torch_model(folders[kind], model)
+    plain, text = torch_logits(reference), greedy(reference, TOKENS[:, :8], 24)
+    logits = []
+    for threads in (1, 2):
+        with LlamaModel(path, exact=True, execution="float", threads=threads) as llama:
+            logits.append(llama.logits(TOKENS[0].tolist()))
+            made = llama.generate(TOKENS[0, :8].tolist(), max_tokens=24, stop=False)
+            assert list(made.tokens) == text
+            assert llama.factorised_runs > 0
+    assert np.abs(logits[0] - plain).max() < EXACT and np.array_equal(logits[0], logits[1])
+
+
+@needs_plugin
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("kind", ["llama3", "qwen3"])
+def test_text_of_rounded_activations_is_torchs_where_its_margin_exceeds_the_noise(
+    folders: dict[str, Path], kind: str, name: str
+) -> None:
+    """The noise is what torch says it is: that of rounding activations to int8, the worst of fifty positions."""
+    model, path = exported(folders[kind], name)
+    reference = torch_model(folders[kind], model)
+    plain, text = torch_logits(reference), greedy(reference, TOKENS[:, :8], 24)
+    with torch.no_grad():
+        along = reference(torch.tensor([TOKENS[0, :8].tolist() + text])).logits[0, 7:-1]
+    best = along.topk(2).values
+    margins = (best[:, 0] - best[:, 1]).tolist()
+    round_activations(reference, model, name)
+    noise = float(np.abs(torch_logits(reference) - plain).max())
+    sure = next((step for step, margin in enumerate(margins) if margin <= 2 * noise), len(margins))
+    made = []
+    for threads in (1, 2):
+        with LlamaModel(path, exact=True, execution="plugin", threads=threads) as llama:
+            made.append(llama.generate(TOKENS[0, :8].tolist(), max_tokens=24, stop=False).tokens)
+            got = llama.logits(TOKENS[0].tolist())
+    assert np.abs(got - plain).max() <= 1.5 * noise
+    assert made[0] == made[1] and list(made[0][:sure]) == text[:sure]
+    # Nothing is said of a model that is never sure: random weights are at a few of fifty positions.
+    certain = np.sort(plain, axis=1)[:, -1] - np.sort(plain, axis=1)[:, -2] > 2 * noise
+    assert certain.sum() >= 3
+    assert (got.argmax(axis=1) == plain.argmax(axis=1))[certain].all()
+
+
+@needs_plugin
+@pytest.mark.parametrize("pattern", [DENSE, Pattern(2, 4), Pattern(4, 8)], ids=str)
+def test_rounding_moves_a_product_by_no_more_than_is_documented(pattern: Pattern) -> None:
+    """Each activation moves by 1/254 of the largest of its 64 at most; halves, which move so far, come close."""
+    plugin = load_plugin()
+    quantized = random_quantized(192, 24, Grid(4, 64), pattern)
+    form = gguf_planes.PlaneFormat.of(192, quantized.grid, pattern)
+    payload = gguf_planes.pack(quantized.integers.numpy(), quantized.scales.numpy(), form).view(np.uint8)
+    of = leaf(payload, "planes", 192, 24, quantized.grid, form.pattern)
+    weight = quantized.dequantize().double().numpy()
+    rng = np.random.default_rng(0)
+    worst = 0.0
+    for row in range(24):
+        # Halves between integers, each on the side that its weight makes worst.
+        halves = rng.integers(-100, 100, 192) + 0.5 - 1e-3 * np.sign(weight[:, row])
+        for x in (halves, rng.standard_normal(192)):
+            x[::64] = 127 * np.abs(x).max() / np.abs(x).max() if x is halves else x[::64]
+            x = x.astype(np.float32)
+            peak = np.abs(x.reshape(3, 64)).max(axis=1, keepdims=True)
+            bound = (np.repeat(peak, 64, axis=1).reshape(-1)[:, None] / 254 * np.abs(weight)).sum(axis=0)
+            moved = np.abs(plugin.product(of, x[None])[0] - x.astype(np.float64) @ weight)
+            assert (moved <= bound * 1.001 + 1e-6).all()
+            worst = max(worst, float((moved / bound).max()))
+    assert worst > 0.4
+
+
+def test_greedy_tokens_equal_torch(folders: dict[str, Path]) -> None:
+    model, path = exported(folders["llama3"], "sparse")
+    reference = torch_model(folders["llama3"], model)
     runner = LlamaRunner(path, exact=True, threads=1)
-    assert list(runner.generate(TOKENS[0, :8].tolist(), 24)) == expected
+    assert list(runner.generate(TOKENS[0, :8].tolist(), 24)) == greedy(reference, TOKENS[:, :8], 24)
     pieces = list(runner.logits(TOKENS, 20))
     assert [piece.shape for piece in pieces] == [(1, 20, 320), (1, 20, 320), (1, 10, 320)]
     assert np.abs(torch.cat(pieces, 1)[0].numpy() - torch_logits(reference)).max() < EXACT
@@ -195,6 +299,21 @@ def test_text_in_text_out(folders: dict[str, Path]) -> None:
     assert made.text.startswith("".join(heard))
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "F16", "BF16", "IQ4_NL"])
+def test_dense_files_of_any_type_run_exactly_when_expanded(
+    folders: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    """Their own arithmetic rounds activations; in F32 what remains is what the file holds."""
+    for name in ("llama3", "qwen2"):
+        gguf.write(compressed(folders[name]), tmp_path / "m.gguf", gguf.GgufOptions(type=kind))
+        held = gguf.read(tmp_path / "m.gguf")
+        expected = torch_logits(torch_model(folders[name], held))  # type: ignore[arg-type]
+        runner = LlamaRunner(tmp_path / "m.gguf", exact=True, threads=1)
+        (got,) = runner.logits(TOKENS, 50)
+        assert np.abs(got[0].numpy() - expected).max() < EXACT and "expand" in runner.name
+        runner.close()
+
+
 def test_batches_and_single_steps_agree(folders: dict[str, Path]) -> None:
     _, path = exported(folders["llama"], "dense", type="F32")
     with LlamaModel(path, exact=True) as whole, LlamaModel(path, exact=True, batch=7) as pieces:
@@ -205,18 +324,20 @@ def test_batches_and_single_steps_agree(folders: dict[str, Path]) -> None:
 # --- bad input --------------------------------------------------------------------------------------------------
 
 
-def test_stock_llama_cpp_refuses_a_factorised_file(folders: dict[str, Path]) -> None:
-    _, path = exported(folders["llama"], "sparse")
+@pytest.mark.parametrize("name", ["factorized", "sparse"])
+def test_stock_llama_cpp_refuses_a_factorised_file(folders: dict[str, Path], name: str) -> None:
+    _, path = exported(folders["llama"], name)
     library = library_module.load_library()
     library.clear_log()
     assert not library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
     assert "unknown model architecture: 'compot'" in library.said
 
 
-def test_transformers_refuses_a_factorised_file(folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("name", ["factorized", "sparse"])
+def test_transformers_refuses_a_factorised_file(folders: dict[str, Path], name: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    _, path = exported(folders["llama"], "factorized")
+    _, path = exported(folders["llama"], name)
     with pytest.raises(Exception, match="compot"):
         AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
 

@@ -513,3 +513,25 @@ def test_optimum_generates_the_same_tokens_in_its_own_environment(tmp_path: Path
     result = subprocess.run([python, str(script), *arguments], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("same tokens") == 10
+
+
+@pytest.mark.consumer
+@pytest.mark.slow
+def test_genai_generates_the_same_tokens_in_its_own_environment(tmp_path: Path) -> None:
+    python = os.environ.get("COMPOT_DEPLOY_GENAI_PYTHON", "")
+    if shutil.which(python) is None:
+        pytest.skip("set COMPOT_DEPLOY_GENAI_PYTHON to the python of an environment with onnxruntime-genai")
+    script = Path(__file__).parent / "consumers" / "genai_generate.py"
+    source = tmp_path / "source"
+    save_tokenizer(source)
+    arguments = [str(tmp_path / "prompts.json")]
+    prompts = padded_batch()[0].clamp(min=3)  # rows of equal length: the runtime pads on the right
+    Path(arguments[0]).write_text(json.dumps({"input_ids": prompts.tolist()}))
+    for name in ("llama-llama3-tied", "mistral", "qwen2-tied", "qwen3"):
+        folder = export(compressed(torch_model(MODELS[name]), int4, source), tmp_path / name)
+        expected = tmp_path / f"{name}.json"
+        expected.write_text(json.dumps(greedy(folder, prompts, torch.ones_like(prompts), 12).tolist()))
+        arguments += [str(folder), str(expected)]
+    result = subprocess.run([python, str(script), *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("same tokens") == 4

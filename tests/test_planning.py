@@ -19,10 +19,11 @@ from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.artifact import verify
 from compot_deploy.pipeline import deploy, plan_only
-from compot_deploy.plan import GridChoice, Joint, Plain, form_from_data, form_to_data
+from compot_deploy.plan import GridChoice, InMemory, Joint, Plain, form_from_data, form_to_data
 from compot_deploy.recipe import Recipe
+from compot_deploy.report import from_json
 from compot_deploy.runners import torch_runner
-from compot_deploy.weights import Factorized, Grid, Pattern, matrix_bytes
+from compot_deploy.weights import Factorized, Grid, Pattern, leaves, matrix_bytes
 from compot_deploy.whiten import whiten
 
 SETTINGS: dict[str, Any] = {
@@ -69,6 +70,38 @@ def test_a_budget_below_every_plain_grid_is_kept_and_exported_exactly(shared: Pa
     stated = verify(shared)
     assert sum(record.bytes for record in stated.matrices if ".layers." in record.name) == spent
     assert f"the plan spends {spent} of {int(1.7 * numbers / 8)} bytes" in json.dumps(report)
+
+
+def test_a_report_has_the_frontier_with_the_chosen_point_and_the_memory_figures(shared: Path) -> None:
+    report = from_json((shared / "compot" / "report.json").read_text(encoding="utf-8"))
+    planned = report.frontier
+    assert planned is not None and planned.chosen.bytes == report.sizes.linears
+    assert planned.chosen.bits == pytest.approx(8 * planned.chosen.bytes / planned.weights)
+    assert planned.weights == report.sizes.linear_weights
+    losses = [point.loss for point in planned.all_forms]
+    assert len(losses) > 5 and losses == sorted(losses, reverse=True)
+    assert any(point.bytes <= planned.chosen.bytes for point in planned.all_forms)
+    assert report.accuracy.factorization is None
+    assert "never existed without" in (report.accuracy.split_absent or "")
+
+    exporter = EXPORTERS["onnx"]
+    storage = InMemory(exporter.storage(exporter.options({})))
+    total, seen = 0, set()
+    for matrix in exporter.read(shared).values():
+        for leaf in leaves(matrix):
+            name = next(
+                (pair.dictionary_name for pair in getattr(matrix, "pairs", ()) if pair.dictionary is leaf),
+                None,
+            )
+            if name is None or name not in seen:
+                total += storage.leaf_bytes(*leaf.shape, getattr(leaf, "grid", None))
+            seen |= {name} - {None}
+    assert report.sizes.memory == total
+    linears = [layer for layer in report.layers if layer.block is not None]
+    assert sum(layer.bits * layer.inputs * layer.outputs for layer in linears) == pytest.approx(
+        8 * sum(layer.bytes for layer in linears)
+    )
+    assert all(layer.effect is not None and layer.error is not None for layer in linears)
 
 
 def test_a_plan_is_the_same_twice_and_more_budget_costs_less(model: Path, text: Path, tmp_path: Path) -> None:
@@ -130,7 +163,9 @@ def test_impossible_budgets_say_what_is_possible(
 def test_the_whole_output_has_the_size_that_was_asked_for(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "sized"
     deploy(str(model), calibration=str(text), size="150KB", out=str(out), **SETTINGS)
-    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    size = sum(
+        path.stat().st_size for path in out.rglob("*") if path.is_file() and path.name != "report.html"
+    )
     assert size <= 150_000
     assert size > 0.95 * 150_000
 
