@@ -20,6 +20,7 @@ setup(
                 "runtime/kernels_avx2.h",
                 "runtime/kernels_avx512.h",
                 "runtime/kernels_neon.h",
+                "runtime/kernels_tiles.h",
             ],
             extra_compile_args=FLAGS,
             py_limited_api=True,

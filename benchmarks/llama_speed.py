@@ -1,18 +1,25 @@
 """Decode and prompt speed, bytes and memory of dense ggml types against factorised files: one table of ratios.
 
     python benchmarks/llama_speed.py                     # a 181M-parameter Llama of random weights, a few minutes
+    python benchmarks/llama_speed.py --embedded          # the shapes of the model that the package brings
     python benchmarks/llama_speed.py --small --rounds 3  # seconds, for trying it out
 
 All models are open at once and measured in turn, round after round, in one process, so that a busy machine
-slows all of them; the table gives medians and the ratio to dense Q4_K. Weights are random: this measures speed
-and bytes, never quality.
+slows all of them; the table gives medians, bests and their ratios to the first dense type. Weights are random: this
+measures speed and bytes, never quality. Memory is what a fresh process of each file holds after 32 tokens, above the
+loaded libraries: anonymous and mapped from the file; `extra` is what is beyond the file and the cache, in parts of
+the file; `libs` is program code read meanwhile, `cache` and `compute` are llama.cpp's buffers (the latter reserved,
+touched as far as a batch needs).
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import json
+import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -23,9 +30,11 @@ from unittest import mock
 import numpy as np
 import torch
 
+from compot_deploy import embedded
 from compot_deploy.architectures import find_architecture
 from compot_deploy.exporters import gguf, gguf_quantize
 from compot_deploy.llama import LlamaModel
+from compot_deploy.llama.library import Library, load_library
 from compot_deploy.weights import (
     DENSE,
     CompressedModel,
@@ -38,6 +47,7 @@ from compot_deploy.weights import (
     Quantized,
 )
 
+EMBEDDED = Path(embedded.__file__).parent / "model"
 CODES, DICTIONARY = Grid(4, 64), Grid(4, 64)
 
 
@@ -76,7 +86,8 @@ class RandomMatrices(Mapping[str, Matrix]):
             for follower, first in (("k_proj", "q_proj"), ("v_proj", "q_proj"), ("up_proj", "gate_proj")):
                 owner = owner.replace(follower, first)
         smaller = inputs if self.shared and not name.endswith("down_proj") else min(inputs, outputs)
-        atoms = int(smaller * self.fraction) // 64 * 64
+        atoms = int(smaller * self.fraction)
+        atoms = atoms // 64 * 64 if atoms >= 256 else max(32, atoms // 32 * 32)
         pair = Pair(
             self._quantized(inputs, atoms, DICTIONARY, Pattern(), owner),
             self._quantized(atoms, outputs, CODES, self.pattern, name),
@@ -148,12 +159,69 @@ def write_all(
     return paths
 
 
-def resident() -> float:
-    """Resident memory of this process in MB; 0 where the system does not say."""
+MEMORY_STEPS = 32
+FIELDS = ("anonymous", "file", "libraries")
+
+
+def resident(path: Path) -> dict[str, float]:
+    """Resident memory of this process in MB: anonymous, mapped from `path`, mapped from libraries; 0 where unknown."""
+    held = dict.fromkeys(FIELDS, 0.0)
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-    except (OSError, ValueError):
-        return 0.0
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+    except OSError:
+        return held
+    field = "anonymous"
+    for line in lines:
+        words = line.split()
+        if re.fullmatch(r"[0-9a-f]+-[0-9a-f]+", words[0]):
+            mapped = words[5] if len(words) > 5 and words[5].startswith("/") else ""
+            field = "anonymous" if not mapped else "file" if mapped == str(path.resolve()) else "libraries"
+        elif words[0] == "Anonymous:":
+            held["anonymous"] += float(words[1]) * 1024 / 1e6
+            held[field] -= float(words[1]) * 1024 / 1e6  # written pages of a private mapping
+        elif words[0] == "Rss:":
+            held[field] += float(words[1]) * 1024 / 1e6
+    return held
+
+
+def memory_of(path: Path, threads: int, context: int) -> dict[str, float]:
+    """What a file takes in this process, in MB: the growth from the loaded libraries until 32 tokens are decoded.
+
+    llama.cpp's own buffers are read from what it says while it opens the file.
+    """
+    said: list[str] = []
+    with mock.patch.object(Library, "_remember", lambda self, level, text, data: said.append(text.decode())):
+        load_library()
+        before = resident(path)
+        with LlamaModel(path, threads=threads, context=context) as model:
+            model.generate([1, 2, 3], max_tokens=MEMORY_STEPS, stop=False)
+            grown = {field: value - before[field] for field, value in resident(path).items()}
+            grown["tiles"] = model.plugin_bytes / 1e6
+    for name, words in (("cache", r"KV buffer size"), ("compute", r"compute buffer size")):
+        found = re.findall(words + r" *= *([0-9.]+) MiB", "".join(said))
+        grown[name] = sum(map(float, found)) * 2**20 / 1e6
+    return grown
+
+
+def measure_memory(path: Path, threads: int, context: int) -> dict[str, float]:
+    """`memory_of` in a process of its own."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            __file__,
+            "--memory-of",
+            str(path),
+            "--threads",
+            str(threads),
+            "--context",
+            str(context),
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return answer
 
 
 def main() -> None:
@@ -162,62 +230,87 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--small", action="store_true", help="a model of 6M parameters")
+    parser.add_argument(
+        "--embedded", action="store_true", help="the shapes of the model that the package brings"
+    )
+    parser.add_argument("--files", nargs="*", type=Path, default=[], help="GGUF files to measure as well")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--types", default="Q4_K,Q4_0,Q3_K,Q2_K,IQ2_XS")
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument(
+        "--types", help="dense types (default: Q4_K,Q4_0,Q3_K,Q2_K,IQ2_XS; embedded: Q4_0,Q8_0)"
+    )
     parser.add_argument("--fractions", default="0.25,0.375,0.5")
+    parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.memory_of:
+        print(json.dumps(memory_of(arguments.memory_of, arguments.threads, arguments.context)))
+        return
     size = (512, 1408, 2) if arguments.small else (2048, 5632, 4)
-    config = {
+    config: dict[str, Any] = {
         "model_type": "llama", "hidden_size": size[0], "intermediate_size": size[1], "num_hidden_layers": size[2],
         "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 1024, "max_position_embeddings": 512,
         "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
     }  # fmt: skip
+    if arguments.embedded:
+        config = json.loads((EMBEDDED / "config.json").read_text())
+        arguments.types = arguments.types or "Q4_0,Q8_0"  # rows of 192 are too short for K types
+        arguments.context = min(arguments.context, config["max_position_embeddings"])
+    arguments.types = arguments.types or "Q4_K,Q4_0,Q3_K,Q2_K,IQ2_XS"
     with tempfile.TemporaryDirectory() as name:
         fractions = [float(text) for text in arguments.fractions.split(",")]
         paths = write_all(Path(name), config, arguments.types.split(","), fractions)
-        tokens = (
-            np.random.default_rng(0).integers(1, 1024, max(arguments.prompt, arguments.steps + 8)).tolist()
-        )
-        models: dict[str, LlamaModel] = {}
-        memory: dict[str, float] = {}
-        for label, path in paths.items():
-            before = resident()
-            models[label] = LlamaModel(path, threads=arguments.threads, context=256)
-            models[label].logits(tokens[:8])
-            memory[label] = resident() - before
-        decode: dict[str, list[float]] = {label: [] for label in models}
-        prompt: dict[str, list[float]] = {label: [] for label in models}
-        for _ in range(arguments.rounds):
-            for label, model in models.items():
-                made = model.generate(tokens[:4], max_tokens=arguments.steps + 1, stop=False)
-                decode[label].append(made.seconds / arguments.steps)
-                begin = time.perf_counter()
-                model.generate(tokens[: arguments.prompt], max_tokens=1, stop=False)
-                prompt[label].append((time.perf_counter() - begin) / arguments.prompt)
-        base = f"dense {arguments.types.split(',')[0]}"
-        table(base, paths, memory, decode, prompt)
+        paths |= {path.stem: path for path in arguments.files}
+        measure(paths, f"dense {arguments.types.split(',')[0]}", config["vocab_size"], arguments)
+
+
+def measure(paths: Mapping[str, Path], base: str, vocabulary: int, arguments: argparse.Namespace) -> None:
+    """Open all files, measure them in turn, print the table."""
+    context = arguments.context
+    memory = {label: measure_memory(path, arguments.threads, context) for label, path in paths.items()}
+    length = max(arguments.prompt, arguments.steps + 8)
+    tokens = np.random.default_rng(0).integers(1, vocabulary, length).tolist()
+    models: dict[str, LlamaModel] = {}
+    for label, path in paths.items():
+        models[label] = LlamaModel(path, threads=arguments.threads, context=context)
+        models[label].logits(tokens[:8])
+    decode: dict[str, list[float]] = {label: [] for label in models}
+    prompt: dict[str, list[float]] = {label: [] for label in models}
+    for _ in range(arguments.rounds):
+        for label, model in models.items():
+            made = model.generate(tokens[:4], max_tokens=arguments.steps + 1, stop=False)
+            decode[label].append(made.seconds / arguments.steps)
+            begin = time.perf_counter()
+            model.generate(tokens[: arguments.prompt], max_tokens=1, stop=False)
+            prompt[label].append((time.perf_counter() - begin) / arguments.prompt)
+    table(base, paths, memory, decode, prompt)
 
 
 def table(
     base: str,
     paths: Mapping[str, Path],
-    memory: Mapping[str, float],
+    memory: Mapping[str, Mapping[str, float]],
     decode: Mapping[str, list[float]],
     prompt: Mapping[str, list[float]],
 ) -> None:
     """Medians, bests and ratios to the first dense type."""
-    print(f"{'file':27s} {'MB':>7s} {'of base':>7s} {'RSS/MB':>7s} {'decode':>7s} {'x med':>6s} {'x best':>6s} "
-          f"{'prompt':>7s} {'x med':>6s}")  # fmt: skip
+    print(f"{'file':27s} {'MB':>7s} {'of base':>7s} {'memory':>7s} {'extra':>6s} {'libs':>5s} {'cache':>6s} "
+          f"{'compute':>7s} {'decode':>7s} {'x med':>6s} {'x best':>6s} "
+          f"{'prompt':>7s} {'x med':>6s} {'x best':>6s}")  # fmt: skip
     for label, path in paths.items():
         size, size_base = path.stat().st_size / 1e6, paths[base].stat().st_size / 1e6
         step, step_base = statistics.median(decode[label]), statistics.median(decode[base])
         best, best_base = min(decode[label]), min(decode[base])
         word, word_base = statistics.median(prompt[label]), statistics.median(prompt[base])
-        print(f"{label:27s} {size:7.1f} {size / size_base:7.2f} {memory[label]:7.1f} {1 / step:7.1f} "
-              f"{step_base / step:6.2f} {best_base / best:6.2f} {1 / word:7.1f} {word_base / word:6.2f}")  # fmt: skip
+        quick, quick_base = min(prompt[label]), min(prompt[base])
+        held = memory[label]
+        own = held["anonymous"] + held["file"]
+        print(f"{label:27s} {size:7.2f} {size / size_base:7.2f} {own:7.1f} {(own - held['cache']) / size - 1:+6.0%} "
+              f"{held['libraries']:5.1f} {held['cache']:6.2f} {held['compute']:7.1f} {1 / step:7.1f} "
+              f"{step_base / step:6.2f} {best_base / best:6.2f} {1 / word:7.1f} {word_base / word:6.2f} "
+              f"{quick_base / quick:6.2f}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -37,15 +37,33 @@ typedef struct {
 
 /* Activations of one token, rounded. Halves are 32 inputs. */
 typedef struct {
-    int8_t *q;      /* units * 64; zero beyond the inputs */
-    float *scale;   /* units */
-    float *sum;     /* 2 * units: scale times the sum of q, per half; undoes the offset of stored values */
-    float *total;   /* units: the same, per unit */
-    float *x;       /* units * 64 floats; zero beyond the inputs */
+    int8_t *q;     /* units * 64; zero beyond the inputs */
+    float *scale;  /* units */
+    int32_t *sums; /* 2 * units: of q, per half; undoes the offset of stored values */
+    float *x;      /* units * 64 floats; zero beyond the inputs */
 } compot_activation;
 
+/* A leaf of integers as the kernels read it: 16 rows side by side, so that a lane is a row and nothing is summed
+ * across lanes. A tile is
+ *   head        half-precision scales: 16 per group; 16 per half when groups are not whole units (`fine`)
+ *   per unit    planes of values, then of positions, like those of the file. Vector j, 64 bytes, is slots 4j to
+ *               4j+3 of each row in turn; a plane of b bits keeps vectors 8i/b to 8(i+1)/b - 1 in its i-th 64 bytes.
+ * Values are unsigned, 2^(bits-1) too large; rows beyond the outputs are zero. */
+typedef struct {
+    int32_t bits, of, fine;
+    int32_t per_scale; /* units per group; 0 when fine */
+    int64_t units, outputs, unit_bytes, head, tile_bytes;
+    const uint8_t *data;
+} compot_tiles;
+
+enum { COMPOT_TILE = 16 };
+
 /* Floats and bytes that the activations of one token take, per unit. */
-enum { COMPOT_UNIT_FLOATS = 64 + 4, COMPOT_UNIT_BYTES = 64 };
+enum { COMPOT_UNIT_FLOATS = 64 + 3, COMPOT_UNIT_BYTES = 64 };
+
+static inline void compot_activation_at(compot_activation *a, int64_t units, float *floats, int8_t *bytes) {
+    a->x = floats, a->scale = floats + 64 * units, a->sums = (int32_t *)(void *)(floats + 65 * units), a->q = bytes;
+}
 
 static inline int64_t compot_units(int64_t inputs) { return (inputs + COMPOT_UNIT - 1) / COMPOT_UNIT; }
 
@@ -53,13 +71,20 @@ static inline int64_t compot_units(int64_t inputs) { return (inputs + COMPOT_UNI
  * everything computed from it; a unit below 1e-30 becomes zero. */
 void compot_round(const float *x, int64_t n, int64_t first, int64_t last, compot_activation *out);
 
-/* Rows [first, last) of a leaf times `tokens` activations: y[t * stride + row], added to y when `add` is set.
- * `scratch` holds compot_scratch() bytes of the calling thread. Columns leaves take rows at any boundary. */
-void compot_multiply(const compot_leaf *leaf, int64_t first, int64_t last, const compot_activation *x, int64_t tokens,
-                     float *y, int64_t stride, int add, void *scratch);
+/* Describes the tiles of a leaf and returns their bytes; 0 for kinds that are multiplied as they are. */
+int64_t compot_tiles_of(const compot_leaf *leaf, compot_tiles *tiles);
 
-/* Bytes of scratch that compot_multiply wants for a leaf of so many inputs. */
-size_t compot_scratch(int64_t inputs);
+/* Rearranges a leaf into `out`, which the tiles then point to. */
+void compot_tile(const compot_leaf *leaf, compot_tiles *tiles, uint8_t *out);
+
+/* Rows [first, last) times `tokens` activations: y[t * stride + row], added to y when `add` is set. `first` is a
+ * multiple of COMPOT_TILE. A row's result for a token depends on nothing else, and is the same in all instruction sets. */
+void compot_multiply_tiles(const compot_tiles *tiles, int64_t first, int64_t last, const compot_activation *x,
+                           int64_t tokens, float *y, int64_t stride, int add);
+
+/* The same for leaves of floats and columns. */
+void compot_multiply(const compot_leaf *leaf, int64_t first, int64_t last, const compot_activation *x, int64_t tokens,
+                     float *y, int64_t stride, int add);
 
 /* The values of one row as float32. */
 void compot_row(const compot_leaf *leaf, int64_t row, float *out);

@@ -160,6 +160,8 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ggml_new_tensor_2d": (_tensor, (Pointer, C.c_int, _i64, _i64)),
     "ggml_set_name": (_tensor, (_tensor, _text)),
     "ggml_mul_mat": (_tensor, (Pointer, _tensor, _tensor)),
+    "ggml_add": (_tensor, (Pointer, _tensor, _tensor)),
+    "ggml_mul": (_tensor, (Pointer, _tensor, _tensor)),
     "ggml_get_rows": (_tensor, (Pointer, _tensor, _tensor)),
     "ggml_custom_4d": (
         _tensor,
@@ -251,8 +253,8 @@ def load_library() -> Library:
 class Operations:
     """Numbers of the operations that the plug-in knows, asked from the library."""
 
-    def __init__(self, mul_mat: int, get_rows: int, custom: int) -> None:
-        self.mul_mat, self.get_rows, self.custom = mul_mat, get_rows, custom
+    def __init__(self, mul_mat: int, get_rows: int, custom: int, add: int, mul: int) -> None:
+        self.mul_mat, self.get_rows, self.custom, self.add, self.mul = mul_mat, get_rows, custom, add, mul
 
 
 @lru_cache(maxsize=1)
@@ -283,6 +285,7 @@ def check_layout() -> Operations:
         sources = (Pointer * 1)(C.cast(b, Pointer))
         marker = 0x1234_5678_9ABC
         custom = library.ggml_custom_4d(context, TYPE_F32, 7, 5, 1, 1, sources, 1, marker, -1, marker + 1)
+        added, scaled = library.ggml_add(context, a, a), library.ggml_mul(context, a, a)
         first, node = a.contents, product.contents
         words = bytes(custom.contents.op_params)
         facts = {
@@ -294,7 +297,8 @@ def check_layout() -> Operations:
             "src of rows": rows.contents.src[0] == C.addressof(first)
             and list(rows.contents.ne)[:2] == [96, 3],
             "data": first.data is None and first.view_src is None and first.extra is None,
-            "op": len({first.op, node.op, rows.contents.op, custom.contents.op}) == 4 and first.op == 0,
+            "op": len({t.contents.op for t in (a, product, rows, custom, added, scaled)}) == 6
+            and first.op == 0,
             "op_params": (
                 int.from_bytes(words[:8], "little") == marker
                 and int.from_bytes(words[8:12], "little", signed=True) == -1
@@ -304,7 +308,9 @@ def check_layout() -> Operations:
         wrong = [name for name, fits in facts.items() if not fits]
         if wrong:
             raise refuse(f"ggml_tensor has another layout ({', '.join(wrong)})")
-        return Operations(node.op, rows.contents.op, custom.contents.op)
+        return Operations(
+            node.op, rows.contents.op, custom.contents.op, added.contents.op, scaled.contents.op
+        )
     finally:
         library.ggml_free(context)
 

@@ -12,7 +12,7 @@ import ctypes as C
 import json
 import mmap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -50,6 +50,9 @@ SELF_TEST: Final = 2e-5
 
 SELF_TEST_OUTPUTS: Final = 64
 """How many outputs of a leaf are compared: a few rows tell, whole matrices would take memory."""
+
+ROWS_ONLY: Final = -2
+"""The bundle of a matrix that the plug-in only reads rows of."""
 
 EMBEDDING: Final = "token_embd.weight"
 HEAD: Final = "output.weight"
@@ -182,22 +185,33 @@ class LlamaModel:
         """How many matrix products the plug-in has computed."""
         return int(load_plugin().c.compot_plugin_runs(self._state)) if self._state else 0
 
-    def tokenize(self, text: str, special: bool = True) -> list[int]:
+    @property
+    def plugin_bytes(self) -> int:
+        """Bytes of integers that the plug-in keeps in memory, in the order in which it reads them."""
+        return int(load_plugin().c.compot_plugin_bytes(self._state)) if self._state else 0
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the file can turn text into token ids and back."""
+        return bool(self._library.llama_vocab_type(self._vocab))
+
+    def tokenize(self, text: str, special: bool = True, markers: bool = False) -> list[int]:
         """Token ids of a text by llama.cpp's own tokenizer.
 
         Args:
             text: any text.
             special: add what the tokenizer puts first and last.
+            markers: read special tokens written out in the text, as chat templates write them.
 
         Raises:
             LlamaError: the file has no tokenizer.
         """
         raw = text.encode()
         room = len(raw) + 8
-        if self._library.llama_vocab_type(self._vocab) == 0:
+        if not self.has_tokenizer:
             raise LlamaError(f"{self.path.name} has no tokenizer: give token ids, or export it with one.")
         buffer = (C.c_int32 * room)()
-        count = self._library.llama_tokenize(self._vocab, raw, len(raw), buffer, room, special, False)
+        count = self._library.llama_tokenize(self._vocab, raw, len(raw), buffer, room, special, markers)
         if count < 0:
             raise LlamaError(f"llama.cpp could not tokenize a text of {len(raw)} bytes ({count}).")
         return list(buffer[:count])
@@ -242,30 +256,55 @@ class LlamaModel:
             InputError: see `logits`.
         """
         ids = self._checked(self.tokenize(prompt) if isinstance(prompt, str) else prompt)
-        self._clear()
-        begin = time.perf_counter()
-        last = np.empty((0, 0), np.float32)
-        for at in range(0, len(ids), self._batch):
-            last = self._decode(ids[at : at + self._batch], at, False)
-        first = time.perf_counter()
+        begin = first = time.perf_counter()
         made: list[int] = []
         sent = ""
-        while len(made) < max_tokens and len(ids) + len(made) <= self.context:
-            token = int(last[-1].argmax())
-            if stop and self._library.llama_vocab_is_eog(self._vocab, token):
-                break
+        for token in self.tokens(ids, max_tokens, stop=stop):
+            if not made:
+                first = time.perf_counter()
             made.append(token)
             if on_token:
                 text = self.detokenize(made)
                 if not text.endswith("\ufffd"):  # half of a character: wait for the rest
                     on_token(text[len(sent) :])
                     sent = text
-            if len(made) == max_tokens or len(ids) + len(made) > self.context:
-                break
-            last = self._decode([token], len(ids) + len(made) - 1, False)
-        seconds = time.perf_counter() - first
-        text = self.detokenize(made) if self._library.llama_vocab_type(self._vocab) else ""
-        return Generation(text, tuple(made), len(ids), first - begin, seconds)
+        end = time.perf_counter()
+        text = self.detokenize(made) if self.has_tokenizer else ""
+        return Generation(
+            text, tuple(made), len(ids), (first if made else end) - begin, end - first if made else 0.0
+        )
+
+    def tokens(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int = 128,
+        choose: Callable[[Float32[np.ndarray, " vocabulary"]], int] | None = None,
+        stop: bool = True,
+    ) -> Iterator[int]:
+        """The tokens after a prompt, one by one as they are computed.
+
+        Args:
+            prompt: token ids.
+            max_tokens: most tokens; the context may end sooner.
+            choose: the next token from its logits; None takes the largest.
+            stop: end at an end-of-generation token, which is not given out.
+
+        Raises:
+            InputError: see `logits`.
+        """
+        ids = self._checked(prompt)
+        self._clear()
+        last = np.empty((0, 0), np.float32)
+        for at in range(0, len(ids), self._batch):
+            last = self._decode(ids[at : at + self._batch], at, False)
+        for made in range(max_tokens):
+            token = int(last[-1].argmax()) if choose is None else choose(last[-1])
+            if stop and self._library.llama_vocab_is_eog(self._vocab, token):
+                return
+            yield token
+            if made + 1 == max_tokens or len(ids) + made + 1 > self.context:
+                return
+            last = self._decode([token], len(ids) + made, False)
 
     # --- loading ------------------------------------------------------------------------------------------
 
@@ -323,6 +362,8 @@ class LlamaModel:
             operations.mul_mat,
             operations.get_rows,
             operations.custom,
+            operations.add,
+            operations.mul,
             len(linears) + 1,
             self._batch,
             self.threads,
@@ -334,10 +375,13 @@ class LlamaModel:
         for name, pairs, leaves, bundle in linears:
             array = (Leaf * len(leaves))(*leaves)
             wrong = plugin.c.compot_plugin_add(state, name.encode(), pairs, array, bundle)
+            if wrong == 23:
+                raise MemoryError(f"The plug-in got no memory for {name}.")
             if wrong:
                 raise ArtifactError(
                     f"{self.path.name}: the plug-in refuses {name} with number {wrong}: damaged file."
                 )
+            parts.release_pages()  # the plug-in keeps integers in an order of its own
         wrong = plugin.c.compot_plugin_ready(state)
         if wrong:
             raise MemoryError(f"The plug-in could not prepare {len(linears)} matrices (number {wrong}).")
@@ -390,7 +434,7 @@ class LlamaModel:
             library.ggml_free(context)
             library.gguf_free(described)
             library.gguf_free(source)
-        parts.release_pages(values)
+        parts.release_pages()
 
     def _describe(self, context: int, described: int, name: str, number: int, shape: tuple[int, ...]) -> None:
         library = self._library
@@ -417,6 +461,8 @@ class LlamaModel:
             # Optional tensors that the file has none of: scales are one, biases zero.
             neutral = 1.0 if name.endswith("scale") or name.startswith("rope_") else 0.0
             array = np.full(nbytes // 4, neutral, np.float32)
+            if self._state and name.endswith((".scale", ".bias")):
+                load_plugin().c.compot_plugin_neutral(self._state, name.encode())
         else:
             raise ArtifactError(f"llama.cpp asks for {name}, which the file does not have")
         if array.nbytes != nbytes:
@@ -585,7 +631,7 @@ class _Parts:
             leaves = [self.leaf(name) for pair in pairs for name in (pair.dictionary, pair.codes)]
             result.append((f"{stem}.weight", len(pairs), leaves, bundle))
         for name in self.plain:
-            result.append((name, 0, [self.leaf(name)], -1))
+            result.append((name, 0, [self.leaf(name)], ROWS_ONLY if name == EMBEDDING else -1))
             if name == EMBEDDING and self.tied:
                 result.append((HEAD, 0, [self.leaf(name)], -1))
         return result
@@ -620,10 +666,10 @@ class _Parts:
                     f"{np.abs(got - expected).max():.3g}. Please report this machine; execution='expand' works."
                 )
 
-    def release_pages(self, values: dict[str, Any]) -> None:
-        """Give back the mapped pages of what llama.cpp holds in memory of its own."""
+    def release_pages(self) -> None:
+        """Give back the mapped pages of what llama.cpp and the plug-in hold in memory of their own."""
         mapped = getattr(self.file.data, "_mmap", None)
-        if mapped is not None and hasattr(mapped, "madvise"):
+        if mapped is not None and hasattr(mapped, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
 
 

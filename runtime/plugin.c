@@ -16,12 +16,14 @@
 #include <string.h>
 #if !defined(_WIN32)
 #include <sched.h>
+#include <sys/mman.h>
 #define GIVE_WAY() sched_yield()
 #else
 #define GIVE_WAY() ((void)0)
 #endif
 
-enum { NAME = 64, MAX_PAIRS = 4, MAX_SOURCES = 10, TYPE_F32 = 0, TYPE_I32 = 26 };
+enum { HUGE_PAGE = 1 << 21, ROWS_ONLY = -2 };
+enum { NAME = 64, MAX_PAIRS = 4, MAX_SOURCES = 10, TYPE_F32 = 0, TYPE_I32 = 26, OP_NONE = 0 };
 
 typedef struct tensor {
     int32_t type;
@@ -54,6 +56,20 @@ typedef struct {
 typedef struct plugin plugin;
 typedef struct linear linear;
 
+/* A matrix of integers is multiplied from its tiles, others from the file. */
+typedef struct {
+    compot_leaf leaf;
+    compot_tiles tiles;
+    bool tiled;
+} part;
+
+/* Tiles of a leaf: made once, also when several matrices share it. */
+typedef struct {
+    const uint8_t *source;
+    void *memory;
+    const uint8_t *data;
+} store;
+
 typedef struct {
     linear *of;
     bool rounded; /* the node before rounded the same input */
@@ -64,25 +80,27 @@ struct linear {
     char name[NAME];
     plugin *owner;
     int pairs;         /* 0: one plain leaf, in codes[0] */
-    int32_t bundle;    /* linears with one bundle have the same dictionaries; -1 shares nothing */
+    int32_t bundle;    /* linears with one bundle have the same dictionaries; -1 shares nothing, ROWS_ONLY: see add */
     int64_t inputs, outputs, atoms;
-    compot_leaf dictionaries[MAX_PAIRS], codes[MAX_PAIRS];
+    part dictionaries[MAX_PAIRS], codes[MAX_PAIRS];
     uint64_t asked;
     operation fresh, rounded, again;
 };
 
 struct plugin {
-    int op_mul_mat, op_get_rows, op_custom;
-    int capacity, count, threads;
+    int op_mul_mat, op_get_rows, op_custom, op_add, op_mul;
+    int capacity, count, threads, stored, neutral_count;
+    char (*neutral)[NAME];
+    store *stores;
+    int64_t tile_bytes;
     bool exact; /* activations as they are, sums in double: slow, for comparisons */
-    int64_t max_tokens, wide, atoms; /* widest input, and most atoms of one linear */
+    float *weights; /* then: one row of each thread */
+    int64_t max_tokens, wide, atoms, longest; /* widest input, and most atoms of one linear */
     linear *linears;
     /* scratch, shared by all nodes: they run one after the other */
-    compot_activation *x, *z[MAX_PAIRS];
+    compot_activation *x, *z[MAX_PAIRS]; /* of max_tokens tokens, and then one of each thread */
     float *z_raw, *floats;
     int8_t *bytes;
-    uint8_t *scratch;
-    size_t scratch_size;
     /* state of the graph that is being asked about */
     uint64_t epoch;
     int32_t last_bundle;
@@ -128,19 +146,32 @@ static void round_all(const char *x, size_t stride, int64_t n, int64_t tokens, c
     }
 }
 
-/* compot_multiply, or the same with nothing rounded: a row's weights as floats, sums in double. */
-static void multiply(const plugin *p, const compot_leaf *leaf, int64_t first, int64_t last, const compot_activation *x,
-                     int64_t tokens, float *y, int64_t stride, int add, void *scratch) {
+/* One token is rounded by every thread for itself, which is quicker than to wait for the others. */
+static compot_activation *rounded_for(compot_activation *all, const plugin *p, const char *x, size_t stride, int64_t n,
+                                      int64_t tokens, int ith, int nth) {
+    if (tokens == 1) {
+        compot_activation *own = all + p->max_tokens + ith;
+        round_all(x, stride, n, 1, own, 0, 1);
+        return own;
+    }
+    round_all(x, stride, n, tokens, all, ith, nth);
+    return all;
+}
+
+static void multiply(const plugin *p, const part *m, int ith, int nth, const compot_activation *x, int64_t tokens, float *y,
+                     int64_t stride, int add) {
+    int64_t first = share(m->leaf.outputs, ith, nth), last = share(m->leaf.outputs, ith + 1, nth);
     if (!p->exact) {
-        compot_multiply(leaf, first, last, x, tokens, y, stride, add, scratch);
+        if (m->tiled) compot_multiply_tiles(&m->tiles, first, last, x, tokens, y, stride, add);
+        else compot_multiply(&m->leaf, first, last, x, tokens, y, stride, add);
         return;
     }
-    float *weights = scratch; /* compot_scratch gives 288 bytes for every 64 inputs, and 256 are needed */
+    float *weights = p->weights + ith * p->longest;
     for (int64_t r = first; r < last; r++) {
-        compot_row(leaf, r, weights);
+        compot_row(&m->leaf, r, weights);
         for (int64_t t = 0; t < tokens; t++) {
             double sum = add ? y[t * stride + r] : 0.0;
-            for (int64_t i = 0; i < leaf->inputs; i++) sum += (double)weights[i] * x[t].x[i];
+            for (int64_t i = 0; i < m->leaf.inputs; i++) sum += (double)weights[i] * x[t].x[i];
             y[t * stride + r] = (float)sum;
         }
     }
@@ -151,40 +182,38 @@ static void run_linear(tensor *node, int ith, int nth, void *data) {
     linear *l = op->of;
     plugin *p = l->owner;
     const tensor *input = node->src[1];
-    int64_t tokens = input->ne[1], stride = (int64_t)(node->nb[1] / sizeof(float));
+    int64_t tokens = input->ne[1], stride = (int64_t)(node->nb[1] / sizeof(float)), own = tokens == 1 ? p->max_tokens + ith : 0;
     if (nth > p->threads) {
         if (ith == 0) fail(p, "more threads than the context was made for", l->name);
         return;
     }
-    void *scratch = p->scratch + (size_t)ith * p->scratch_size;
     if (ith == 0) atomic_store(&p->ran, 1), atomic_fetch_add(&p->runs, 1);
+    const compot_activation *x = p->x + own, *z[MAX_PAIRS] = {NULL};
+    for (int i = 0; i < l->pairs; i++) z[i] = p->z[i] + own;
     if (!op->reuse) {
         if (!op->rounded) {
-            round_all(input->data, input->nb[1], l->inputs, tokens, p->x, ith, nth);
-            wait_for_all(p, nth);
+            x = rounded_for(p->x, p, input->data, input->nb[1], l->inputs, tokens, ith, nth);
+            if (tokens > 1) wait_for_all(p, nth);
         }
         int64_t at = 0;
         for (int i = 0; i < l->pairs; i++) {
-            const compot_leaf *leaf = &l->dictionaries[i];
-            multiply(p, leaf, share(leaf->outputs, ith, nth), share(leaf->outputs, ith + 1, nth), p->x, tokens,
-                            p->z_raw + at, l->atoms, 0, scratch);
-            at += leaf->outputs;
+            multiply(p, &l->dictionaries[i], ith, nth, x, tokens, p->z_raw + at, l->atoms, 0);
+            at += l->dictionaries[i].leaf.outputs;
         }
         if (l->pairs) {
             wait_for_all(p, nth);
             at = 0;
             for (int i = 0; i < l->pairs; i++) {
-                round_all((const char *)(p->z_raw + at), (size_t)l->atoms * sizeof(float), l->codes[i].inputs, tokens,
-                          p->z[i], ith, nth);
-                at += l->codes[i].inputs;
+                rounded_for(p->z[i], p, (const char *)(p->z_raw + at), (size_t)l->atoms * sizeof(float),
+                            l->codes[i].leaf.inputs, tokens, ith, nth);
+                at += l->codes[i].leaf.inputs;
             }
-            wait_for_all(p, nth);
+            if (tokens > 1) wait_for_all(p, nth);
         }
     }
-    int64_t first = share(l->outputs, ith, nth), last = share(l->outputs, ith + 1, nth);
     int leaves = l->pairs ? l->pairs : 1;
     for (int i = 0; i < leaves; i++)
-        multiply(p, &l->codes[i], first, last, l->pairs ? p->z[i] : p->x, tokens, node->data, stride, i > 0, scratch);
+        multiply(p, &l->codes[i], ith, nth, l->pairs ? z[i] : x, tokens, node->data, stride, i > 0);
 }
 
 static void run_rows(tensor *node, int ith, int nth, void *data) {
@@ -200,10 +229,12 @@ static void run_rows(tensor *node, int ith, int nth, void *data) {
             memset(target, 0, sizeof(float) * (size_t)l->inputs);
             fail(p, "a token id outside the vocabulary", l->name);
         } else {
-            compot_row(&l->codes[0], ids[t], target);
+            compot_row(&l->codes[0].leaf, ids[t], target);
         }
     }
 }
+
+static int compare_names(const void *a, const void *b) { return strncmp(a, b, NAME); }
 
 static linear *find(const plugin *p, const char *name) {
     int low = 0, high = p->count - 1;
@@ -214,6 +245,18 @@ static linear *find(const plugin *p, const char *name) {
         else low = middle + 1;
     }
     return NULL;
+}
+
+/* llama.cpp gives this way of loading every optional scale and bias; a node that multiplies with one or adds zero in
+ * place changes nothing, and costs a barrier of all threads. */
+static bool is_neutral(const plugin *p, const tensor *node) {
+    const tensor *value = node->src[0], *by = node->src[1];
+    if ((node->op != p->op_add && node->op != p->op_mul) || !value || !by || node->data != value->data ||
+        node->type != TYPE_F32 || value->type != TYPE_F32)
+        return false;
+    for (int d = 0; d < 4; d++)
+        if (node->ne[d] != value->ne[d] || node->nb[d] != value->nb[d]) return false;
+    return p->neutral_count && bsearch(by->name, p->neutral, (size_t)p->neutral_count, NAME, compare_names);
 }
 
 static void replace(tensor *node, const plugin *p, void (*function)(tensor *, int, int, void *), operation *op) {
@@ -227,6 +270,10 @@ static void replace(tensor *node, const plugin *p, void (*function)(tensor *, in
 COMPOT_API bool compot_plugin_callback(tensor *node, bool ask, void *data) {
     plugin *p = data;
     if (!ask) return true;
+    if (is_neutral(p, node)) {
+        node->op = OP_NONE;
+        return false;
+    }
     if (node->op != p->op_mul_mat && node->op != p->op_get_rows) return false;
     linear *l = node->src[0] ? find(p, node->src[0]->name) : NULL;
     if (!l) return false;
@@ -238,7 +285,7 @@ COMPOT_API bool compot_plugin_callback(tensor *node, bool ask, void *data) {
         else replace(node, p, run_rows, &l->fresh);
         return false;
     }
-    if (input->type != TYPE_F32 || node->type != TYPE_F32 || input->nb[0] != sizeof(float) ||
+    if (l->bundle == ROWS_ONLY || input->type != TYPE_F32 || node->type != TYPE_F32 || input->nb[0] != sizeof(float) ||
         node->nb[0] != sizeof(float) || input->ne[0] != l->inputs || node->ne[0] != l->outputs || input->ne[2] != 1 ||
         input->ne[3] != 1 || input->nb[1] % sizeof(float) || node->nb[1] % sizeof(float)) {
         fail(p, "llama.cpp multiplies with the matrix in a shape that is not handled", l->name);
@@ -264,53 +311,98 @@ COMPOT_API bool compot_plugin_callback(tensor *node, bool ask, void *data) {
 
 COMPOT_API void compot_plugin_free(plugin *p) {
     if (!p) return;
-    free(p->linears), free(p->x), free(p->z_raw), free(p->floats), free(p->bytes), free(p->scratch);
+    for (int i = 0; i < p->stored; i++) free(p->stores[i].memory);
+    free(p->stores), free(p->neutral), free(p->weights);
+    free(p->linears), free(p->x), free(p->z_raw), free(p->floats), free(p->bytes);
     for (int i = 0; i < MAX_PAIRS; i++) free(p->z[i]);
     free(p);
 }
 
-COMPOT_API plugin *compot_plugin_new(int op_mul_mat, int op_get_rows, int op_custom, int capacity, int64_t max_tokens,
-                                     int threads) {
+COMPOT_API plugin *compot_plugin_new(int op_mul_mat, int op_get_rows, int op_custom, int op_add, int op_mul, int capacity,
+                                     int64_t max_tokens, int threads) {
     if (capacity < 1 || max_tokens < 1 || threads < 1) return NULL;
     plugin *p = calloc(1, sizeof *p);
     if (!p) return NULL;
     p->linears = calloc((size_t)capacity, sizeof *p->linears);
-    if (!p->linears) {
-        free(p);
+    p->stores = calloc((size_t)capacity * 2 * MAX_PAIRS, sizeof *p->stores);
+    if (!p->linears || !p->stores) {
+        free(p->linears), free(p->stores), free(p);
         return NULL;
     }
+    p->op_add = op_add, p->op_mul = op_mul;
     p->op_mul_mat = op_mul_mat, p->op_get_rows = op_get_rows, p->op_custom = op_custom;
     p->capacity = capacity, p->max_tokens = max_tokens, p->threads = threads;
     p->epoch = 1, p->last_bundle = -1;
     return p;
 }
 
-/* Adds a matrix: leaves are dictionary, codes, dictionary, codes …, or one leaf when pairs is 0.
- * Returns 0, or a number that says what is wrong (compot_check's, or 20 and above). */
+/* Tiles of a leaf, in pages of 2 MB where the system has them. Returns 0, or 23 without memory. */
+static int set_part(plugin *p, part *m, const compot_leaf *leaf) {
+    m->leaf = *leaf;
+    int64_t bytes = compot_tiles_of(leaf, &m->tiles);
+    m->tiled = bytes > 0 && !p->exact;
+    if (!m->tiled) return 0;
+    for (int i = 0; i < p->stored; i++)
+        if (p->stores[i].source == leaf->data) {
+            m->tiles.data = p->stores[i].data;
+            return 0;
+        }
+    const size_t page = bytes >= HUGE_PAGE ? HUGE_PAGE : 64;
+    void *memory = malloc((size_t)bytes + page);
+    if (!memory) return 23;
+    uint8_t *data = (uint8_t *)(((uintptr_t)memory + page - 1) & ~(uintptr_t)(page - 1));
+#if defined(__linux__)
+    if (page == HUGE_PAGE) madvise(data, (size_t)bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
+#endif
+    compot_tile(leaf, &m->tiles, data);
+    p->stores[p->stored++] = (store){leaf->data, memory, data};
+    p->tile_bytes += bytes;
+    return 0;
+}
+
+/* Adds a matrix: leaves are dictionary, codes, dictionary, codes …, or one leaf when pairs is 0. The bundle ROWS_ONLY
+ * is an embedding, whose rows are read from the file and which is never multiplied.
+ * Returns 0, or a number that says what is wrong (compot_check's, or 20 and above; 23 is no memory). */
 COMPOT_API int compot_plugin_add(plugin *p, const char *name, int pairs, const compot_leaf *leaves, int32_t bundle) {
     if (p->count >= p->capacity || pairs < 0 || pairs > MAX_PAIRS || strlen(name) >= NAME) return 20;
     linear *l = &p->linears[p->count];
+    int wrong = 0;
     memset(l, 0, sizeof *l);
     strcpy(l->name, name);
-    l->pairs = pairs, l->bundle = pairs ? bundle : -1;
-    for (int i = 0; i < (pairs ? 2 * pairs : 1); i++) {
-        int wrong = compot_check(&leaves[i]);
-        if (wrong) return wrong;
-    }
-    if (!pairs) l->codes[0] = leaves[0], l->inputs = leaves[0].inputs, l->outputs = leaves[0].outputs;
+    l->pairs = pairs, l->bundle = pairs || bundle == ROWS_ONLY ? bundle : -1;
+    for (int i = 0; i < (pairs ? 2 * pairs : 1); i++)
+        if ((wrong = compot_check(&leaves[i]))) return wrong;
+    l->inputs = leaves[0].inputs, l->outputs = leaves[pairs ? 1 : 0].outputs;
     for (int i = 0; i < pairs; i++) {
-        l->dictionaries[i] = leaves[2 * i];
-        l->codes[i] = leaves[2 * i + 1];
         if (leaves[2 * i].outputs != leaves[2 * i + 1].inputs) return 21;
-        if (i && (leaves[2 * i].inputs != l->inputs || leaves[2 * i + 1].outputs != l->outputs)) return 22;
-        l->inputs = leaves[2 * i].inputs, l->outputs = leaves[2 * i + 1].outputs;
+        if (leaves[2 * i].inputs != l->inputs || leaves[2 * i + 1].outputs != l->outputs) return 22;
         l->atoms += leaves[2 * i].outputs;
     }
+    for (int i = 0; i < pairs; i++)
+        if ((wrong = set_part(p, &l->dictionaries[i], &leaves[2 * i])) || (wrong = set_part(p, &l->codes[i], &leaves[2 * i + 1])))
+            return wrong;
+    if (!pairs && bundle == ROWS_ONLY) l->codes[0].leaf = leaves[0];
+    else if (!pairs && (wrong = set_part(p, &l->codes[0], &leaves[0]))) return wrong;
     if (l->inputs > p->wide) p->wide = l->inputs;
     if (l->atoms > p->atoms) p->atoms = l->atoms;
     p->count++;
     return 0;
 }
+
+/* Names of tensors that hold only ones (`.scale`) or zeros (`.bias`). Returns 0, 20 for a long name, or 30. */
+COMPOT_API int compot_plugin_neutral(plugin *p, const char *name) {
+    if (strlen(name) >= NAME) return 20;
+    void *grown = realloc(p->neutral, sizeof *p->neutral * (size_t)(p->neutral_count + 1));
+    if (!grown) return 30;
+    p->neutral = grown;
+    memset(p->neutral[p->neutral_count], 0, NAME);
+    strcpy(p->neutral[p->neutral_count++], name);
+    qsort(p->neutral, (size_t)p->neutral_count, NAME, compare_names);
+    return 0;
+}
+
+/* Bytes of all tiles. */
+COMPOT_API int64_t compot_plugin_bytes(const plugin *p) { return p->tile_bytes; }
 
 static int by_name(const void *a, const void *b) { return strncmp(((const linear *)a)->name, ((const linear *)b)->name, NAME); }
 
@@ -318,8 +410,7 @@ static int by_name(const void *a, const void *b) { return strncmp(((const linear
 static void cut(compot_activation *a, int64_t tokens, int64_t n, float **floats, int8_t **bytes) {
     int64_t units = compot_units(n);
     for (int64_t t = 0; t < tokens; t++) {
-        a[t].x = *floats, a[t].scale = *floats + 64 * units, a[t].sum = a[t].scale + units;
-        a[t].total = a[t].sum + 2 * units, a[t].q = *bytes;
+        compot_activation_at(&a[t], units, *floats, *bytes);
         *floats += COMPOT_UNIT_FLOATS * units, *bytes += COMPOT_UNIT_BYTES * units;
     }
 }
@@ -328,38 +419,34 @@ static void cut(compot_activation *a, int64_t tokens, int64_t n, float **floats,
 COMPOT_API int compot_plugin_ready(plugin *p) {
     qsort(p->linears, (size_t)p->count, sizeof *p->linears, by_name);
     int64_t widest[MAX_PAIRS] = {0}, units = compot_units(p->wide);
-    int64_t longest = p->wide;
     for (int i = 0; i < p->count; i++) {
         linear *l = &p->linears[i];
         if (i && !by_name(l - 1, l)) return 31;
         l->owner = p;
         l->fresh = (operation){l, false, false}, l->rounded = (operation){l, true, false}, l->again = (operation){l, true, true};
         for (int k = 0; k < l->pairs; k++)
-            if (l->codes[k].inputs > widest[k]) widest[k] = l->codes[k].inputs;
+            if (l->codes[k].leaf.inputs > widest[k]) widest[k] = l->codes[k].leaf.inputs;
     }
-    for (int k = 0; k < MAX_PAIRS; k++) {
-        units += compot_units(widest[k]);
-        if (widest[k] > longest) longest = widest[k];
-    }
-    size_t tokens = (size_t)p->max_tokens;
-    p->scratch_size = (compot_scratch(longest) + 63) & ~(size_t)63;
+    for (int k = 0; k < MAX_PAIRS; k++) units += compot_units(widest[k]);
+    size_t tokens = (size_t)p->max_tokens + (size_t)p->threads;
     p->floats = malloc(tokens * (size_t)units * COMPOT_UNIT_FLOATS * sizeof(float));
     p->bytes = malloc(tokens * (size_t)units * COMPOT_UNIT_BYTES);
     p->z_raw = malloc(tokens * (size_t)(p->atoms ? p->atoms : 1) * sizeof(float));
-    p->scratch = malloc((size_t)p->threads * p->scratch_size);
     p->x = calloc(tokens, sizeof *p->x);
-    if (!p->floats || !p->bytes || !p->z_raw || !p->scratch || !p->x) return 30;
+    p->longest = p->wide > p->atoms ? p->wide : p->atoms;
+    if (p->exact && !(p->weights = malloc((size_t)p->threads * (size_t)p->longest * sizeof(float)))) return 30;
+    if (!p->floats || !p->bytes || !p->z_raw || !p->x) return 30;
     float *floats = p->floats;
     int8_t *bytes = p->bytes;
-    cut(p->x, p->max_tokens, p->wide, &floats, &bytes);
+    cut(p->x, (int64_t)tokens, p->wide, &floats, &bytes);
     for (int k = 0; k < MAX_PAIRS; k++) {
         if (!(p->z[k] = calloc(tokens, sizeof *p->z[k]))) return 30;
-        cut(p->z[k], p->max_tokens, widest[k], &floats, &bytes);
+        cut(p->z[k], (int64_t)tokens, widest[k], &floats, &bytes);
     }
     return 0;
 }
 
-/* Computes everything in floating point, or as usual; between two evaluations. */
+/* Computes everything in floating point, from the file; before the first add. */
 COMPOT_API void compot_plugin_exact(plugin *p, int exact) { p->exact = exact != 0; }
 
 /* What went wrong since the last question, or an empty string. */

@@ -143,6 +143,51 @@ def test_results_of_a_row_do_not_depend_on_its_neighbours(plugin: Plugin) -> Non
             assert np.array_equal(alone[:, 0], whole[:, row])
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_all_instruction_sets_and_batch_sizes_give_the_same_bits(pattern: Pattern) -> None:
+    loaded = load_plugin()
+    names = [name for name in ("scalar", "avx2", "avx512", "neon") if loaded.use(name) == name]
+    try:
+        for grid in (Grid(2, 32), Grid(3, 64), Grid(4, 96), Grid(4, 128), Grid(8, 64)):
+            of = planes_leaf(random_quantized(330, 21, grid, pattern, seed=3), pattern)
+            x = activations(6, 330, 5)
+            loaded.use("scalar")
+            expected = loaded.product(of, x)
+            for name in names:
+                loaded.use(name)
+                assert np.array_equal(loaded.product(of, x), expected), (name, grid)
+                assert np.array_equal(loaded.product(of, x[5:]), expected[5:]), (name, grid)
+    finally:
+        loaded.use(loaded.isa)
+
+
+def test_only_a_neutral_node_in_place_is_left_out() -> None:
+    """A node that multiplies with ones in place becomes nothing; another tensor, or another target, does not."""
+    from compot_deploy.llama.library import GgmlTensor
+
+    plugin = load_plugin()
+    state = plugin.c.compot_plugin_new(29, 40, 95, 2, 7, 1, 4, 1)
+    pair = (Leaf * 1)(planes_leaf(random_quantized(64, 8, Grid(4, 64)), DENSE))
+    assert plugin.c.compot_plugin_add(state, b"q", 0, pair, -1) == 0
+    assert plugin.c.compot_plugin_ready(state) == 0
+    for name in (b"z.scale", b"a.scale", b"m.bias"):
+        assert plugin.c.compot_plugin_neutral(state, name) == 0
+    ask = C.CFUNCTYPE(C.c_bool, C.POINTER(GgmlTensor), C.c_bool, C.c_void_p)(plugin.callback)
+
+    def op_after(op: int, by: bytes, target: int = 4096, width: int = 8) -> int:
+        value = GgmlTensor(ne=(8, 1, 1, 1), nb=(4, 32, 32, 32), data=4096)
+        factor = GgmlTensor(name=by)
+        node = GgmlTensor(op=op, ne=(width, 1, 1, 1), nb=(4, 32, 32, 32), data=target)
+        node.src[0], node.src[1] = C.addressof(value), C.addressof(factor)
+        assert not ask(C.byref(node), True, state)
+        return int(node.op)
+
+    assert op_after(7, b"a.scale") == op_after(2, b"m.bias") == op_after(7, b"z.scale") == 0
+    assert op_after(7, b"b.scale") == 7 and op_after(2, b"m.bia") == 2 and op_after(9, b"a.scale") == 9
+    assert op_after(7, b"a.scale", target=8192) == 7 and op_after(7, b"a.scale", width=16) == 7
+    plugin.c.compot_plugin_free(state)
+
+
 def test_a_leaf_that_contradicts_its_bytes_is_refused(plugin: Plugin) -> None:
     good = planes_leaf(random_quantized(128, 4, Grid(4, 64)), DENSE)
     x = np.ones((1, 128), np.float32)
@@ -166,7 +211,7 @@ def test_work_is_shared_inside_one_evaluation_and_never_across(plugin: Plugin) -
         planes_leaf(random_quantized(64, 40, Grid(4, 64)), DENSE),
         planes_leaf(random_quantized(40, 8, Grid(4, 64)), DENSE),
     ]
-    state = plugin.c.compot_plugin_new(29, 40, 95, 3, 4, 1)
+    state = plugin.c.compot_plugin_new(29, 40, 95, 2, 7, 3, 4, 1)
     for name in (b"q", b"k", b"z"):
         bundle = -1 if name == b"z" else 7
         assert plugin.c.compot_plugin_add(state, name, 1, (Leaf * 2)(*pair), bundle) == 0
