@@ -223,7 +223,7 @@ def test_both_formats_carry_it_end_to_end(
     assert report.rival.bytes == report.sizes.weights, "compared with GPTQ at the same bytes"
     assert report.rival.name == f"gptq int{8 if quant == 'int8' else 4}/g32"
     table = loss_table(report)
-    assert table.columns[2] == f"method, {report.rival.name}"
+    assert f"method, {report.rival.name}" in table.columns
     assert all(len(row) == len(table.columns) for row in table.rows)
     capsys.readouterr()
     assert main(["inspect", str(out / "onnx")]) == 0
