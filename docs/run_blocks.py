@@ -9,6 +9,10 @@ line before it, which says why::
 
     <!-- not run: downloads a model -->
 
+and one that needs something to be there has a command that makes it::
+
+    <!-- before: mkdir reports -->
+
 Calibration and evaluation texts are cut short: `SMALL` is added to every command and every call that does not set these
 knobs, and text that ships stands for text that the model would write. What is shown is what was run, otherwise. A gate
 may fail on so little text: exit code 1 counts as run, anything else that is not 0 fails.
@@ -36,7 +40,8 @@ LIMIT = 1800
 """Seconds that a block may take."""
 
 _FENCE = re.compile(
-    r"(?:^<!-- not run: (?P<reason>[^\n]+?) -->\n)?^```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^```$",
+    r"(?:^<!-- (?:not run: (?P<reason>[^\n]+?)|before: (?P<before>[^\n]+?)) -->\n)?"
+    r"^```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -77,6 +82,7 @@ class Block:
         language: console or python.
         text: the code.
         reason: why it is not run; empty if it is.
+        before: a command that makes what it needs.
     """
 
     page: str
@@ -84,6 +90,7 @@ class Block:
     language: str
     text: str
     reason: str = ""
+    before: str = ""
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -103,7 +110,8 @@ def blocks_of(page: Path) -> Iterator[Block]:
             reason = match["reason"] or ""
             if not reason and re.match(r"make ", match["text"]):
                 reason = "CI runs make's targets by themselves"
-            yield Block(str(page.relative_to(ROOT)), line, match["language"], match["text"], reason)
+            where = str(page.relative_to(ROOT))
+            yield Block(where, line, match["language"], match["text"], reason, match["before"] or "")
 
 
 def run(block: Block, folder: Path, tools: Path) -> str:
@@ -112,6 +120,10 @@ def run(block: Block, folder: Path, tools: Path) -> str:
 
     text = re.sub(r"\bMODEL\b|path/to/model", str(MODEL), block.text)
     text = re.sub(r"\bDIR\b", "dir", text)
+    if block.before:
+        made = run(Block(block.page, block.line, "console", block.before), folder, tools)
+        if made:
+            return f"before it: {made}"
     if block.language == "console":
         command = ["bash", "-euo", "pipefail", "-c", text]
     else:
