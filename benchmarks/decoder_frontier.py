@@ -63,7 +63,7 @@ STORAGE = PaperStorage()
 GRIDS = GridChoice({2: (32, 64, 128, 256), 3: (32, 64, 128, 256), 4: (32, 64, 128), 8: (128,)})
 """Groups of 256 are one scale per output for the 192 inputs of the model that ships; GGUF's planes hold them."""
 
-FLOATING = tuple(round(0.3 + 0.1 * step, 1) for step in range(7))
+FLOATING = (0.4, 0.55, 0.7, 0.85)
 BUDGETS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.5)
 EVALUATION_TOKENS = 4096
 

@@ -312,7 +312,8 @@ def paper_claims(points: Sequence[Point], ratios: Sequence[float], score: Score)
         compot, svd = "COMPOT as published", "SVD-LLM"
         for rule in ("uniform", "spectral"):
             claim(f"COMPOT beats SVD-LLM, {rule}", f"{compot}, {rule}", f"{svd}, {rule}")
-        claim(f"spectral beats uniform, {compot}", f"{compot}, spectral", f"{compot}, uniform")
+        for title in (svd, compot):
+            claim(f"spectral beats uniform, {title}", f"{title}, spectral", f"{title}, uniform")
         claim("the knapsack beats spectral COMPOT", "compot-deploy, knapsack", f"{compot}, spectral")
         claim("the knapsack beats uniform COMPOT", "compot-deploy, knapsack", f"{compot}, uniform")
         claim("the knapsack beats uniform CoSpaDi", "compot-deploy, knapsack", "CoSpaDi, uniform")

@@ -386,7 +386,8 @@ def _level(plan: Point, rival: Point, score: Score) -> str:
     if behind <= 0.0:
         return ""
     verdict = f", not told apart at {score.errors:g} standard errors" if score.at_least(plan, rival) else ""
-    return f"; behind by {behind:{score.form}} ± {error:{score.form}}{verdict}"
+    chance = f" ± {error:{score.form}}" if error else ", its error not measured"
+    return f"; behind by {behind:{score.form}}{chance}{verdict}"
 
 
 def _named(point: Point, score: Score) -> str:
