@@ -33,7 +33,7 @@ from compot_deploy.cli import main
 from compot_deploy.errors import ArtifactError, CompotDeployError, InputError, RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.artifact import MANIFEST, describe_matrices, read_manifest, seal
-from compot_deploy.exporters.huggingface import HuggingFaceOptions
+from compot_deploy.exporters.huggingface import HuggingFaceOptions, account
 from compot_deploy.huggingface import CompotConfig, factorize, from_compressed
 from compot_deploy.huggingface.factorization import grams_by_input
 from compot_deploy.huggingface.layout import AUTO_MAP, CODE, INDEX, WEIGHTS, read_config
@@ -428,9 +428,15 @@ def test_the_command_line_writes_checks_inspects_and_runs(
     assert main([str(source), *recipe, "--out", str(out)]) == 0
     manifest = read_manifest(out)
     weights = sum(record.bytes for record in manifest.matrices)
-    assert abs((out / WEIGHTS).stat().st_size / weights - 1) < 0.12, "a tiny model is half header"
+    (size,) = (record.bytes for record in manifest.files if record.path == WEIGHTS)
+    spent = account(out, weights)
+    norms = sum(tensor.nbytes for tensor in EXPORTER.read_model(out).tensors.values())
+    assert (spent.matrices, spent.others) == (weights, norms)
+    assert spent.matrices + spent.others + spent.headers == size == (out / WEIGHTS).stat().st_size
     assert main(["check", str(out)]) == 0
     assert main(["inspect", str(out)]) == 0
+    line = f"{weights:,} bytes of matrices, {norms:,} of other tensors and {spent.headers:,} of headers"
+    assert line in " ".join(capsys.readouterr().out.split())
     assert main(["run", str(out), "-p", "the quick", "-n", "4"]) == 0
     assert "tokens per second" in capsys.readouterr().err
     config = json.loads((out / "config.json").read_text())
