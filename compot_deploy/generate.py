@@ -9,6 +9,7 @@ from pathlib import Path
 from compot_deploy.errors import ArtifactError, InputError
 from compot_deploy.runners import Runner, huggingface_runner, onnx_runner
 from compot_deploy.tokens import load_tokenizer
+from compot_deploy.traced import is_traced_folder
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def generate(path: Path, prompt: str, *, tokens: int = 64, threads: int = 1) -> 
 
     Raises:
         ArtifactError: nothing that can be run lies there.
-        InputError: a prompt without tokens, or one longer than the context.
+        InputError: a prompt without tokens, or one longer than the context; or a model that writes no text.
         MissingDependencyError: the runtime is not installed.
     """
     if path.suffix == ".gguf" or (path.is_dir() and list(path.glob("*.gguf"))):
@@ -51,6 +52,11 @@ def generate(path: Path, prompt: str, *, tokens: int = 64, threads: int = 1) -> 
         raise ArtifactError(
             f"{path} holds neither onnx/model.onnx nor a GGUF file nor model.safetensors: export a model there "
             "first."
+        )
+    if is_traced_folder(path) and not (path / "generation_config.json").is_file():
+        raise InputError(
+            f"{path} holds a model that gives embeddings or scores and writes no text: read it with onnxruntime or "
+            "optimum."
         )
     tokenizer = load_tokenizer(path)
     ids = [*tokenizer.first, *tokenizer.encode(prompt)]

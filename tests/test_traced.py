@@ -152,6 +152,7 @@ def test_a_check_without_the_original_or_with_another_one_is_refused(
     [
         (["check", "FOLDER", "--max-kl", "1"], "--max-kl does not apply"),
         (["check", "FOLDER", "--report-dir", "x"], "--report-dir does not apply"),
+        (["run", "FOLDER", "-p", "word1"], "gives embeddings or scores and writes no text"),
         (["report", "FOLDER"], "'onnx-traced' wrote it, which has no report of this kind"),
     ],
 )
