@@ -25,6 +25,7 @@ from frontier import (
     MIXED,
     PLANNED,
     Comparison,
+    Figures,
     Jobs,
     Point,
     Score,
@@ -59,15 +60,16 @@ from compot_deploy.weights import Dense, Grid, Matrix, matrix_bytes
 from compot_deploy.whiten import Whitening
 
 STORAGE = PaperStorage()
-GRIDS = GridChoice({2: (32, 64, 128), 3: (32, 64, 128), 4: (32, 64, 128), 8: (128,)})
+GRIDS = GridChoice({2: (32, 64, 128, 256), 3: (32, 64, 128, 256), 4: (32, 64, 128), 8: (128,)})
+"""Groups of 256 are one scale per output for the 192 inputs of the model that ships; GGUF's planes hold them."""
+
 FLOATING = tuple(round(0.3 + 0.1 * step, 1) for step in range(7))
 BUDGETS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.5)
 EVALUATION_TOKENS = 4096
 
-NOISE = 0.04
-"""Two standard errors of the difference of two 4-bit models, paired by window, are 4 to 6 % of their divergence."""
+DIVERGENCE = Score("divergence", "KL [nats per token]", higher=False, errors=2.0)
+"""Two models that are two standard errors of their difference apart, paired by window of text, are not told apart."""
 
-DIVERGENCE = Score("divergence", "KL [nats per token]", higher=False, noise=NOISE)
 SCORES = (DIVERGENCE, Score("perplexity_ratio", "perplexity ratio", ".3f", higher=False))
 
 
@@ -80,18 +82,22 @@ class Judge:
         self._original = [self._predict(window) for window in self._windows]
         self.made_from = digest({str(number): window for number, window in enumerate(self._windows)})
 
-    def __call__(self, matrices: Mapping[str, Matrix]) -> dict[str, float]:
-        """Scores of some matrices."""
+    def __call__(self, matrices: Mapping[str, Matrix], bits: float) -> Figures:
+        """Figures of some matrices, which have so many bits per weight."""
         with self._runner.replaced(matrices):
             parts = [
                 compare_predictions(original, self._predict(window))
                 for window, original in zip(self._windows, self._original, strict=True)
             ]
         found = summarize(concatenate(parts))
-        return {
+        scores = {
             "divergence": found.divergence.mean.value,
             "perplexity_ratio": found.perplexity_ratio.value,
         }
+        # Windows of more tokens weigh more, so that the mean over windows is the mean over tokens.
+        share = len(parts) / found.positions
+        samples = {"divergence": [float(part.divergence.sum()) * share for part in parts]}
+        return Figures(bits, scores, samples)
 
     def _predict(self, window: Tensor) -> Prediction:
         (logits,) = self._runner.logits(window[None], len(window))
@@ -133,14 +139,13 @@ class Laboratory:
         points = []
         for entry in entries:
 
-            def make(entry: Baseline = entry) -> tuple[float, Mapping[str, float]]:
+            def make(entry: Baseline = entry) -> Figures:
                 small = entry.make(self)
                 dense = {name: Dense(weight) for name, weight in small.weights.items()}
-                return small.bytes * 8 / self.numbers, self.judge(dense)
+                return self.judge(dense, small.bytes * 8 / self.numbers)
 
-            points.append(
-                jobs.point(entry.family, entry.method, (VERSION, entry.method, self.made_from), make)
-            )
+            key = (VERSION, "by window", entry.method, self.made_from)
+            points.append(jobs.point(entry.family, entry.method, key, make))
         return points
 
     def planned(self, jobs: Jobs, sizes: Sequence[float]) -> list[Point]:
@@ -172,11 +177,11 @@ class Laboratory:
         ]
 
     def _point(self, jobs: Jobs, family: str, method: str, plans: Sequence[Plan]) -> Point:
-        def make() -> tuple[float, Mapping[str, float]]:
+        def make() -> Figures:
             best = carry_out(self.task, plans)
-            return best.plan.bytes * 8 / self.numbers, self.judge(StoredMatrices(best.files))
+            return self.judge(StoredMatrices(best.files), best.plan.bytes * 8 / self.numbers)
 
-        return jobs.point(family, method, (candidates.VERSION, plans, self.made_from), make)
+        return jobs.point(family, method, (candidates.VERSION, "by window", plans, self.made_from), make)
 
 
 def open_laboratory(model: str | None, search: Search, work: Path, samples: int, length: int) -> Laboratory:

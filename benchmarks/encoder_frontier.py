@@ -31,6 +31,7 @@ from frontier import (
     MIXED,
     PLANNED,
     Comparison,
+    Figures,
     Jobs,
     Point,
     Score,
@@ -70,7 +71,7 @@ from compot_deploy.whiten import Whitening
 
 STORAGE = PaperStorage()
 SEARCH = Search(GridChoice({2: (32, 64, 128), 3: (32, 64, 128), 4: (32, 64, 128), 8: (128,)}))
-FLOATING = Search(GridChoice({}), unquantized=True, floating=(0.3, 0.45, 0.6, 0.7, 0.8, 0.9))
+FLOATING = Search(GridChoice({}), unquantized=True, floating=(0.4, 0.55, 0.7, 0.85))
 """Sizes of factorised forms as parts of the unquantized matrix, for the paper's row."""
 
 PROBE = Plain(Grid(2, 128))
@@ -236,8 +237,8 @@ def planned(
 
 
 def _plan_point(laboratory: Laboratory, jobs: Jobs, family: str, method: str, plan: Plan) -> Point:
-    def make() -> tuple[float, Mapping[str, float]]:
-        return plan.bytes * 8 / laboratory.numbers, laboratory.scores(laboratory.product(plan))
+    def make() -> Figures:
+        return Figures(plan.bytes * 8 / laboratory.numbers, laboratory.scores(laboratory.product(plan)))
 
     return jobs.point(family, method, (laboratory.made_from, plan), make, PLAN_SECONDS / 2)
 
@@ -269,9 +270,9 @@ def measured(laboratory: Laboratory, jobs: Jobs, entries: Sequence[Baseline]) ->
     points = []
     for entry in entries:
 
-        def make(entry: Baseline = entry) -> tuple[float, Mapping[str, float]]:
+        def make(entry: Baseline = entry) -> Figures:
             small = entry.make(laboratory)
-            return small.bytes * 8 / laboratory.numbers, laboratory.scores(small.weights)
+            return Figures(small.bytes * 8 / laboratory.numbers, laboratory.scores(small.weights))
 
         key = (VERSION, entry.method, laboratory.made_from)
         points.append(jobs.point(entry.family, entry.method, key, make, entry.seconds))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -28,12 +30,23 @@ class Point:
         method: one row of a table.
         bits: per weight of the linears, everything counted.
         scores: by name.
+        samples: of some scores, by name: a figure per window of text, whose mean the score is.
     """
 
     family: str
     method: str
     bits: float
     scores: Mapping[str, float]
+    samples: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is measured of one method at one size; attributes as of `Point`."""
+
+    bits: float
+    scores: Mapping[str, float]
+    samples: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,25 +58,35 @@ class Score:
         title: with its unit.
         form: how a table prints it.
         higher: whether more is better.
-        noise: relative differences up to this are none.
+        errors: a difference of so many of its standard errors, or fewer, is none.
     """
 
     key: str
     title: str
     form: str = ".4f"
     higher: bool = True
-    noise: float = 0.0
+    errors: float = 0.0
 
     def best(self, points: Iterable[Point]) -> Point:
         """The best of some points."""
         return (max if self.higher else min)(points, key=lambda point: point.scores[self.key])
 
     def at_least(self, one: Point, other: Point) -> bool:
-        """Whether one is no worse than another, but for noise."""
-        first, second = one.scores[self.key], other.scores[self.key]
-        if abs(first - second) <= self.noise * abs(second):
-            return True
-        return first >= second if self.higher else first <= second
+        """Whether one is no worse than another, but for what chance in the choice of text may do."""
+        behind = self.behind(one, other)
+        return behind <= 0.0 or behind <= self.errors * self.standard_error(one, other)
+
+    def behind(self, one: Point, other: Point) -> float:
+        """By how much one is worse than another."""
+        difference = other.scores[self.key] - one.scores[self.key]
+        return difference if self.higher else -difference
+
+    def standard_error(self, one: Point, other: Point) -> float:
+        """Of the difference, paired by window; 0 where it is not known of both, so that nothing is excused."""
+        first, second = one.samples.get(self.key, ()), other.samples.get(self.key, ())
+        if len(first) != len(second) or len(first) < 2:
+            return 0.0
+        return statistics.stdev(a - b for a, b in zip(first, second, strict=True)) / math.sqrt(len(first))
 
 
 @dataclass(frozen=True)
@@ -104,7 +127,7 @@ class Jobs:
         family: str,
         method: str,
         key: object,
-        make: Callable[[], tuple[float, Mapping[str, float]]],
+        make: Callable[[], Figures],
         seconds: float = 5.0,
     ) -> Point:
         """Bits and scores of a method.
@@ -120,16 +143,18 @@ class Jobs:
         fresh = not path.exists()
         if fresh:
             started = time.perf_counter()
-            bits, scores = make()
-            write_text(path, json.dumps({"bits": bits, "scores": dict(scores)}))
+            figures = make()
+            samples = {name: list(values) for name, values in figures.samples.items()}
+            facts = {"bits": figures.bits, "scores": dict(figures.scores), "samples": samples}
+            write_text(path, json.dumps(facts))
             self._spent += time.perf_counter() - started
             self._guessed += seconds
         self._passed += seconds
         found = json.loads(path.read_text(encoding="utf-8"))
-        point = Point(family, method, found["bits"], found["scores"])
-        figures = "  ".join(f"{name} {value:.4f}" for name, value in point.scores.items())
+        point = Point(family, method, found["bits"], found["scores"], found.get("samples", {}))
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in point.scores.items())
         print(
-            f"{method:44s} {point.bits:7.3f} bits  {figures}  {self._left() if fresh else '(known)'}",
+            f"{method:44s} {point.bits:7.3f} bits  {shown}  {self._left() if fresh else '(known)'}",
             flush=True,
         )
         return point
@@ -306,9 +331,13 @@ def verdicts(comparisons: Sequence[Comparison]) -> str:
 
 def as_data(points: Sequence[Point], comparisons: Sequence[Comparison]) -> dict[str, object]:
     """For JSON."""
+    fields = ("family", "method", "bits", "scores")
     return {
-        "points": [asdict(point) for point in sorted(points, key=lambda point: (point.bits, point.method))],
-        "comparisons": [asdict(one) for one in comparisons],
+        "points": [
+            {name: getattr(point, name) for name in fields}
+            for point in sorted(points, key=lambda point: (point.bits, point.method))
+        ],
+        "comparisons": [vars(one) for one in comparisons],
     }
 
 
@@ -352,11 +381,12 @@ def draw(axes, points: Sequence[Point], score: Score) -> None:  # type: ignore[n
 
 
 def _level(plan: Point, rival: Point, score: Score) -> str:
-    """A word where a plan is no worse only because of the noise."""
-    strict = replace(score, noise=0.0)
-    return (
-        ", level within the noise" if score.at_least(plan, rival) and not strict.at_least(plan, rival) else ""
-    )
+    """By how much a plan is behind, and how far chance may have moved that; nothing where it is not behind."""
+    behind, error = score.behind(plan, rival), score.standard_error(plan, rival)
+    if behind <= 0.0:
+        return ""
+    verdict = f", not told apart at {score.errors:g} standard errors" if score.at_least(plan, rival) else ""
+    return f"; behind by {behind:{score.form}} ± {error:{score.form}}{verdict}"
 
 
 def _named(point: Point, score: Score) -> str:

@@ -216,11 +216,16 @@ def curve(
 def content_key(
     form: Form, weights: Mapping[str, Tensor], whitening: Whitening, search: Search, quantizer: str = "gptq"
 ) -> str:
-    """A name for the measurement of a form on exactly these numbers."""
+    """A name for the measurement of a form on exactly these numbers.
+
+    Only what the form depends on is part of it: plain grids know no rounds, dense codes no alternation.
+    """
+    settings: tuple[object, ...] = (quantizer,)
+    if isinstance(form, Joint):
+        sparse = not all(level.pattern.is_dense for level in form.levels)
+        settings = (search.rounds, search.alternation if sparse else None)
     digest = hashlib.sha256()
-    digest.update(
-        repr((VERSION, form, tuple(weights), search.rounds, search.alternation, quantizer)).encode()
-    )
+    digest.update(repr((VERSION, form, tuple(weights), *settings)).encode())
     for value in (*weights.values(), whitening.factor):
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:24]

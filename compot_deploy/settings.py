@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -131,6 +131,15 @@ def device_of(recipe: Recipe) -> str:
     return recipe.device
 
 
+_GROUPS: Final = {
+    2: (16, 32, 64, 128, 256),
+    3: (16, 32, 64, 128, 256),
+    4: (16, 32, 64, 128),
+    8: (16, 32, 64, 128),
+}
+"""Groups that are tried, by bits. Scales of groups of 128 are 6 % of the bytes at 2 bits, half of that at 4."""
+
+
 def search_of(recipe: Recipe, checkpoint: Checkpoint) -> Search:
     """Which forms are tried: every grid that the format takes, or floating point without quantization.
 
@@ -160,7 +169,7 @@ def search_of(recipe: Recipe, checkpoint: Checkpoint) -> Search:
         return True
 
     groups = {
-        bits: tuple(group for group in (16, 32, 64, 128) if takes(Grid(bits, group))) for bits in (2, 3, 4, 8)
+        bits: tuple(group for group in sizes if takes(Grid(bits, group))) for bits, sizes in _GROUPS.items()
     }
     grids = GridChoice({bits: found for bits, found in groups.items() if found}, step=16)
 

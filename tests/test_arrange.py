@@ -131,6 +131,21 @@ def test_patterns_are_tried_where_the_format_stores_them_in_fewer_bytes(
     assert exporter.options(asdict(recipe)) is not None
 
 
+@pytest.mark.parametrize(
+    ("knobs", "tried"),
+    [
+        ({"format": ("gguf",), "gguf_layout": "sparse"}, {2: True, 3: True, 4: False}),
+        ({"format": ("onnx",), "onnx_codes": "packed"}, {2: False, 3: True, 4: False}),
+    ],
+)
+def test_groups_of_256_are_tried_at_few_bits_where_the_format_takes_them(
+    tmp_path: Path, knobs: dict[str, Any], tried: dict[int, bool]
+) -> None:
+    model = tiny.save(tmp_path / "model", num_hidden_layers=1)
+    search = search_of(Recipe(model=str(model), bits=2.0, **knobs), open_checkpoint(str(model)))
+    assert {bits: 256 in search.grids.groups[bits] for bits in tried} == tried
+
+
 @pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(4, 8)])
 def test_the_knapsack_pays_for_patterns_what_gguf_planes_take(pattern: Pattern) -> None:
     """Of two forms that differ in the pattern alone, each costs its payload, and a budget between them decides."""

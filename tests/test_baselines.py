@@ -324,13 +324,31 @@ def test_less_divergence_is_better() -> None:
     assert [one.holds for one in compare_at_sizes(points, score, 4.0)] == [False]
 
 
-def test_differences_within_the_noise_are_none() -> None:
-    score = Score("cosine", "KL", higher=False, noise=0.05)
-    for rival, holds in ((0.48, True), (0.4, False), (0.6, True)):
-        found = compare([point(PLANNED, 2.0, 0.5), point("rival", 2.0, rival)], score, [2.0], {})
-        assert [one.holds for one in found] == [holds]
-    points = [point(PLANNED, 2.0, 0.5), point("rival", 2.0, 0.48)]
-    assert "level within the noise" in compare_at_sizes(points, score, 4.0)[0].text
+@pytest.mark.parametrize("higher", [False, True])
+@pytest.mark.parametrize(("shift", "holds"), [(0.0, True), (0.019, True), (0.021, False), (-0.3, True)])
+def test_a_difference_of_two_standard_errors_is_none(higher: bool, shift: float, holds: bool) -> None:
+    """Differences by window of shift ± 0.01 have, over two windows, a standard error of 0.01."""
+    score = Score("cosine", "", higher=higher, errors=2.0)
+    sign = 1.0 if higher else -1.0
+    mine = sampled(PLANNED, 0.1, 0.9)
+    rival = sampled("rival", 0.1 + sign * (shift - 0.01), 0.9 + sign * (shift + 0.01))
+    assert score.standard_error(mine, rival) == pytest.approx(0.01)
+    assert score.at_least(mine, rival) == holds
+    assert [one.holds for one in compare([mine, rival], score, [2.0], {})] == [holds]
+    (found,) = compare_at_sizes([mine, rival], score, 4.0)
+    assert found.holds == holds
+    assert ("not told apart" in found.text) == (0 < shift < 0.02)
+    assert ("behind by" in found.text) == (shift > 0)
+
+
+def test_nothing_is_excused_where_windows_are_not_known() -> None:
+    score = Score("cosine", "", errors=2.0)
+    assert not score.at_least(point(PLANNED, 2.0, 0.5), sampled("rival", 0.4, 0.6001))
+
+
+def sampled(family: str, *values: float) -> Point:
+    scores, samples = {"cosine": sum(values) / len(values)}, {"cosine": values}
+    return Point(family, family, 2.0, scores, samples)
 
 
 def test_the_next_larger_baseline_is_the_nearest() -> None:

@@ -21,7 +21,7 @@ def arrays(quantized: Quantized) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("group", [32, 64, 96, 128])
+@pytest.mark.parametrize("group", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize("pattern", [DENSE, *SPARSE], ids=str)
 def test_unpack_undoes_pack(bits: int, group: int, pattern: Pattern) -> None:
     for inputs in (1, 31, 32, 33, 63, 64, 65, 90, 128, 257):
@@ -67,6 +67,10 @@ def test_a_sparse_record_has_the_documented_bytes() -> None:
 )  # fmt: skip
 def test_bits_per_entry(grid: Grid, pattern: Pattern, expected: float) -> None:
     assert GgufStorage("sparse").leaf_bytes(1024, 64, grid, pattern) * 8 / (1024 * 64) == expected
+
+
+def test_a_group_beyond_the_inputs_is_one_scale_per_output() -> None:
+    assert GgufStorage("sparse").leaf_bytes(192, 64, Grid(2, 256)) == 64 * (192 * 2 // 8 + 2)
 
 
 def test_a_narrow_leaf_has_no_padding() -> None:

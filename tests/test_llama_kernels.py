@@ -148,7 +148,15 @@ def test_all_instruction_sets_and_batch_sizes_give_the_same_bits(pattern: Patter
     loaded = load_plugin()
     names = [name for name in ("scalar", "avx2", "avx512", "neon") if loaded.use(name) == name]
     try:
-        for grid in (Grid(2, 32), Grid(3, 64), Grid(4, 96), Grid(4, 128), Grid(8, 64)):
+        for grid in (
+            Grid(2, 32),
+            Grid(2, 256),
+            Grid(3, 64),
+            Grid(3, 256),
+            Grid(4, 96),
+            Grid(4, 128),
+            Grid(8, 64),
+        ):
             of = planes_leaf(random_quantized(330, 21, grid, pattern, seed=3), pattern)
             x = activations(6, 330, 5)
             loaded.use("scalar")
