@@ -42,8 +42,8 @@ def generate(path: Path, prompt: str, *, tokens: int = 64, threads: int = 1) -> 
         MissingDependencyError: the runtime is not installed.
     """
     if path.suffix == ".gguf" or (path.is_dir() and list(path.glob("*.gguf"))):
+        from compot_deploy.llama.model import find_gguf
         from compot_deploy.llama.model import generate as generate_in_llama
-        from compot_deploy.llama.runner import find_gguf
 
         made = generate_in_llama(find_gguf(path), prompt, max_tokens=tokens, threads=threads)
         return Generated(made.text, made.tokens, made.tokens_per_second)
