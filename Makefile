@@ -16,8 +16,9 @@ DEMO = out/demo
 demo: $(VENV)/demo.stamp
 	$(BIN)/compot-deploy --quant int4 --format onnx --out $(DEMO) --force
 
+# One thread of torch per worker: workers are as many as cores.
 test: $(VENV)/dev.stamp lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
@@ -78,7 +79,7 @@ $(VENV)/bin/python:
 		|| $(BIN)/python -m pip install --quiet "torch==2.13.0"
 
 $(VENV)/demo.stamp: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -e ".[onnx]"
+	$(BIN)/python -m pip install --quiet -e ".[onnx,report]"
 	@touch $@
 
 $(VENV)/dev.stamp: pyproject.toml | $(VENV)/bin/python

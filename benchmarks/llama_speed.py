@@ -7,16 +7,15 @@
 All models are open at once and measured in turn, round after round, in one process, so that a busy machine
 slows all of them; the table gives medians, bests and their ratios to the first dense type. Weights are random: this
 measures speed and bytes, never quality. Memory is what a fresh process of each file holds after 32 tokens, above the
-loaded libraries: anonymous and mapped from the file; `extra` is what is beyond the file and the cache, in parts of
-the file; `libs` is program code read meanwhile, `cache` and `compute` are llama.cpp's buffers (the latter reserved,
-touched as far as a batch needs).
+loaded libraries (`llama_memory.py`): anonymous, mapped from the file, and program code read meanwhile, which is `libs`;
+`extra` is all of it beyond the file and the cache, in parts of the file; `cache` and `compute` are llama.cpp's buffers
+(the latter reserved, touched as far as a batch needs).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -34,7 +33,6 @@ from compot_deploy import embedded
 from compot_deploy.architectures import find_architecture
 from compot_deploy.exporters import gguf, gguf_quantize
 from compot_deploy.llama import LlamaModel
-from compot_deploy.llama.library import Library, load_library
 from compot_deploy.weights import (
     DENSE,
     CompressedModel,
@@ -159,67 +157,11 @@ def write_all(
     return paths
 
 
-MEMORY_STEPS = 32
-FIELDS = ("anonymous", "file", "libraries")
-
-
-def resident(path: Path) -> dict[str, float]:
-    """Resident memory of this process in MB: anonymous, mapped from `path`, mapped from libraries; 0 where unknown."""
-    held = dict.fromkeys(FIELDS, 0.0)
-    try:
-        lines = Path("/proc/self/smaps").read_text().splitlines()
-    except OSError:
-        return held
-    field = "anonymous"
-    for line in lines:
-        words = line.split()
-        if re.fullmatch(r"[0-9a-f]+-[0-9a-f]+", words[0]):
-            mapped = words[5] if len(words) > 5 and words[5].startswith("/") else ""
-            field = "anonymous" if not mapped else "file" if mapped == str(path.resolve()) else "libraries"
-        elif words[0] == "Anonymous:":
-            held["anonymous"] += float(words[1]) * 1024 / 1e6
-            held[field] -= float(words[1]) * 1024 / 1e6  # written pages of a private mapping
-        elif words[0] == "Rss:":
-            held[field] += float(words[1]) * 1024 / 1e6
-    return held
-
-
-def memory_of(path: Path, threads: int, context: int) -> dict[str, float]:
-    """What a file takes in this process, in MB: the growth from the loaded libraries until 32 tokens are decoded.
-
-    llama.cpp's own buffers are read from what it says while it opens the file.
-    """
-    said: list[str] = []
-    with mock.patch.object(Library, "_remember", lambda self, level, text, data: said.append(text.decode())):
-        load_library()
-        before = resident(path)
-        with LlamaModel(path, threads=threads, context=context) as model:
-            model.generate([1, 2, 3], max_tokens=MEMORY_STEPS, stop=False)
-            grown = {field: value - before[field] for field, value in resident(path).items()}
-            grown["tiles"] = model.plugin_bytes / 1e6
-    for name, words in (("cache", r"KV buffer size"), ("compute", r"compute buffer size")):
-        found = re.findall(words + r" *= *([0-9.]+) MiB", "".join(said))
-        grown[name] = sum(map(float, found)) * 2**20 / 1e6
-    return grown
-
-
 def measure_memory(path: Path, threads: int, context: int) -> dict[str, float]:
-    """`memory_of` in a process of its own."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            __file__,
-            "--memory-of",
-            str(path),
-            "--threads",
-            str(threads),
-            "--context",
-            str(context),
-        ],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    """What `llama_memory` finds, in a process of its own."""
+    script = Path(__file__).with_name("llama_memory.py")
+    command = [sys.executable, str(script), str(path), "--threads", str(threads), "--context", str(context)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return answer
 
@@ -243,11 +185,7 @@ def main() -> None:
         "--types", help="dense types (default: Q4_K,Q4_0,Q3_K,Q2_K,IQ2_XS; embedded: Q4_0,Q8_0)"
     )
     parser.add_argument("--fractions", default="0.25,0.375,0.5")
-    parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.memory_of:
-        print(json.dumps(memory_of(arguments.memory_of, arguments.threads, arguments.context)))
-        return
     size = (512, 1408, 2) if arguments.small else (2048, 5632, 4)
     config: dict[str, Any] = {
         "model_type": "llama", "hidden_size": size[0], "intermediate_size": size[1], "num_hidden_layers": size[2],
@@ -306,8 +244,8 @@ def table(
         word, word_base = statistics.median(prompt[label]), statistics.median(prompt[base])
         quick, quick_base = min(prompt[label]), min(prompt[base])
         held = memory[label]
-        own = held["anonymous"] + held["file"]
-        print(f"{label:27s} {size:7.2f} {size / size_base:7.2f} {own:7.1f} {(own - held['cache']) / size - 1:+6.0%} "
+        own = held["anonymous"] + held["file"] + held["libraries"]
+        print(f"{label:27s} {size:7.2f} {size / size_base:7.2f} {own:7.1f} {held['beyond']:+6.0%} "
               f"{held['libraries']:5.1f} {held['cache']:6.2f} {held['compute']:7.1f} {1 / step:7.1f} "
               f"{step_base / step:6.2f} {best_base / best:6.2f} {1 / word:7.1f} {word_base / word:6.2f} "
               f"{quick_base / quick:6.2f}")  # fmt: skip

@@ -58,7 +58,13 @@ from compot_deploy.recipe import Recipe, default_of, knob_type, knobs, recipe_fr
 from compot_deploy.report import tables, verdict
 from compot_deploy.serve import DEFAULT_PORT, PageServer
 from compot_deploy.summary import STEP_SUMMARY, to_summary, write_summary
-from compot_deploy.traced import TracedDeployment, deploy_traced, is_traced
+from compot_deploy.traced import (
+    TracedDeployment,
+    check_traced,
+    deploy_traced,
+    is_traced,
+    is_traced_folder,
+)
 from compot_deploy.traced import overview as traced_overview
 
 _GROUPS: Final = {
@@ -72,6 +78,9 @@ _GROUPS: Final = {
 
 _PROSE: Final = ("Greedy text", "Structure", "Gate")
 """Tables that are read, not compared down a column."""
+
+_TRACED_LIMITS: Final = frozenset(("min_cosine", "max_export_nmse"))
+"""Knobs of check for a model that was traced."""
 
 _EXIT_CODES: Final = (
     "exit codes: 0 done and gate passed, 1 gate failed, 2 bad usage or input, 3 unsupported model, "
@@ -181,9 +190,21 @@ def _check(arguments: list[str], out: Console, err: Console) -> int:
         type=Path,
         help=f"write a Markdown summary there (default: add it to ${STEP_SUMMARY}, where that is set)",
     )
-    _add_knobs(parser, only={"max_perplexity_ratio", "max_kl", "min_top1", "max_export_nmse"})
+    _add_knobs(parser, only={"max_perplexity_ratio", "max_kl", "min_top1", "max_export_nmse", "min_cosine"})
     values = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
     folder, reference = values.pop("folder"), values.pop("reference", None)
+    traced = is_traced_folder(folder)
+    alien = sorted(values.keys() - _TRACED_LIMITS if traced else values.keys() & {"min_cosine"})
+    if alien:
+        kind = "the cosine of its embeddings" if traced else "perplexity and KL divergence"
+        raise RecipeError(
+            f"--{alien[0].replace('_', '-')} does not apply to {folder}: it is judged by {kind}. Leave it out."
+        )
+    if traced:
+        with _bars(err) as progress:
+            return _show_traced(
+                check_traced(folder, reference=reference, limits=values, progress=progress), out
+            )
     report_dir, summary = values.pop("report_dir", None), values.pop("summary", None)
     demands = _demands(values.pop("gate", None), values.pop("baseline", None), values.pop("max_growth", None))
     with _bars(err) as progress:

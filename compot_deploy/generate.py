@@ -9,6 +9,7 @@ from pathlib import Path
 from compot_deploy.errors import ArtifactError, InputError
 from compot_deploy.runners import Runner, huggingface_runner, onnx_runner
 from compot_deploy.tokens import load_tokenizer
+from compot_deploy.traced import is_traced_folder
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,12 @@ def generate(path: Path, prompt: str, *, tokens: int = 64, threads: int = 1) -> 
 
     Raises:
         ArtifactError: nothing that can be run lies there.
-        InputError: a prompt without tokens, or one longer than the context.
+        InputError: a prompt without tokens, or one longer than the context; or a model that writes no text.
         MissingDependencyError: the runtime is not installed.
     """
     if path.suffix == ".gguf" or (path.is_dir() and list(path.glob("*.gguf"))):
+        from compot_deploy.llama.model import find_gguf
         from compot_deploy.llama.model import generate as generate_in_llama
-        from compot_deploy.llama.runner import find_gguf
 
         made = generate_in_llama(find_gguf(path), prompt, max_tokens=tokens, threads=threads)
         return Generated(made.text, made.tokens, made.tokens_per_second)
@@ -51,6 +52,11 @@ def generate(path: Path, prompt: str, *, tokens: int = 64, threads: int = 1) -> 
         raise ArtifactError(
             f"{path} holds neither onnx/model.onnx nor a GGUF file nor model.safetensors: export a model there "
             "first."
+        )
+    if is_traced_folder(path) and not (path / "generation_config.json").is_file():
+        raise InputError(
+            f"{path} holds a model that gives embeddings or scores and writes no text: read it with onnxruntime or "
+            "optimum."
         )
     tokenizer = load_tokenizer(path)
     ids = [*tokenizer.first, *tokenizer.encode(prompt)]

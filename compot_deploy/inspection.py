@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from compot_deploy.exporters.artifact import LeafRecord, MatrixRecord, verify
+from compot_deploy.exporters.huggingface import account
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,12 @@ def overview(folder: Path) -> Overview:
     rows.append(("all matrices", "", "", "", "", "", f"{total:,}", f"{plain:,}", f"{total / plain:.3f}"))
     dense = [record for record in manifest.matrices if record.why_dense]
     lines = [f"{record.name} stays dense: {record.why_dense}." for record in dense]
+    if manifest.exporter == "huggingface":
+        spent = account(folder, total)
+        lines.append(
+            f"The tensor files are {spent.matrices:,} bytes of matrices, {spent.others:,} of other tensors and "
+            f"{spent.headers:,} of headers."
+        )
     files = sum(record.bytes for record in manifest.files)
     lines.append(
         f"{len(manifest.files)} files, {files:,} bytes, all as the manifest says; written by compot-deploy "

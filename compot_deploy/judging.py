@@ -13,7 +13,7 @@ from compot_deploy import __version__
 from compot_deploy.accuracy import Evaluation, Gate, check, measure
 from compot_deploy.checkpoint import Checkpoint, open_checkpoint
 from compot_deploy.embedded import MODEL
-from compot_deploy.errors import InputError
+from compot_deploy.errors import ArtifactError, InputError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.archive import transport_bytes
 from compot_deploy.exporters.artifact import (
@@ -102,9 +102,9 @@ def check_folder(
     demands = demands or Demands()
     limits = {**demands.gate.losses, **(limits or {})}
     manifest = verify(folder)
+    _check_exporter(folder, manifest)
     recipe = recipe_from_mapping({**manifest.recipe, **limits}, origin=f"{folder}'s manifest")
-    exporter = EXPORTERS[manifest.exporter]
-    model = exporter.read_model(folder)
+    model = EXPORTERS[manifest.exporter].read_model(folder)
     evaluation = read_evaluation(folder, load_tokenizer(folder), model.config)
     demands.check_text(evaluation.text.digest, evaluation.text.source)
     original: Checkpoint | None = None
@@ -132,6 +132,14 @@ def check_folder(
         gate = Gate(max_export_nmse=gate.max_export_nmse)
     report = judge_folder(folder, manifest, model, original, evaluation, gate, progress, absent=absent)
     return Deployment(folder, demands.apply(report))
+
+
+def _check_exporter(folder: Path, manifest: Manifest) -> None:
+    if manifest.exporter not in EXPORTERS:
+        raise ArtifactError(
+            f"{folder}: its manifest says that the exporter {manifest.exporter!r} wrote it, which has no report of "
+            f"this kind; {', '.join(sorted(EXPORTERS))} have one."
+        )
 
 
 def judge_folder(
@@ -303,6 +311,7 @@ def write_report_again(folder: Path) -> Report:
         InputError: there is no report, or it is of another version.
     """
     manifest = verify(folder)
+    _check_exporter(folder, manifest)
     try:
         text = (folder / REPORT).read_text(encoding="utf-8")
     except FileNotFoundError:

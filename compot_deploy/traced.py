@@ -7,6 +7,7 @@ far its embeddings are from the original's. Budgets by plan are for decoders wit
 
 from __future__ import annotations
 
+import hashlib
 import json
 import lzma
 import random
@@ -18,15 +19,27 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from compot_deploy import __version__
 from compot_deploy.accuracy import Criterion
 from compot_deploy.allocate import ALLOCATIONS, MatrixSize, Precision, Sparsity
 from compot_deploy.architectures import ARCHITECTURES
 from compot_deploy.compress import compress_linear
 from compot_deploy.embedded import HELD_OUT_TEXT, TRAINING_TEXT
-from compot_deploy.errors import InputError, RecipeError, UnsupportedModelError
-from compot_deploy.exporters.artifact import staged_folder
-from compot_deploy.exporters.onnx import OnnxExporter
+from compot_deploy.errors import ArtifactError, InputError, RecipeError, UnsupportedModelError
+from compot_deploy.exporters.artifact import (
+    MANIFEST_FORMAT,
+    Manifest,
+    describe_matrices,
+    file_record,
+    library_versions,
+    list_files,
+    staged_folder,
+    verify,
+    write_manifest,
+)
+from compot_deploy.exporters.onnx import OnnxExporter, OnnxMatrices
 from compot_deploy.exporters.onnx_lint import lint_onnx
+from compot_deploy.exporters.onnx_tensors import GRAPH
 from compot_deploy.exporters.onnx_traced import Losses, export, interface_of, measure
 from compot_deploy.factorize import singular_spectrum
 from compot_deploy.findings import Finding, errors
@@ -35,7 +48,7 @@ from compot_deploy.huggingface.modeling import linears_of, weight_of
 from compot_deploy.inspection import Overview
 from compot_deploy.progress import Progress, silent
 from compot_deploy.quant import rtn
-from compot_deploy.recipe import Recipe
+from compot_deploy.recipe import Recipe, recipe_from_mapping
 from compot_deploy.settings import table_grid
 from compot_deploy.store import write_text
 from compot_deploy.tokens import read_text
@@ -45,7 +58,16 @@ from compot_deploy.workspace import targets_of
 
 REPORT: Final = "compot/traced.json"
 RECIPE: Final = "compot/recipe.toml"
+TEXTS: Final = "compot/traced_texts.json"
+"""The lines that are judged on, so that a folder can be checked again."""
+
+EXPORTER: Final = "onnx-traced"
+"""What the manifest says wrote the folder."""
+
 REPORT_VERSION: Final = 1
+
+_PLACES: Final = ("out", "force", "archive")
+"""Knobs of the run that say nothing about what was made."""
 
 _BATCH: Final = 16
 _SHORTEST: Final = 20
@@ -65,8 +87,8 @@ class TracedDeployment:
         losses: method, export and total.
         criteria: of the gate.
         findings: of the lint.
-        sizes: bytes of the whole folder (``artifact``), of its matrices (``matrices``), of the same ones plain
-            int4 (``plain_int4``) and in float16 (``fp16``).
+        sizes: bytes of the folder without report and manifest (``artifact``), of its matrices (``matrices``), of
+            the same ones plain int4 (``plain_int4``) and in float16 (``fp16``).
         facts: what a reader must know besides: texts, matrices that stay plain.
     """
 
@@ -120,11 +142,7 @@ def deploy_traced(recipe: Recipe, progress: Progress = silent) -> TracedDeployme
     model, tokenizer = _load(source)
     texts = _texts(recipe)
     batches, judged = (
-        [
-            _tokens(tokenizer, part[start : start + _BATCH], recipe.length)
-            for start in range(0, len(part), _BATCH)
-        ]
-        for part in (texts.calibration, texts.evaluation)
+        _batches(tokenizer, part, recipe.length) for part in (texts.calibration, texts.evaluation)
     )
     exporter = OnnxExporter()
     options = exporter.options(asdict(recipe))
@@ -145,6 +163,7 @@ def deploy_traced(recipe: Recipe, progress: Progress = silent) -> TracedDeployme
         )
         (folder / RECIPE).parent.mkdir(exist_ok=True)
         write_text(folder / RECIPE, recipe.to_toml())
+        write_text(folder / TEXTS, json.dumps(texts.evaluation, indent=0, ensure_ascii=False))
         deployment = TracedDeployment(
             folder=target,
             losses=losses,
@@ -154,7 +173,84 @@ def deploy_traced(recipe: Recipe, progress: Progress = silent) -> TracedDeployme
             facts=facts,
         )
         write_text(folder / REPORT, to_json(deployment))
+        manifest = Manifest(
+            format=MANIFEST_FORMAT,
+            exporter=EXPORTER,
+            package=__version__,
+            model_type=str(model.config.model_type),
+            tied=False,
+            recipe={name: value for name, value in asdict(recipe).items() if name not in _PLACES},
+            calibration=hashlib.sha256("\n".join(texts.calibration).encode()).hexdigest(),
+            seed=recipe.seed,
+            facts={"source": _fingerprint(source), "notes": list(facts)},
+            versions=library_versions(),
+            matrices=describe_matrices(written, storage, reasons),
+            files=(),
+        )
+        write_manifest(folder, manifest)
     return deployment
+
+
+def is_traced_folder(folder: Path) -> bool:
+    """Whether a folder is one that `deploy_traced` wrote."""
+    return (folder / REPORT).is_file()
+
+
+def check_traced(
+    folder: Path,
+    *,
+    reference: str | None = None,
+    limits: Mapping[str, float] | None = None,
+    progress: Progress = silent,
+) -> TracedDeployment:
+    """Check a folder of `deploy_traced` again: every file, the graph, and all losses on the same texts.
+
+    Args:
+        folder: to check; nothing in it is changed.
+        reference: folder of the original model, where it is no longer where the recipe says.
+        limits: ``min_cosine`` and ``max_export_nmse``, in place of those of the recipe.
+        progress: told how far the work is.
+
+    Raises:
+        ArtifactError: a file does not match the manifest, or the manifest is not of such a folder.
+        InputError: the original model is not there, or it is another one: the graph holds no torch modules, so
+            no loss can be measured without it.
+    """
+    manifest = verify(folder)
+    if manifest.exporter != EXPORTER:
+        raise ArtifactError(
+            f"{folder} has a {REPORT}, and its manifest says that {manifest.exporter!r} wrote it: export the "
+            "model again."
+        )
+    recipe = recipe_from_mapping({**manifest.recipe, **(limits or {})}, origin=f"{folder}'s manifest")
+    source = Path(reference or recipe.model or "")
+    where = "--reference" if reference is not None else "where the recipe says"
+    if not (source / "config.json").is_file():
+        raise InputError(
+            f"The files of {folder} are as the manifest says, and its losses cannot be measured without the "
+            f"original model, which is not there ({where}: {source}). Give its folder with --reference."
+        )
+    if _fingerprint(source) != manifest.facts.get("source"):
+        raise InputError(
+            f"{source} ({where}) is not the model that {folder} was made from: its weights have another sha256. "
+            "Give the right one with --reference."
+        )
+    model, tokenizer = _load(source)
+    lines = _read_texts(folder / TEXTS)
+    batches = _batches(tokenizer, lines, recipe.length)
+    matrices = OnnxMatrices(folder / GRAPH)
+    progress(0, 1, "Judge")
+    losses = measure(model, folder, batches, matrices)
+    progress(1, 1, "Judge")
+    exporter = OnnxExporter()
+    return TracedDeployment(
+        folder=folder,
+        losses=losses,
+        criteria=_judge(losses, recipe),
+        findings=lint_onnx(folder),
+        sizes=_sizes(folder, matrices, exporter.storage(exporter.options(asdict(recipe)))),
+        facts=tuple(str(note) for note in manifest.facts.get("notes", ())),
+    )
 
 
 def to_json(deployment: TracedDeployment) -> str:
@@ -301,6 +397,28 @@ def _lines(text: str, source: str) -> list[str]:
     return lines
 
 
+def _read_texts(path: Path) -> list[str]:
+    try:
+        lines = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}. Export the model again.") from None
+    if not isinstance(lines, list) or not lines or not all(isinstance(line, str) for line in lines):
+        raise ArtifactError(f"{path} is not a list of texts: export the model again.")
+    return lines
+
+
+def _fingerprint(source: Path) -> dict[str, str]:
+    """The sha256 of every weight file of a model, by name."""
+    names = sorted(path.name for kind in ("*.safetensors", "*.bin") for path in source.glob(kind))
+    return {name: file_record(source, name).sha256 for name in names}
+
+
+def _batches(tokenizer: Any, lines: Sequence[str], length: int) -> list[dict[str, Tensor]]:
+    return [
+        _tokens(tokenizer, lines[start : start + _BATCH], length) for start in range(0, len(lines), _BATCH)
+    ]
+
+
 def _tokens(tokenizer: Any, lines: Sequence[str], length: int) -> dict[str, Tensor]:
     return dict(tokenizer(list(lines), return_tensors="pt", padding=True, truncation=True, max_length=length))
 
@@ -385,7 +503,7 @@ def _sizes(folder: Path, matrices: Mapping[str, Matrix], storage: Storage) -> di
     plain = Grid(4, 32)
     shapes = [matrix.shape for matrix in matrices.values()]
     return {
-        "artifact": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "artifact": sum((folder / name).stat().st_size for name in list_files(folder) if name != REPORT),
         "matrices": sum(matrix_bytes(matrices, storage).values()),
         "plain_int4": sum(storage.leaf_bytes(*shape, plain) for shape in shapes),
         "fp16": sum(2 * rows * columns for rows, columns in shapes),

@@ -1,21 +1,22 @@
 """Exporters: a CompressedModel in, files out. They store exactly what they are given.
 
-An exporter is one file and one line in `EXPORTERS`.
+An exporter is one file and one line in `EXPORTERS`. It is imported when it is first asked for, so that what reads
+GGUF files beside it needs neither torch nor onnx.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
-from compot_deploy.architectures import Architecture
-from compot_deploy.exporters.gguf_folder import GgufExporter
-from compot_deploy.exporters.huggingface import HuggingFaceExporter
-from compot_deploy.exporters.onnx import OnnxExporter
-from compot_deploy.findings import Finding
-from compot_deploy.weights import CompressedModel, Grid, Matrix, Storage
+if TYPE_CHECKING:
+    from compot_deploy.architectures import Architecture
+    from compot_deploy.findings import Finding
+    from compot_deploy.weights import CompressedModel, Grid, Matrix, Storage
 
 
 @runtime_checkable
@@ -74,7 +75,32 @@ class Exporter(Protocol):
         ...
 
 
-EXPORTERS: Final[Mapping[str, Exporter]] = MappingProxyType(
-    {"onnx": OnnxExporter(), "gguf": GgufExporter(), "huggingface": HuggingFaceExporter()}
-)
+class _Exporters(Mapping[str, Exporter]):
+    """Exporters by name, each imported and made once, when it is first asked for."""
+
+    _PLACES: Final = MappingProxyType(
+        {
+            "onnx": ("compot_deploy.exporters.onnx", "OnnxExporter"),
+            "gguf": ("compot_deploy.exporters.gguf_folder", "GgufExporter"),
+            "huggingface": ("compot_deploy.exporters.huggingface", "HuggingFaceExporter"),
+        }
+    )
+
+    def __getitem__(self, name: str) -> Exporter:
+        return _exporter(*self._PLACES[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._PLACES)
+
+    def __len__(self) -> int:
+        return len(self._PLACES)
+
+
+@cache
+def _exporter(module: str, name: str) -> Exporter:
+    exporter: Exporter = getattr(importlib.import_module(module), name)()
+    return exporter
+
+
+EXPORTERS: Final[Mapping[str, Exporter]] = _Exporters()
 """By the name that ``--format`` takes."""

@@ -26,9 +26,8 @@ from compot_deploy.exporters.gguf_index import (
     plane_format,
     read_index,
     read_layout,
-    read_leaf,
 )
-from compot_deploy.exporters.gguf_model import GgufModel, read, read_file
+from compot_deploy.exporters.gguf_model import GgufModel, read, read_file, read_leaf
 from compot_deploy.exporters.gguf_storage import GgufStorage, ProductStorage
 from compot_deploy.exporters.gguf_writer import GgufOptions, GgufResult, write, write_header
 

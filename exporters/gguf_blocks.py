@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float16, Int8, UInt8
 
 from compot_deploy.errors import ArtifactError, RecipeError
-from compot_deploy.weights import Grid
+from compot_deploy.grids import Grid
 
 BLOCK: Final = 32
 BLOCK_BYTES: Final = {"Q4_0": 18, "Q8_0": 34}

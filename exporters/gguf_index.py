@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
+from jaxtyping import Float16, Float32, Int8
 
 from compot_deploy.errors import ArtifactError, RecipeError
 from compot_deploy.exporters import gguf_blocks, gguf_planes, gguf_quantize
 from compot_deploy.exporters.gguf_reader import GgufFile
-from compot_deploy.weights import DENSE, Dense, Grid, Leaf, Pattern, Quantized
+from compot_deploy.grids import DENSE, Grid, Pattern
 
 Layout: TypeAlias = Literal["dense", "factorized", "sparse"]
 
@@ -135,35 +134,40 @@ def first_outputs(file: GgufFile, entry: LeafEntry, count: int) -> tuple[GgufFil
     return replace(file, tensors={entry.tensor: shorter}), replace(entry, outputs=count)
 
 
-def read_leaf(file: GgufFile, entry: LeafEntry) -> Leaf:
-    """A leaf with its outputs in the order of the file.
+def read_integers(
+    file: GgufFile, entry: LeafEntry, grid: Grid
+) -> tuple[Int8[np.ndarray, "inputs outputs"], Float16[np.ndarray, "groups outputs"]]:
+    """Integers and scales of a leaf on a grid, its outputs in the order of the file.
 
     Raises:
         ArtifactError: the bytes are not what `write` writes.
     """
     kind = file.tensors[entry.tensor].kind
     rows = file.bytes_of(entry.tensor)
-    if entry.grid is None:
-        return Dense(_floating(rows, kind))
     if kind == "I8":
         integers, scales = gguf_planes.unpack(rows.view(np.int8), plane_format(entry), entry.outputs)
     else:
-        integers, scales = gguf_blocks.unpack_blocks(rows, entry.inputs, entry.grid.group, kind)
+        integers, scales = gguf_blocks.unpack_blocks(rows, entry.inputs, grid.group, kind)
         if integers[entry.inputs :].any():
             raise ArtifactError(f"{file.path.name}: the padding of {entry.tensor} is not zero: damaged file.")
         integers = np.ascontiguousarray(integers[: entry.inputs])
-    if integers.size and not entry.grid.lowest <= integers.min() <= integers.max() <= entry.grid.highest:
-        raise ArtifactError(f"{file.path.name}: {entry.tensor} has integers outside {entry.grid}.")
-    return Quantized(torch.from_numpy(integers), torch.from_numpy(scales), entry.grid)
+    if integers.size and not grid.lowest <= integers.min() <= integers.max() <= grid.highest:
+        raise ArtifactError(f"{file.path.name}: {entry.tensor} has integers outside {grid}.")
+    return integers, scales
 
 
-def _floating(rows: np.ndarray, kind: str) -> Tensor:
-    if kind == "BF16":
-        bits = np.ascontiguousarray(np.ascontiguousarray(rows).view("<i2").T)
-        return torch.from_numpy(bits).view(torch.bfloat16)
-    if kind == "F16":
-        return torch.from_numpy(np.ascontiguousarray(np.ascontiguousarray(rows).view("<f2").T))
-    return torch.from_numpy(np.ascontiguousarray(gguf_quantize.dequantize(rows, kind).T))
+def read_values(file: GgufFile, entry: LeafEntry) -> Float32[np.ndarray, "inputs outputs"]:
+    """The values of a leaf as float32, its outputs in the order of the file.
+
+    Raises:
+        ArtifactError: see `read_integers`.
+    """
+    if entry.grid is None:
+        rows, kind = file.bytes_of(entry.tensor), file.tensors[entry.tensor].kind
+        return np.ascontiguousarray(gguf_quantize.dequantize(rows, kind).T)
+    integers, scales = read_integers(file, entry, entry.grid)
+    widened = np.repeat(scales.astype(np.float32), entry.grid.group, axis=0)[: entry.inputs]
+    return integers.astype(np.float32) * widened
 
 
 def _json_object(file: GgufFile, key: str) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from compot_deploy.exporters.gguf_index import (
     LeafEntry,
     PairEntry,
     read_index,
+    read_integers,
     read_layout,
-    read_leaf,
 )
 from compot_deploy.exporters.gguf_names import GgufNames
 from compot_deploy.exporters.gguf_reader import GgufFile, read_header
@@ -159,6 +159,24 @@ class _Reader:
 
     def _leaf(self, entry: LeafEntry, order: np.ndarray | None) -> Leaf:
         return _reordered(read_leaf(self.file, entry), order)
+
+
+def read_leaf(file: GgufFile, entry: LeafEntry) -> Leaf:
+    """A leaf with its outputs in the order of the file.
+
+    Raises:
+        ArtifactError: the bytes are not what `write` writes.
+    """
+    if entry.grid is not None:
+        integers, scales = read_integers(file, entry, entry.grid)
+        return Quantized(torch.from_numpy(integers), torch.from_numpy(scales), entry.grid)
+    rows, kind = file.bytes_of(entry.tensor), file.tensors[entry.tensor].kind
+    if kind == "BF16":
+        bits = np.ascontiguousarray(np.ascontiguousarray(rows).view("<i2").T)
+        return Dense(torch.from_numpy(bits).view(torch.bfloat16))
+    if kind == "F16":
+        return Dense(torch.from_numpy(np.ascontiguousarray(np.ascontiguousarray(rows).view("<f2").T)))
+    return Dense(torch.from_numpy(np.ascontiguousarray(gguf_quantize.dequantize(rows, kind).T)))
 
 
 def _reordered(leaf: Leaf, order: np.ndarray | None) -> Leaf:

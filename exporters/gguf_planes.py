@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Float16, Int8, Integer, UInt8
 
 from compot_deploy.errors import ArtifactError, RecipeError
-from compot_deploy.weights import Grid, Pattern
+from compot_deploy.grids import Grid, Pattern
 
 UNIT: Final = 64
 """Inputs per record; longer rows are a multiple of it, padded with exact zeros."""

@@ -230,6 +230,37 @@ EXPORTER: Final = HuggingFaceExporter()
 """For whoever needs this one and not the table of all."""
 
 
+@dataclass(frozen=True)
+class FileAccount:
+    """What the bytes of the tensor files of a folder are spent on; the three add up to the files.
+
+    Attributes:
+        matrices: the manifest's.
+        others: norms, biases, and what else is stored beside the matrices.
+        headers: names, types and places of the tensors, in front of them.
+    """
+
+    matrices: int
+    others: int
+    headers: int
+
+
+def account(folder: Path, matrices: int) -> FileAccount:
+    """Split the bytes of the safetensors files of a folder.
+
+    Args:
+        folder: verified.
+        matrices: bytes of all matrices, from the manifest.
+    """
+    tensors = headers = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header = 8 + int.from_bytes(file.read(8), "little")  # its length stands in front of it
+        headers += header
+        tensors += path.stat().st_size - header
+    return FileAccount(matrices, tensors - matrices, headers)
+
+
 def is_bnb(folder: Path) -> bool:
     """Whether a folder is in bitsandbytes' own layout.
 

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from compot_deploy.errors import ArtifactError, CompotDeployError, InputError
-from compot_deploy.exporters import gguf, gguf_quantize
+from compot_deploy.exporters import gguf_index, gguf_quantize
 from compot_deploy.exporters.gguf_reader import GgufFile, read_header
 from compot_deploy.llama.library import (
     TYPE_F32,
@@ -48,7 +48,7 @@ MAX_THREADS: Final = 512
 SELF_TEST: Final = 2e-5
 """Largest difference to numpy allowed for one row when loading, relative to the sum of absolute terms."""
 
-SELF_TEST_OUTPUTS: Final = 64
+SELF_TEST_OUTPUTS: Final = 32
 """How many outputs of a leaf are compared: a few rows tell, whole matrices would take memory."""
 
 ROWS_ONLY: Final = -2
@@ -133,7 +133,7 @@ class LlamaModel:
             raise InputError(f"{threads} threads are impossible: llama.cpp takes 1 to {MAX_THREADS}.")
         self.path, self.threads = Path(path), threads
         file = read_header(path)
-        self.layout = gguf.read_layout(file)
+        self.layout = gguf_index.read_layout(file)
         self._library = load_library()
         check_parameters(self._library)
         longest = self._promised(file)
@@ -319,7 +319,7 @@ class LlamaModel:
     def _load_dense(self, file: GgufFile, execution: Execution) -> None:
         if execution == "expand" and self._may_hand_over():
             self.execution = "expand"
-            parts = _Parts(file, gguf.FactorizedIndex({}, {}))
+            parts = _Parts(file, gguf_index.FactorizedIndex({}, {}))
             self._hand_over(file, parts, parts.expanded(), {})
             return
         self._library.clear_log()
@@ -338,7 +338,7 @@ class LlamaModel:
 
     def _load_factorized(self, file: GgufFile, execution: Execution) -> None:
         check_layout()
-        index = gguf.read_index(file)
+        index = gguf_index.read_index(file)
         use_plugin = execution in ("plugin", "float") or (execution == "auto" and has_plugin())
         self.execution = "float" if execution == "float" else "plugin" if use_plugin else "expand"
         parts = _Parts(file, index)
@@ -538,10 +538,10 @@ class LlamaModel:
         )
 
 
-def _leaf(file: GgufFile, entry: gguf.LeafEntry) -> Leaf:
+def _leaf(file: GgufFile, entry: gguf_index.LeafEntry) -> Leaf:
     kind = file.tensors[entry.tensor].kind
     if kind == "I8":
-        kind = "columns" if gguf.plane_format(entry).narrow else "planes"
+        kind = "columns" if gguf_index.plane_format(entry).narrow else "planes"
     elif kind not in _RUNNABLE:
         raise ArtifactError(
             f"{file.path.name}: {entry.tensor} has the type {kind}, which the plug-in cannot run."
@@ -552,9 +552,9 @@ def _leaf(file: GgufFile, entry: gguf.LeafEntry) -> Leaf:
 class _Parts:
     """The tensors of a factorised file, sorted by who handles them."""
 
-    def __init__(self, file: GgufFile, index: gguf.FactorizedIndex) -> None:
+    def __init__(self, file: GgufFile, index: gguf_index.FactorizedIndex) -> None:
         self.file, self.index = file, index
-        dense = gguf.read_layout(file) == "dense"
+        dense = gguf_index.read_layout(file) == "dense"
         self.base = file.text("general.architecture" if dense else "compot.base_architecture")
         factors = {
             name for pairs in index.matrices.values() for p in pairs for name in (p.dictionary, p.codes)
@@ -606,14 +606,14 @@ class _Parts:
         if name in self.file.tensors and name not in self.index.leaves:
             return gguf_quantize.dequantize(self.file.bytes_of(name), self.file.tensors[name].kind)
         if stem not in self.index.matrices:
-            return np.ascontiguousarray(
-                gguf.read_leaf(self.file, self.index.leaves[name]).dequantize().numpy().T
-            )
+            return np.ascontiguousarray(gguf_index.read_values(self.file, self.index.leaves[name]).T)
         total: np.ndarray | None = None
         for pair in self.index.matrices[stem]:
-            dictionary = gguf.read_leaf(self.file, self.index.leaves[pair.dictionary]).dequantize().double()
-            codes = gguf.read_leaf(self.file, self.index.leaves[pair.codes]).dequantize().double()
-            part = (dictionary @ codes).numpy()
+            dictionary = gguf_index.read_values(self.file, self.index.leaves[pair.dictionary]).astype(
+                np.float64
+            )
+            codes = gguf_index.read_values(self.file, self.index.leaves[pair.codes]).astype(np.float64)
+            part = dictionary @ codes
             total = part if total is None else total + part
         assert total is not None
         return np.ascontiguousarray(total.T, dtype=np.float32)
@@ -653,13 +653,14 @@ class _Parts:
             if form in seen:
                 continue
             seen.add(form)
-            file, few = gguf.first_outputs(self.file, entry, SELF_TEST_OUTPUTS)
+            file, few = gguf_index.first_outputs(self.file, entry, SELF_TEST_OUTPUTS)
             # Small whole numbers, a peak of 127 in every unit: rounding changes nothing.
             x = (np.arange(few.inputs) * 37 % 255 - 127).astype(np.float32)[None]
             x[0, ::64] = 127
             got = plugin.product(_leaf(file, few), x)[0]
-            weight = gguf.read_leaf(file, few).dequantize().double().numpy()
-            expected, size = x[0] @ weight, np.abs(x[0]) @ np.abs(weight)
+            weight = gguf_index.read_values(file, few).astype(np.float64)
+            terms = x[0][:, None] * weight  # summed without @: the code of a BLAS would stay in memory
+            expected, size = terms.sum(axis=0), np.abs(terms).sum(axis=0)
             if not (np.abs(got - expected) <= SELF_TEST * size + 1e-30).all():
                 raise LlamaError(
                     f"The plug-in's kernels for {plugin.isa} compute {name} wrongly: worst difference "
@@ -697,3 +698,17 @@ def generate(
     """
     with LlamaModel(path, threads=threads, context=context) as model:
         return model.generate(prompt, max_tokens=max_tokens, on_token=on_token)
+
+
+def find_gguf(path: Path) -> Path:
+    """The GGUF file of an artifact: the path itself, or the only one in a folder.
+
+    Raises:
+        ArtifactError: none, or several.
+    """
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("*.gguf"))
+    if len(found) != 1:
+        raise ArtifactError(f"{path} holds {len(found)} GGUF files, one is expected: name the file.")
+    return found[0]

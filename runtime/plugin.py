@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from compot_deploy.errors import MissingDependencyError
-from compot_deploy.weights import Grid, Pattern
+from compot_deploy.grids import Grid, Pattern
 
 KINDS: Final = {"F32": 0, "F16": 1, "BF16": 2, "Q4_0": 3, "Q8_0": 4, "planes": 5, "columns": 6}
 ISAS: Final = ("scalar", "avx2", "avx512", "neon")

@@ -11,9 +11,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from compot_deploy.errors import ArtifactError
 from compot_deploy.llama.library import PACKAGE, load_library
-from compot_deploy.llama.model import LlamaModel
+from compot_deploy.llama.model import LlamaModel, find_gguf
 
 
 class LlamaRunner:
@@ -70,17 +69,3 @@ class LlamaRunner:
     def close(self) -> None:
         """Free the model."""
         self._model.close()
-
-
-def find_gguf(path: Path) -> Path:
-    """The GGUF file of an artifact: the path itself, or the only one in a folder.
-
-    Raises:
-        ArtifactError: none, or several.
-    """
-    if not path.is_dir():
-        return path
-    found = sorted(path.glob("*.gguf"))
-    if len(found) != 1:
-        raise ArtifactError(f"{path} holds {len(found)} GGUF files, one is expected: name the file.")
-    return found[0]

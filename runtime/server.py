@@ -25,10 +25,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from compot_deploy.errors import CompotDeployError, InputError
+from compot_deploy.errors import CompotDeployError, InputError, MissingDependencyError
 from compot_deploy.exporters.gguf_reader import read_header
-from compot_deploy.llama.model import LlamaModel
-from compot_deploy.llama.runner import find_gguf
+from compot_deploy.llama.model import LlamaModel, find_gguf
 
 LONGEST_BODY: Final = 10_000_000
 """Bytes of a request that are read."""
@@ -112,11 +111,16 @@ class ChatTemplate:
     Args:
         source: a Jinja template.
         tokens: ``bos_token`` and ``eos_token`` as text.
+
+    Raises:
+        MissingDependencyError: jinja2 is not installed.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
-        import jinja2.sandbox
-
+        try:
+            import jinja2.sandbox
+        except ImportError:
+            raise MissingDependencyError("jinja2", "llama", "Rendering the chat template of a file") from None
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = time.strftime

@@ -11,6 +11,7 @@ from compot_deploy.errors import InputError, RecipeError
 from compot_deploy.factorize import (
     METHODS,
     Alternation,
+    _newton_schulz,
     alternation_of,
     compot,
     least_squares_dictionary,
@@ -110,6 +111,16 @@ def test_the_number_of_threads_is_left_as_it_was(threads: int) -> None:
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_polar_factor_by_products_alone_is_the_same_or_none() -> None:
+    matrix = torch.randn(30, 8, dtype=torch.float64)
+    u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
+    found = _newton_schulz(matrix)
+    assert found is not None
+    assert torch.allclose(found, u @ vt, atol=1e-9)
+    assert _newton_schulz(torch.zeros(30, 8, dtype=torch.float64)) is None
+    assert _newton_schulz(matrix @ torch.diag(torch.tensor([1.0] * 7 + [0.0], dtype=torch.float64))) is None
 
 
 @pytest.mark.parametrize(("rows", "columns", "count"), [(8, 20, 5), (20, 8, 5), (20, 8, 12), (8, 8, 8)])

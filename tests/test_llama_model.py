@@ -31,6 +31,11 @@ needs_plugin = pytest.mark.skipif(not has_plugin(), reason="the C plug-in is not
 
 EXACT = 1e-4
 F16_NOISE = 2e-2
+EDGE = 1e-4
+"""Of a step between two integers: what float32 noise moves an activation by, at most (seen: 2e-5)."""
+MOST_FLIPS = 2
+AGREES = 2e-5
+"""Of a logit, where nothing was rounded to the other side: 5e-6 is seen, and some flips move less than `EXACT`."""
 TOKENS = torch.randint(3, 320, (1, 50), generator=torch.Generator().manual_seed(3))
 CHANGES: dict[str, Any] = {
     "factorized": shared_change(Grid(4, 64), DENSE, 0.6, head=4),
@@ -116,39 +121,106 @@ def test_expanded_factors_equal_torch(folders: dict[str, Path], kind: str, name:
     assert np.abs(got - torch_logits(torch_model(folders[kind], model))).max() < EXACT
 
 
+class Rounder:
+    """Rounds activations to int8 per 64 as the plug-in does, and can be told to take the other side of an edge.
+
+    An activation is known by the number of its tensor in one evaluation, its position and its column. Tensors with
+    the same bits have one number: the plug-in rounds what several matrices read from the same values alike.
+
+    Attributes:
+        flips: activations to be rounded to the second nearest integer.
+        near: activations less than `EDGE` from halfway between two integers, in the last evaluation.
+    """
+
+    def __init__(self) -> None:
+        self.flips: set[tuple[int, int, int]] = set()
+        self.near: dict[tuple[int, int, int], float] = {}
+        self._seen: list[Tensor] = []
+
+    def begin(self) -> None:
+        self.near, self._seen = {}, []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        number = next((n for n, other in enumerate(self._seen) if torch.equal(other, x)), len(self._seen))
+        if number == len(self._seen):
+            self._seen.append(x)
+        width = x.shape[-1]
+        units = nn.functional.pad(x, (0, -width % 64)).unflatten(-1, (-1, 64))
+        peak = units.abs().amax(-1, keepdim=True)
+        values = (units * (127 / peak.clamp(min=1e-30))).flatten(-2)
+        integers = values.round()
+        distance = 0.5 - (values - integers).abs()
+        for _, position, column in (distance < EDGE).nonzero().tolist():
+            self.near[number, position, column] = float(distance[0, position, column])
+        for n, position, column in self.flips:
+            if n == number:
+                at = (0, position, column)
+                integers[at] += torch.sign(values[at] - integers[at])
+        return (integers.unflatten(-1, (-1, 64)) * (peak / 127)).flatten(-2)[..., :width]
+
+
 class Rounding(nn.Module):
     """A linear as the plug-in computes it: inputs rounded to int8 per 64 before every leaf but narrow ones."""
 
-    def __init__(self, matrix: Matrix, narrow: bool) -> None:
+    def __init__(self, matrix: Matrix, narrow: bool, rounder: Rounder) -> None:
         super().__init__()
-        self.matrix, self.narrow = matrix, narrow
+        self.matrix, self.narrow, self.rounder = matrix, narrow, rounder
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(self.matrix, Factorized):
-            return rounded(x) @ self.matrix.dequantize()
+            return self.rounder(x) @ self.matrix.dequantize()
         total: Any = 0
         for pair in self.matrix.pairs:
-            z = rounded(x) @ pair.dictionary.dequantize()
-            z = z if self.narrow and pair.atoms <= 32 else rounded(z)
+            z = self.rounder(x) @ pair.dictionary.dequantize()
+            z = z if self.narrow and pair.atoms <= 32 else self.rounder(z)
             total = total + z @ pair.codes.dequantize()
         return total
 
 
-def rounded(x: Tensor) -> Tensor:
-    width = x.shape[-1]
-    units = nn.functional.pad(x, (0, -width % 64)).unflatten(-1, (-1, 64))
-    peak = units.abs().amax(-1, keepdim=True)
-    integers = (units * (127 / peak.clamp(min=1e-30))).round()
-    return (integers * (peak / 127)).flatten(-2)[..., :width]
-
-
-def round_activations(reference: Any, model: CompressedModel, name: str) -> None:
+def round_activations(reference: Any, model: CompressedModel, name: str) -> Rounder:
     """Make torch compute as the plug-in does, from the factors."""
+    rounder = Rounder()
     for module, matrix in model.matrices.items():
         if module != model.architecture.embedding:
             parent, _, child = module.rpartition(".")
-            setattr(reference.get_submodule(parent), child, Rounding(matrix, name != "factorized"))
-    reference.lm_head = Rounding(model.matrices[model.architecture.embedding], False)
+            linear = Rounding(matrix, name != "factorized", rounder)
+            setattr(reference.get_submodule(parent), child, linear)
+    reference.lm_head = Rounding(model.matrices[model.architecture.embedding], False, rounder)
+    return rounder
+
+
+def flips_between(reference: Any, rounder: Rounder, tokens: Tensor, got: np.ndarray) -> dict[int, int]:
+    """Make the emulation agree with `got`, position by position, by flips at edges; how many each position took.
+
+    What comes before a position agrees already, so only its own activations can be the reason. The fewest flips
+    are looked for first, in the order of computation: one upstream brings others downstream to an edge.
+    """
+
+    def difference(position: int) -> float:
+        rounder.begin()
+        with torch.no_grad():
+            made = reference(tokens).logits[0, position].float().numpy()  # other lengths round otherwise
+        return float(np.abs(made - got[position]).max())
+
+    def explained(position: int, more: int, after: int) -> bool:
+        left = difference(position)
+        if left < AGREES or not more:
+            return left < AGREES
+        near = [key for key in rounder.near if key[1] == position and key[0] >= after]
+        for key in sorted(set(near) - rounder.flips, key=lambda key: rounder.near[key]):
+            rounder.flips.add(key)
+            if explained(position, more - 1, key[0]):
+                return True
+            rounder.flips.remove(key)
+            difference(position)
+        return False
+
+    rounder.flips.clear()
+    taken: dict[int, int] = {}
+    for position in range(tokens.shape[1]):
+        taken[position] = next((n for n in range(MOST_FLIPS + 1) if explained(position, n, 0)), -1)
+        assert taken[position] >= 0, f"{MOST_FLIPS} flips at edges do not explain position {position}"
+    return taken
 
 
 @needs_plugin
@@ -159,23 +231,20 @@ def test_the_plugin_equals_torch_with_rounded_activations(
 ) -> None:
     """What differs from torch is the int8 rounding of activations and nothing else.
 
-    A value on the edge between two integers may fall either way and then moves logits by about the noise itself,
-    so the median position must agree tightly, and the worst stays within the noise.
+    llama.cpp's norms and attention differ from torch's in the last bits, so an activation that lies on an edge
+    between two integers may fall either way, and moves logits by about the noise of rounding. Such flips are
+    named: with few activations, each on an edge, moved by one step, every position agrees to rounding.
     """
     model, path = exported(folders[kind], name)
     reference = torch_model(folders[kind], model)
-    plain = torch_logits(reference)
-    round_activations(reference, model, name)
-    expected = torch_logits(reference)
+    rounder = round_activations(reference, model, name)
     with LlamaModel(path, exact=True, execution="plugin") as llama:
         batch = llama.logits(TOKENS[0].tolist())
         single = llama.logits(TOKENS[0, :3].tolist())
         assert llama.factorised_runs > 0
-    worst = np.abs(batch - expected).max(axis=1)
-    assert np.median(worst) < EXACT or worst[:4].max() < EXACT
-    assert worst.max() <= np.abs(plain - expected).max() * 2
-    assert np.median(np.abs(single - expected[:3]).max(axis=1)) < EXACT
-    assert np.abs(single - expected[:3]).max() <= np.abs(plain - expected).max() * 2
+    for tokens, got in ((TOKENS[:, :3], single), (TOKENS, batch)):
+        taken = flips_between(reference, rounder, tokens, got)
+        assert sum(taken.values()) <= 2 + len(got) // 10, taken
 
 
 @needs_plugin
@@ -452,3 +521,23 @@ def test_without_a_compiler_the_factors_are_expanded(
     with LlamaModel(path) as llama:
         assert llama.execution == "expand"
         assert llama.generate(TOKENS[0, :4].tolist(), max_tokens=3, stop=False).tokens
+
+
+@needs_plugin
+def test_nothing_of_torch_is_imported_to_run_a_factorised_file(folders: dict[str, Path]) -> None:
+    """Its code alone would take more memory than small models."""
+    _, path = exported(folders["llama"], "sparse")
+    code = (
+        "import sys\n"
+        "from compot_deploy.llama import LlamaModel, server\n"
+        "for execution in ('plugin', 'expand'):\n"
+        "    with LlamaModel(sys.argv[1], execution=execution) as model:\n"
+        "        assert model.execution == execution\n"
+        "        assert len(model.generate([3, 4, 5], max_tokens=4, stop=False).tokens) == 4\n"
+        "    server.open_service(sys.argv[1], context=16, name='x').model.close()\n"
+        "print(sorted({'torch', 'onnx', 'transformers', 'compot_deploy.weights'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr

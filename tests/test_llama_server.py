@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -16,7 +17,7 @@ import pytest
 
 pytest.importorskip("xllamacpp", reason="the extra llama is not installed")
 
-from compot_deploy.errors import InputError
+from compot_deploy.errors import InputError, MissingDependencyError
 from compot_deploy.exporters import gguf
 from compot_deploy.llama import LlamaModel
 from compot_deploy.llama import server as module
@@ -244,3 +245,11 @@ def test_the_file_brings_its_own_template(file: Path, monkeypatch: pytest.Monkey
         assert service.template is not None and service.name == "named"
         assert service.template.render([{"role": "user", "content": "a"}]) == f"{bos}a"
         assert isinstance(model, LlamaModel)
+
+
+def test_a_missing_template_engine_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.setitem(sys.modules, "jinja2.sandbox", None)
+    with pytest.raises(MissingDependencyError, match=r"compot-deploy\[llama\]") as raised:
+        module.ChatTemplate("{{ messages[0].content }}", {})
+    assert raised.value.package == "jinja2" and raised.value.exit_code == 4

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from compot_deploy.cli import main
+from compot_deploy.errors import ArtifactError, InputError
+from compot_deploy.exporters.artifact import MANIFEST, read_manifest, seal, unlisted_files, verify
 from compot_deploy.exporters.onnx import OnnxMatrices, open_session
-from compot_deploy.exporters.onnx_tensors import GRAPH
+from compot_deploy.exporters.onnx_tensors import DATA, GRAPH
 from compot_deploy.exporters.onnx_traced import run_folder
 from compot_deploy.recipe import recipe_from_mapping
-from compot_deploy.traced import REPORT, _texts, is_traced
+from compot_deploy.traced import REPORT, TEXTS, _texts, check_traced, is_traced
 from compot_deploy.weights import Factorized, Grid, Quantized
 
 
@@ -89,10 +92,86 @@ def test_the_command_picks_the_traced_path_and_passes(exported: tuple[Path, int]
     assert report["losses"]["export_exact"]["nmse"] < 1e-10
     assert 0.5 < report["losses"]["total"]["cosine"] < 1
     assert report["sizes"]["artifact"] == sum(
-        path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != Path(REPORT).name
+        path.stat().st_size
+        for path in folder.rglob("*")
+        if path.is_file() and path.relative_to(folder).as_posix() not in (REPORT, MANIFEST)
     )
     for name in ("config.json", "tokenizer.json", "modules.json", "compot/recipe.toml", GRAPH):
         assert (folder / name).is_file(), name
+
+
+def test_a_folder_is_checked_again_file_by_file_and_loss_by_loss(
+    exported: tuple[Path, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = exported
+    assert unlisted_files(folder, verify(folder)) == ()
+    before = json.loads((folder / REPORT).read_text())
+    found = asdict(check_traced(folder).losses)
+    assert found == before["losses"]
+    assert main(["check", str(folder)]) == 0
+    assert "PASSED" in capsys.readouterr().out
+    assert main(["check", str(folder), "--min-cosine", "1"]) == 1
+    assert main(["inspect", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "encoder.layer.0.attention.self.query" in shown and "onnx-traced" in shown
+
+
+def test_a_damaged_file_is_named(place: Path, exported: tuple[Path, int], tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(exported[0], folder)
+    data = folder / DATA
+    content = bytearray(data.read_bytes())
+    content[100] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"onnx/model\.onnx_data is damaged"):
+        check_traced(folder)
+    with pytest.raises(ArtifactError, match="is not a list of texts"):
+        (folder / TEXTS).write_text("[]")
+        shutil.copy(exported[0] / DATA, data)
+        seal(folder, [TEXTS])
+        check_traced(folder)
+
+
+def test_a_check_without_the_original_or_with_another_one_is_refused(
+    place: Path, exported: tuple[Path, int], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"--reference: .*none.*\. Give its folder"):
+        check_traced(exported[0], reference=str(tmp_path / "none"))
+    other = tmp_path / "other"
+    shutil.copytree(place / "encoder", other)
+    weights = other / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(InputError, match="its weights have another sha256"):
+        check_traced(exported[0], reference=str(other))
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (["check", "FOLDER", "--max-kl", "1"], "--max-kl does not apply"),
+        (["check", "FOLDER", "--report-dir", "x"], "--report-dir does not apply"),
+        (["run", "FOLDER", "-p", "word1"], "gives embeddings or scores and writes no text"),
+        (["report", "FOLDER"], "'onnx-traced' wrote it, which has no report of this kind"),
+    ],
+)
+def test_what_only_decoders_have_is_refused_in_one_sentence(
+    exported: tuple[Path, int], command: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(exported[0]) if part == "FOLDER" else part for part in command]) == 2
+    assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+def test_force_replaces_a_folder_of_ours(place: Path, exported: tuple[Path, int], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(exported[0], out)
+    (out / TEXTS).unlink()
+    assert main([str(place / "encoder"), *knobs(place), "--out", str(out), "--min-cosine", "0.5"]) == 2
+    force = ["--min-cosine", "0.5", "--force"]
+    assert main([str(place / "encoder"), *knobs(place), "--out", str(out), *force]) == 0
+    first, second = (read_manifest(folder) for folder in (exported[0], out))
+    assert verify(out).matrices == first.matrices and second.facts == first.facts
 
 
 def test_blocks_and_embedding_are_compressed_and_nothing_else(exported: tuple[Path, int]) -> None:
