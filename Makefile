@@ -49,7 +49,7 @@ compatibility: $(VENV)/dev.stamp
 
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	$(BIN)/python docs/run_blocks.py
+	ls README.md docs/*.md | OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(BIN)/python docs/run_blocks.py
 
 examples: $(VENV)/dev.stamp
 	set -e; for script in examples/[0-9]*.py; do echo "$$script"; $(BIN)/python $$script; done
