@@ -3,7 +3,8 @@
 #   make test   format, lint, types, tests
 #   make web    the page of `compot-deploy serve` (needs Node.js and npm); make web-test tries it in Chromium
 #   make dev    what `make test` needs, plus the git hooks
-#   make docs   the documentation into out/site, warnings are errors; runs every code block in it
+#   make site   the documentation into out/site, warnings are errors
+#   make docs   the same, and runs every code block in it: a quarter of an hour
 #   make examples   runs the scripts of examples/
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO = out/demo
 
-.PHONY: demo test lint types dev compatibility web web-test docs examples clean
+.PHONY: demo test lint types dev compatibility web web-test site docs examples clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/compot-deploy --quant int4 --format onnx --out $(DEMO) --force
@@ -47,8 +48,10 @@ compatibility: $(VENV)/dev.stamp
 	$(GENAI)/bin/python -m pip install --quiet "onnxruntime-genai==0.18.0" numpy
 	COMPOT_DEPLOY_GENAI_PYTHON=$(GENAI)/bin/python $(BIN)/python -m pytest -q tests/test_onnx_folder.py -k genai_generates
 
-docs: $(VENV)/docs.stamp
+site: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+docs: site
 	ls README.md docs/*.md | OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(BIN)/python docs/run_blocks.py
 
 examples: $(VENV)/dev.stamp
