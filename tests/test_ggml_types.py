@@ -16,8 +16,10 @@ def test_types_equal_those_of_the_gguf_package() -> None:
     gguf = pytest.importorskip("gguf")
     theirs = {kind.name: (int(kind), *gguf.GGML_QUANT_SIZES[kind]) for kind in gguf.GGMLQuantizationType}
     ours = {name: (kind.number, kind.block, kind.nbytes) for name, kind in GGML_TYPES.items()}
-    # A newer package may know more types; what both know is the same.
+    # A newer package may know more types; what both know is the same, and no older one is left out.
     assert ours == {name: theirs[name] for name in ours}
+    newest = max(number for number, _, _ in ours.values())
+    assert all(theirs[name][0] > newest for name in set(theirs) - set(ours))
 
 
 def test_every_number_names_one_type() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from compot_deploy.architectures import ARCHITECTURES
 from compot_deploy.errors import ArtifactError
 from compot_deploy.exporters import gguf
-from compot_deploy.exporters.gguf_reader import parse, read_header
+from compot_deploy.exporters.ggml_types import GGML_TYPES
+from compot_deploy.exporters.gguf_reader import GgufFile, parse, read_header
 from compot_deploy.weights import CompressedModel, Dense, Factorized, Grid, Matrix, Pair, Pattern
 from tests.reference_gguf import random_quantized
 
@@ -172,6 +174,119 @@ def test_metadata_that_contradicts_a_shape_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     gguf.write(tiny_model(), path, gguf.GgufOptions(layout="sparse"))
     assert "asks for" in replaced(path, b'"inputs":40,"outputs":4,', b'"inputs":99,"outputs":4,')
+
+
+# --- headers made by hand: one number wrong at a time --------------------------------------------------------------
+
+
+def string(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+def tensor(name: bytes, sizes: Sequence[int], kind: str = "F32", offset: int = 0) -> bytes:
+    shape = struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes)
+    return string(name) + shape + struct.pack("<IQ", GGML_TYPES[kind].number, offset)
+
+
+def key(name: bytes, kind: int, value: bytes) -> bytes:
+    return string(name) + struct.pack("<I", kind) + value
+
+
+def parsed(
+    *tensors: bytes, keys: Sequence[bytes] = (), data: int = 0, alignment: int = 32, version: int = 3
+) -> GgufFile:
+    """A file of these tensors and keys, and `data` bytes behind the padding."""
+    head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(keys)) + b"".join((*keys, *tensors))
+    whole = head + bytes(-len(head) % alignment) + bytes(data)
+    return parse(np.frombuffer(whole, np.uint8), Path("made.gguf"))
+
+
+ALIGNMENT = b"general.alignment"
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_file_that_ends_with_its_last_tensor_is_read(version: int) -> None:
+    file = parsed(
+        tensor(b"a" * 63, [64, 3], "Q4_0"),
+        tensor(b"b", [5], "F16", 128),
+        keys=[key(ALIGNMENT, 4, struct.pack("<I", 128))],
+        data=128 + 10,
+        alignment=128,
+        version=version,
+    )
+    first, second = file.tensors.values()
+    assert first.shape == (3, 64) and first.nbytes == 3 * 2 * 18 and second.nbytes == 10
+    assert first.offset % 128 == 0 and second.offset == first.offset + 128
+    assert file.bytes_of("b").shape == (1, 10) and file.bytes_of("a" * 63).shape == (3, 36)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "complaint"),
+    [
+        ([tensor(b"a", [8]), tensor(b"b", [8], offset=24)], "not aligned to 32"),
+        ([tensor(b"a", [9]), tensor(b"b", [8], offset=32)], "overlaps"),
+        ([tensor(b"a", [8], offset=32), tensor(b"b", [8])], "overlaps"),
+        ([tensor(b"a", [8]), tensor(b"a", [8], offset=32)], "'a' appears twice"),
+        ([tensor(b"a", [2**32, 2**32])], "impossible shape"),
+        ([tensor(b"a", [2**31, 2**31])], "impossible shape"),
+        ([tensor(b"a", [33], "Q4_0")], "impossible shape .* for Q4_0"),
+        ([tensor(b"a", [8, 0])], "impossible shape"),
+        ([tensor(b"a", [1] * 5)], "5 dimensions"),
+        ([tensor(b"a", [])], "0 dimensions"),
+        ([tensor(b"a" * 64, [8])], "name of 64 bytes"),
+        ([tensor(b"", [8])], "name of 0 bytes"),
+        ([tensor(b"a", [1025], "I8")], "ends at byte .* truncated"),
+    ],
+)
+def test_a_tensor_that_cannot_be_is_refused(tensors: Sequence[bytes], complaint: str) -> None:
+    with pytest.raises(ArtifactError, match=complaint):
+        parsed(*tensors, data=1024)
+
+
+@pytest.mark.parametrize(
+    ("keys", "complaint"),
+    [
+        ([key(ALIGNMENT, 4, struct.pack("<I", 48))], "48 is not a power of two"),
+        ([key(ALIGNMENT, 4, struct.pack("<I", 0))], "0 is not a power of two"),
+        ([key(ALIGNMENT, 5, struct.pack("<i", -32))], "-32 is not a power of two"),
+        ([key(ALIGNMENT, 7, b"\1")], "True is not a power of two"),
+        ([key(ALIGNMENT, 8, string(b"32"))], "'32' is not a power of two"),
+        ([key(b"k", 0, b"\1")] * 2, "'k' appears twice"),
+        ([key(b"k", 13, b"\1")], "unknown type 13"),
+        ([key(b"k", 9, struct.pack("<IQ", 9, 1))], "array of the unknown type 9"),
+        ([key(b"k", 9, struct.pack("<IQ", 8, 2**40))], "strings cannot fit"),
+        ([key(b"k", 9, struct.pack("<IQ", 10, 2**61))], "truncated"),
+        ([key(b"k", 8, string(b"\xff"))], "not UTF-8"),
+    ],
+)
+def test_a_key_that_cannot_be_is_refused(keys: Sequence[bytes], complaint: str) -> None:
+    with pytest.raises(ArtifactError, match=complaint):
+        parsed(keys=keys, data=64)
+
+
+def test_values_of_every_type_are_read_as_they_were_written() -> None:
+    forms = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+    numbers = {
+        kind: [1, 0, 1] if kind == 7 else [3, 0, -5 if form.islower() else 250]
+        for kind, form in forms.items()
+    }
+    keys = [
+        key(b"text", 8, string("é".encode())),
+        key(b"texts", 9, struct.pack("<IQ", 8, 2) + string(b"a") + string(b"")),
+    ]
+    for kind, form in forms.items():
+        keys.append(key(b"one %d" % kind, kind, struct.pack(f"<{form}", numbers[kind][-1])))
+        keys.append(key(b"many %d" % kind, 9, struct.pack(f"<IQ3{form}", kind, 3, *numbers[kind])))
+    found = parsed(keys=keys).metadata
+    assert found["text"] == "é" and found["texts"] == ["a", ""]
+    for kind, expected in numbers.items():
+        assert found[f"one {kind}"] == expected[-1] and found[f"many {kind}"].tolist() == expected
+
+
+@pytest.mark.parametrize("version", [0, 1, 4, 3 << 24])
+def test_only_versions_2_and_3_are_read(version: int) -> None:
+    with pytest.raises(ArtifactError, match=f"GGUF version {version}; versions 2 and 3"):
+        parsed(data=64, version=version)
 
 
 def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
