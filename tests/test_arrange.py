@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compot_deploy import factorize
 from compot_deploy.checkpoint import open_checkpoint
 from compot_deploy.exporters import EXPORTERS, gguf_planes
 from compot_deploy.exporters.gguf import GgufStorage
@@ -52,6 +53,27 @@ def test_the_order_that_is_found_never_keeps_less(
     assert kept(coefficients[order], pattern) >= kept(coefficients, pattern) * (1 - 1e-12)
     assert torch.equal(order, arrange(coefficients, pattern))
     assert torch.equal(coefficients, before)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_swaps_that_pay_on_some_outputs_only_are_not_taken(
+    pattern: Pattern, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Swaps are looked for on a part of the outputs and judged on all; here the part often misleads."""
+    monkeypatch.setattr(factorize, "_ARRANGED_OUTPUTS", 2)
+    proposed = worse = 0
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        coefficients = torch.randn(4 * pattern.of, 9, generator=generator).double()
+        looked_at = coefficients[:, :: 9 // 2].square().float()
+        swapped = torch.arange(len(coefficients))
+        for first, second in factorize._best_swaps(looked_at, pattern):
+            swapped[[first, second]] = swapped[[second, first]]
+            proposed += 1
+        worse += kept(coefficients[swapped], pattern) < kept(coefficients, pattern)
+        order = arrange(coefficients, pattern)
+        assert kept(coefficients[order], pattern) >= kept(coefficients, pattern)
+    assert proposed > 20 and worse > 0
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

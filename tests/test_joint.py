@@ -124,6 +124,61 @@ def test_the_dictionary_is_the_best_for_the_integer_codes() -> None:
     assert float(likeness.amax(1).min()) > 1 - 1e-6
 
 
+def lost_by(levels: tuple[Level, ...]) -> float:
+    """What quantized codes lose of what the best ones reach, over a few dictionaries of atoms that are alike."""
+    total = 0.0
+    atoms = sum(level.atoms for level in levels)
+    for seed in range(4):
+        weight, whitening = problem(seed)
+        generator = torch.Generator().manual_seed(seed)
+        common = torch.randn(INPUTS, 1, generator=generator, dtype=torch.float64)
+        dictionary = torch.randn(INPUTS, atoms, generator=generator, dtype=torch.float64) + common
+        seen = joint_module._Seen.through(
+            (Dense(dictionary.float()),), joint_module._Problem(weight, whitening.gram)
+        )
+        best = torch.linalg.solve(seen.gram, seen.correlation)
+        codes = joint_module._Codes(best, torch.ones_like(best, dtype=torch.bool))
+        made = joint_module._quantize_codes(seen, levels, codes, 1)
+        stacked = joint_module._stack(made)
+        total += (seen.lost(stacked) - seen.lost(best)) / (seen.energy - seen.lost(best))
+    return total
+
+
+COARSE_AND_FINE = (Level(12, None, Grid(2, 4)), Level(12, None, Grid(4, 4)))
+
+
+def test_codes_are_rounded_for_the_gram_that_they_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = (Level(24, None, Grid(4, 8)),)
+    with_gram = lost_by(levels)
+    round_with = joint_module.gptq
+
+    def blind(codes: Any, gram: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        return round_with(codes, torch.eye(len(gram), dtype=gram.dtype), *arguments, **options)
+
+    monkeypatch.setattr(joint_module, "gptq", blind)
+    assert with_gram < 0.8 * lost_by(levels)
+
+
+def test_a_level_is_fitted_to_what_the_ones_before_it_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joint_module, "descend", lambda leaf, *arguments, **options: leaf)
+    fitted = lost_by(COARSE_AND_FINE)
+    monkeypatch.setattr(joint_module, "refit_codes", lambda gram, wanted, codes, *arguments, **options: codes)
+    assert fitted < 0.8 * lost_by(COARSE_AND_FINE)
+
+
+def test_a_level_is_rounded_knowing_what_those_behind_it_will_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joint_module, "descend", lambda leaf, *arguments, **options: leaf)
+    knowing = lost_by(COARSE_AND_FINE)
+    monkeypatch.setattr(joint_module, "_schur", lambda gram, place: gram[place, place])
+    assert knowing < 0.8 * lost_by(COARSE_AND_FINE)
+
+
+def test_a_last_turn_over_all_levels_gains(monkeypatch: pytest.MonkeyPatch) -> None:
+    turned = lost_by(COARSE_AND_FINE)
+    monkeypatch.setattr(joint_module, "descend", lambda leaf, *arguments, **options: leaf)
+    assert turned < 0.99 * lost_by(COARSE_AND_FINE)
+
+
 def test_quantizing_jointly_beats_one_after_the_other() -> None:
     weight, whitening = problem()
     grid, pattern = Grid(4, 16), Pattern(8, 16)
