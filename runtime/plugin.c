@@ -248,7 +248,7 @@ static linear *find(const plugin *p, const char *name) {
 }
 
 /* llama.cpp gives this way of loading every optional scale and bias; a node that multiplies with one or adds zero in
- * place changes nothing, and costs a barrier of all threads. */
+ * place changes nothing, and costs a barrier of all threads. What adds ones or multiplies with zeros does. */
 static bool is_neutral(const plugin *p, const tensor *node) {
     const tensor *value = node->src[0], *by = node->src[1];
     if ((node->op != p->op_add && node->op != p->op_mul) || !value || !by || node->data != value->data ||
@@ -256,6 +256,8 @@ static bool is_neutral(const plugin *p, const tensor *node) {
         return false;
     for (int d = 0; d < 4; d++)
         if (node->ne[d] != value->ne[d] || node->nb[d] != value->nb[d]) return false;
+    const char *kind = strrchr(by->name, '.');
+    if (!kind || strcmp(kind, node->op == p->op_add ? ".bias" : ".scale")) return false;
     return p->neutral_count && bsearch(by->name, p->neutral, (size_t)p->neutral_count, NAME, compare_names);
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes as C
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from compot_deploy.exporters import gguf_blocks, gguf_planes
 from compot_deploy.llama.plugin import KINDS, Leaf, Plugin, has_plugin, leaf, load_plugin
 from compot_deploy.weights import DENSE, Grid, Pattern, Quantized
-from tests.reference_gguf import product, random_quantized
+from tests.reference_gguf import product, random_quantized, rounded_activations
 
 pytestmark = pytest.mark.skipif(not has_plugin(), reason="the C plug-in is not built")
 
@@ -124,6 +125,22 @@ def test_a_unit_that_is_not_finite_makes_its_results_nan_and_no_others(plugin: P
         assert np.isnan(y[0]).all() and np.isfinite(y[1]).all()
 
 
+def test_activations_are_rounded_to_the_nearest_of_127_steps_of_their_own_64(plugin: Plugin) -> None:
+    """Seen through the identity: each moves by 1/254 of the largest of its unit at most, and ties go to even."""
+    rng = np.random.default_rng(0)
+    for inputs in (33, 40, 64, 65, 127, 200):
+        identity = Quantized(torch.eye(inputs, dtype=torch.int8), torch.ones(1, inputs).half(), Grid(8, 256))
+        of = planes_leaf(identity, DENSE)
+        for magnitude in (-29, -20, -6, 0, 6, 30):
+            x = (rng.standard_normal((5, inputs)) * 10.0**magnitude).astype(np.float32)
+            assert np.array_equal(plugin.product(of, x), rounded_activations(x).astype(np.float32))
+        halves = (rng.integers(-254, 255, (5, inputs)) / 2).astype(np.float32)
+        halves[:, ::64] = 127 * rng.choice([-1, 1], halves[:, ::64].shape)  # a step of one
+        assert np.array_equal(plugin.product(of, halves), np.rint(halves))
+        peaks = np.repeat(np.abs(halves[:, ::64]), 64, axis=1)[:, :inputs]
+        assert (np.abs(plugin.product(of, halves) - halves) <= peaks / 254).all()
+
+
 def test_zero_and_tiny_activations_give_zero(plugin: Plugin) -> None:
     of = planes_leaf(random_quantized(128, 4, Grid(4, 64)), DENSE)
     assert (plugin.product(of, np.zeros((1, 128), np.float32)) == 0).all()
@@ -164,7 +181,9 @@ def test_all_instruction_sets_and_batch_sizes_give_the_same_bits(pattern: Patter
             for name in names:
                 loaded.use(name)
                 assert np.array_equal(loaded.product(of, x), expected), (name, grid)
-                assert np.array_equal(loaded.product(of, x[5:]), expected[5:]), (name, grid)
+                for token in range(6):
+                    alone = loaded.product(of, x[token : token + 1])
+                    assert np.array_equal(alone[0], expected[token]), (name, grid, token)
     finally:
         loaded.use(loaded.isa)
 
@@ -182,17 +201,24 @@ def test_only_a_neutral_node_in_place_is_left_out() -> None:
         assert plugin.c.compot_plugin_neutral(state, name) == 0
     ask = C.CFUNCTYPE(C.c_bool, C.POINTER(GgmlTensor), C.c_bool, C.c_void_p)(plugin.callback)
 
-    def op_after(op: int, by: bytes, target: int = 4096, width: int = 8) -> int:
+    def op_after(op: int, by: bytes, target: int = 4096, **fields: Any) -> int:
         value = GgmlTensor(ne=(8, 1, 1, 1), nb=(4, 32, 32, 32), data=4096)
         factor = GgmlTensor(name=by)
-        node = GgmlTensor(op=op, ne=(width, 1, 1, 1), nb=(4, 32, 32, 32), data=target)
+        node = GgmlTensor(**{"op": op, "ne": (8, 1, 1, 1), "nb": (4, 32, 32, 32), "data": target} | fields)
         node.src[0], node.src[1] = C.addressof(value), C.addressof(factor)
         assert not ask(C.byref(node), True, state)
         return int(node.op)
 
     assert op_after(7, b"a.scale") == op_after(2, b"m.bias") == op_after(7, b"z.scale") == 0
     assert op_after(7, b"b.scale") == 7 and op_after(2, b"m.bia") == 2 and op_after(9, b"a.scale") == 9
-    assert op_after(7, b"a.scale", target=8192) == 7 and op_after(7, b"a.scale", width=16) == 7
+    assert op_after(2, b"n.bias") == 2 and op_after(2, b"blk.m.bias") == 2  # the file has those
+    assert op_after(2, b"a.scale") == 2 and op_after(7, b"m.bias") == 7  # adds ones, multiplies with zeros
+    assert op_after(7, b"a.scale", target=8192) == 7
+    for axis in range(4):
+        ne, nb = [8, 1, 1, 1], [4, 32, 32, 32]
+        ne[axis], nb[axis] = 16, 64
+        assert op_after(7, b"a.scale", ne=tuple(ne)) == 7 and op_after(7, b"a.scale", nb=tuple(nb)) == 7
+    assert op_after(7, b"a.scale", type=1) == 7
     plugin.c.compot_plugin_free(state)
 
 
