@@ -21,8 +21,20 @@ from compot_deploy.cli import main
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.artifact import verify
+from compot_deploy.joint import Level
 from compot_deploy.pipeline import deploy, plan_only
-from compot_deploy.plan import Form, GridChoice, InMemory, Joint, Plain, Plan, form_from_data, form_to_data
+from compot_deploy.plan import (
+    Candidate,
+    Curve,
+    Form,
+    GridChoice,
+    InMemory,
+    Joint,
+    Plain,
+    Plan,
+    form_from_data,
+    form_to_data,
+)
 from compot_deploy.recipe import Recipe
 from compot_deploy.report import from_json
 from compot_deploy.runners import torch_runner
@@ -158,6 +170,33 @@ def test_a_budget_above_everything_keeps_the_dense_form_and_says_so(
     assert plan["predicted_loss"] == 0.0
     assert main(["plan", str(model), *flags]) == 0
     assert "more than the" in capsys.readouterr().out
+
+
+def test_a_plan_stands_beside_the_best_mix_and_the_best_single_grid_of_its_budget() -> None:
+    coarse, middle, fine = (Plain(Grid(bits, 32)) for bits in (2, 3, 4))
+    joint = Joint((Level(8, Grid(4, 32), Grid(4, 32)),))
+
+    def candidates(entries: Mapping[Form, tuple[int, float]]) -> tuple[Candidate, ...]:
+        return tuple(Candidate(form, size, (error,)) for form, (size, error) in entries.items())
+
+    def chosen(
+        budget: int, *forms: Mapping[Form, tuple[int, float]], weight: float = 1.0
+    ) -> list[list[Form]]:
+        curves = [Curve((name,), (candidates(one),)) for name, one in zip("ab", forms, strict=True)]
+        plans = planning.choose(curves, {"a": weight, "b": 1.0}, budget)
+        assert all(plan.bytes <= budget for plan in plans)
+        return [[entry.candidate.form for entry in plan.chosen] for plan in plans]
+
+    plain_a = {coarse: (10, 0.5), middle: (15, 0.3), fine: (20, 0.05)}
+    a, b = plain_a | {joint: (18, 0.04)}, {coarse: (10, 0.1), middle: (15, 0.09), fine: (20, 0.01)}
+    assert chosen(30, a, b) == [[joint, coarse], [fine, coarse], [middle, middle]]
+    assert chosen(40, a, b) == [[joint, fine], [fine, fine]]  # the mix is the single grid
+    assert chosen(30, plain_a, b) == [[fine, coarse], [middle, middle]]  # the plan is the mix
+    assert chosen(20, a, b) == [[coarse, coarse]]
+    assert chosen(30, a, b, weight=0.01) == [[coarse, fine], [middle, middle]]
+    # A single grid must be there for every matrix, and a mix needs a plain form of each.
+    assert chosen(30, a, {coarse: (10, 0.1)}) == [[joint, coarse], [fine, coarse], [coarse, coarse]]
+    assert chosen(30, a, {joint: (10, 0.1)}) == [[joint, joint]]
 
 
 @pytest.mark.parametrize("favourite", [None, 1, 2])
