@@ -9,7 +9,6 @@ mapped file. Without a plug-in the factors are multiplied out when the file is l
 from __future__ import annotations
 
 import ctypes as C
-import json
 import mmap
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -586,13 +585,14 @@ class _Parts:
         tensor = self.file.tensors[name]
         return tensor.kind, tensor.shape, lambda: self.file.bytes_of(name)
 
+    def floating(self, name: str) -> tuple[str, tuple[int, ...], Callable[[], np.ndarray]]:
+        """The same in F32, for which llama.cpp rounds nothing."""
+        kind, shape, _ = native = self.native(name)
+        return native if kind == "F32" else ("F32", shape, lambda: self._product(name))
+
     def expanded(self) -> dict[str, tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
         """Everything multiplied out or dequantized to F32, so that llama.cpp computes without rounding."""
-        result: dict[str, tuple[str, tuple[int, ...], Callable[[], np.ndarray]]] = {}
-        for name in self.natives:
-            floating = self.file.tensors[name].kind == "F32"
-            shape = self.file.tensors[name].shape
-            result[name] = self.native(name) if floating else ("F32", shape, lambda n=name: self._product(n))  # type: ignore[misc]
+        result = {name: self.floating(name) for name in self.natives}
         for name, shape in self.placeholders.items():
             result[name] = ("F32", shape, lambda n=name: self._product(n))  # type: ignore[misc]
         if self.tied and HEAD not in result:
@@ -643,13 +643,13 @@ class _Parts:
             LlamaError: the kernels disagree with the file's numbers.
         """
         plugin.use(plugin.isa)
-        seen: set[str] = set()
+        seen: set[tuple[int, ...]] = set()
         used = [
             name for pairs in self.index.matrices.values() for p in pairs for name in (p.dictionary, p.codes)
         ]
         for name in (*used, *self.plain):
-            entry, kind = self.index.leaves[name], self.file.tensors[name].kind
-            form = json.dumps([kind, str(entry.grid), str(entry.pattern)])
+            entry, whole = self.index.leaves[name], self.leaf(name)
+            form = (whole.kind, whole.bits, whole.of, whole.group, whole.group < whole.inputs)
             if form in seen:
                 continue
             seen.add(form)

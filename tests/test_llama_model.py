@@ -486,6 +486,17 @@ def test_a_file_that_is_damaged_inside_llama_cpp_is_one_error(
         LlamaModel(broken)
 
 
+def leaves_of(path: Path) -> list[Any]:
+    """Every leaf of a file that the plug-in computes with."""
+    from compot_deploy.exporters import gguf_index
+    from compot_deploy.exporters.gguf_reader import read_header
+    from compot_deploy.llama.model import _Parts
+
+    file = read_header(path)
+    parts = _Parts(file, gguf_index.read_index(file))
+    return [leaf for _, _, leaves, _ in parts.linears() for leaf in leaves]
+
+
 @needs_plugin
 def test_wrong_kernels_are_found_when_loading(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
@@ -497,6 +508,47 @@ def test_wrong_kernels_are_found_when_loading(
     monkeypatch.setattr(Plugin, "product", lambda self, of, x: right(self, of, x) * np.float32(1.001))
     with pytest.raises(LlamaError, match="wrongly"):
         LlamaModel(path, execution="plugin")
+
+
+@needs_plugin
+def test_one_kind_of_leaf_or_one_output_that_is_wrong_is_found_when_loading(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kind of leaf in the file is tried, with the instruction set that will run, at every output of a tile."""
+    from compot_deploy.llama.plugin import Leaf, Plugin
+
+    _, path = exported(folders["llama"], "sparse")
+    right, choose = Plugin.product, Plugin.use
+    tried: list[tuple[int, ...]] = []
+    chosen: list[str] = []
+
+    def kind_of(of: Leaf) -> tuple[int, ...]:
+        return of.kind, of.bits, of.of, of.group, of.group < of.inputs
+
+    def remember(plugin: Plugin, of: Leaf, x: np.ndarray) -> np.ndarray:
+        tried.append(kind_of(of))
+        return right(plugin, of, x)
+
+    monkeypatch.setattr(Plugin, "use", lambda plugin, isa: (chosen.append(isa), choose(plugin, isa))[1])
+    monkeypatch.setattr(Plugin, "product", remember)
+    with LlamaModel(path, execution="plugin") as llama:
+        held = {kind_of(of) for of in leaves_of(path)}
+        assert llama.execution == "plugin"
+    assert chosen == [load_plugin().isa]
+    assert set(tried) == held and len(tried) == len(held) >= 4
+    for kind in held:
+        for output in (0, 7, 15, 31):
+            for damage in (1e-3, np.nan):
+
+                def spoilt(plugin: Plugin, of: Leaf, x: np.ndarray) -> np.ndarray:
+                    y = right(plugin, of, x)
+                    if kind_of(of) == kind:  # noqa: B023
+                        y[0, min(output, y.shape[1] - 1)] += damage * np.abs(y).max()  # noqa: B023
+                    return y
+
+                monkeypatch.setattr(Plugin, "product", spoilt)
+                with pytest.raises(LlamaError, match="wrongly"):
+                    LlamaModel(path, execution="plugin")
 
 
 def test_an_unknown_layout_version_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
