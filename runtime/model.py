@@ -343,7 +343,9 @@ class LlamaModel:
         parts = _Parts(file, index)
         if use_plugin:
             self._attach(parts)
-            values = {name: parts.native(name) for name in parts.natives}
+            # llama.cpp rounds activations for what is not F32: for a head of its own in Q8_0 or F16, for example.
+            hold = parts.floating if self.execution == "float" else parts.native
+            values = {name: hold(name) for name in parts.natives}
             if parts.tied and EMBEDDING in values:
                 values[HEAD] = values[EMBEDDING]
             placeholders = parts.placeholders

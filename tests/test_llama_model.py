@@ -275,7 +275,7 @@ def greedy(reference: Any, prompt: Tensor, count: int) -> list[int]:
 
 @needs_plugin
 @pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.parametrize("kind", ["llama3", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama3", "qwen3", "qwen2"])
 def test_factors_run_unrounded_generate_what_torch_does(
     folders: dict[str, Path], kind: str, name: str
 ) -> None:
