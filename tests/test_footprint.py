@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,23 @@ def test_a_size_is_filled_and_never_exceeded(cost: int) -> None:
     for size in (20_000, 77_777, 500_000):
         (plan,) = fit_size(size, size - 9000, 64, plan_of, predict)
         assert 0.99 * size < predict(plan) <= size
+
+
+def test_every_plan_that_may_be_taken_has_the_size() -> None:
+    """The final check may prefer the plain mix, whose output is larger than that of the plan."""
+
+    def two_plans(budget: int) -> tuple[Plan, ...]:
+        (plan,) = plan_of(budget)
+        return plan, replace(plan, chosen=(Chosen(("plain",), plan.chosen[0].candidate),))
+
+    def predict(plan: Plan) -> int:
+        return 5000 + plan.bytes + 3000 * (plan.chosen[0].names == ("plain",))
+
+    for size in (20_000, 77_777):
+        plans = fit_size(size, size, 64, two_plans, predict)
+        assert 0.99 * size < max(map(predict, plans)) <= size
+    with pytest.raises(RecipeError, match="takes 9280 bytes"):
+        fit_size(9000, 500, 1280, two_plans, predict)
 
 
 def test_a_size_that_is_too_small_names_the_smallest() -> None:

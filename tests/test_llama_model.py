@@ -299,24 +299,29 @@ def test_factors_run_unrounded_generate_what_torch_does(
 def test_text_of_rounded_activations_is_torchs_where_its_margin_exceeds_the_noise(
     folders: dict[str, Path], kind: str, name: str
 ) -> None:
-    """The noise is what torch says it is: that of rounding activations to int8, the worst of fifty positions."""
+    """The noise is what torch says it is: that of rounding activations to int8, the worst of fifty positions.
+
+    At every step of its own text, the token that is taken is one that torch puts less than twice the noise below
+    its best; where the second best is further away, it is torch's.
+    """
     model, path = exported(folders[kind], name)
     reference = torch_model(folders[kind], model)
-    plain, text = torch_logits(reference), greedy(reference, TOKENS[:, :8], 24)
-    with torch.no_grad():
-        along = reference(torch.tensor([TOKENS[0, :8].tolist() + text])).logits[0, 7:-1]
-    best = along.topk(2).values
-    margins = (best[:, 0] - best[:, 1]).tolist()
-    round_activations(reference, model, name)
-    noise = float(np.abs(torch_logits(reference) - plain).max())
-    sure = next((step for step, margin in enumerate(margins) if margin <= 2 * noise), len(margins))
+    plain, prompt = torch_logits(reference), TOKENS[0, :8].tolist()
     made = []
     for threads in (1, 2):
         with LlamaModel(path, exact=True, execution="plugin", threads=threads) as llama:
-            made.append(llama.generate(TOKENS[0, :8].tolist(), max_tokens=24, stop=False).tokens)
+            made.append(llama.generate(prompt, max_tokens=24, stop=False).tokens)
             got = llama.logits(TOKENS[0].tolist())
-    assert np.abs(got - plain).max() <= 1.5 * noise
-    assert made[0] == made[1] and list(made[0][:sure]) == text[:sure]
+    assert made[0] == made[1]
+    with torch.no_grad():
+        along = reference(torch.tensor([[*prompt, *made[0]]])).logits[0, 7:-1]
+    round_activations(reference, model, name)
+    noise = float(np.abs(torch_logits(reference) - plain).max())
+    assert 0.5 * noise <= np.abs(got - plain).max() <= 1.5 * noise
+    best = along.topk(2).values
+    behind = best[:, 0] - along[torch.arange(24), torch.tensor(made[0])]
+    assert float(behind.max()) <= 2 * noise
+    assert int((best[:, 0] - best[:, 1] > 2 * noise).sum()) >= 1, "the text says nothing: it is never sure"
     # Nothing is said of a model that is never sure: random weights are at a few of fifty positions.
     certain = np.sort(plain, axis=1)[:, -1] - np.sort(plain, axis=1)[:, -2] > 2 * noise
     assert certain.sum() >= 3
