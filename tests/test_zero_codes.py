@@ -122,6 +122,26 @@ def test_zero_codes_are_zero_in_onnxruntime(tmp_path: Path, options: OnnxOptions
         torch.testing.assert_close(found[key], leaf.dequantize(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("form", [sparse, in_three_bits], ids=["4 bits", "3 bits"])
+def test_zero_codes_are_zero_in_transformers(tmp_path: Path, form: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = compressed_torch(torch_model(MODELS["llama"]), form)
+    exporter = EXPORTERS["huggingface"]
+    exporter.write(model, tmp_path, exporter.options({}))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    codes = codes_of(model)
+    assert len(codes) > 7
+    for (name, position), leaf in codes.items():
+        product = loaded.get_submodule(f"{name}.codes{position}")
+        with torch.no_grad():
+            values = product(torch.eye(leaf.shape[0]))
+        zero = leaf.integers == 0
+        assert float(zero.float().mean()) > 0.2 or position == 0
+        assert torch.equal(values == 0, zero), name
+        torch.testing.assert_close(values, leaf.dequantize(), rtol=1e-6, atol=0)
+
+
 def planes_of_two_of_four(row: np.ndarray[Any, Any], inputs: int, group: int) -> list[int]:
     """4-bit integers of one output in the pattern 2:4, byte by byte: scales, then records of 64 inputs."""
     data = row.view(np.uint8)[2 * -(-inputs // group) :].tolist()
