@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes as C
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -25,6 +25,7 @@ from tests.reference_gguf import random_quantized
 pytestmark = pytest.mark.skipif(not has_plugin(), reason="the C plug-in is not built")
 
 MUL_MAT, GET_ROWS, CUSTOM, ADD, MUL = 29, 40, 95, 2, 7
+I32, ROWS_ONLY = 26, -2
 INPUTS, OUTPUTS, MOST_TOKENS, MOST_THREADS = 330, 75, 9, 5
 
 
@@ -104,29 +105,30 @@ class Node:
         self._weight = GgmlTensor(name=self.linear.name)
         self.tensor.src[0], self.tensor.src[1] = C.addressof(self._weight), C.addressof(self.input)
 
-    def function(self) -> tuple[int, int]:
-        """What the node calls after the plug-in was asked about it."""
-        assert self.tensor.op == CUSTOM
-        parameters = CustomParameters.from_buffer_copy(bytes(self.tensor.op_params))
-        return parameters.function, parameters.data
-
-    def start(self, threads: int, which: Sequence[int]) -> list[threading.Thread]:
-        """Begin the work of some of the threads of a graph."""
-        function, data = self.function()
-        call = C.CFUNCTYPE(None, C.c_void_p, C.c_int, C.c_int, C.c_void_p)(function)
-        begun = [
-            threading.Thread(target=call, args=(C.addressof(self.tensor), ith, threads, data))
-            for ith in which
-        ]
-        for thread in begun:
-            thread.start()
-        return begun
-
     def run(self, threads: int) -> np.ndarray:
         """The whole node."""
-        for thread in self.start(threads, range(threads)):
-            thread.join()
+        run(self.tensor, threads)
         return self.y
+
+
+def start(node: GgmlTensor, threads: int, which: Sequence[int]) -> list[threading.Thread]:
+    """Begin the work of some of the threads of a graph, as the node says after the plug-in was asked about it."""
+    assert node.op == CUSTOM
+    parameters = CustomParameters.from_buffer_copy(bytes(node.op_params))
+    call = C.CFUNCTYPE(None, C.c_void_p, C.c_int, C.c_int, C.c_void_p)(parameters.function)
+    begun = [
+        threading.Thread(target=call, args=(C.addressof(node), ith, threads, parameters.data))
+        for ith in which
+    ]
+    for thread in begun:
+        thread.start()
+    return begun
+
+
+def run(node: GgmlTensor, threads: int) -> None:
+    """The work of all threads."""
+    for thread in start(node, threads, range(threads)):
+        thread.join()
 
 
 def matrix(data: np.ndarray, **fields: int) -> GgmlTensor:
@@ -146,11 +148,20 @@ class Graph:
         ask = C.CFUNCTYPE(C.c_bool, C.POINTER(GgmlTensor), C.c_bool, C.c_void_p)
         self._ask = ask(self.plugin.callback)
 
-    def ask(self, node: Node) -> Node:
+    def ask_tensor(self, node: GgmlTensor) -> GgmlTensor:
         """Ask about a node before anything is computed, as llama.cpp does."""
-        assert not self._ask(C.byref(node.tensor), True, self.state)
-        assert self.plugin.c.compot_plugin_error(self.state) == b""
+        assert not self._ask(C.byref(node), True, self.state)
         return node
+
+    def ask(self, node: Node) -> Node:
+        """The same, and nothing is wrong with it."""
+        self.ask_tensor(node.tensor)
+        assert self.error() == ""
+        return node
+
+    def error(self) -> str:
+        """What went wrong since the last question."""
+        return str(self.plugin.c.compot_plugin_error(self.state).decode())
 
 
 @contextmanager
@@ -211,10 +222,10 @@ def test_no_thread_goes_on_before_all_have_done_what_it_needs(late: int, tokens:
         for _ in range(2):  # the second finds what the first left
             x = activations(tokens, rng)
             node = context.ask(Node(linear, x, matrix(x)))
-            early = node.start(3, [ith for ith in range(3) if ith != late])
+            early = start(node.tensor, 3, [ith for ith in range(3) if ith != late])
             time.sleep(0.02)
             assert all(thread.is_alive() for thread in early) and np.isnan(node.y).all()
-            for thread in early + node.start(3, [late]):
+            for thread in early + start(node.tensor, 3, [late]):
                 thread.join()
             assert np.array_equal(node.y, linear(x))
 
@@ -240,3 +251,85 @@ def test_products_are_reused_only_for_the_same_input_and_dictionary(tokens: int,
             ]
             for node in nodes:
                 assert np.array_equal(node.run(threads), node.linear(node.x)), [n.linear.name for n in nodes]
+
+
+# --- rows of an embedding, and what is refused ------------------------------------------------------------------
+
+
+def rows_node(table: bytes, ids: np.ndarray, y: np.ndarray) -> GgmlTensor:
+    """A GET_ROWS node."""
+    node = matrix(y, op=GET_ROWS)
+    weight = GgmlTensor(name=table)
+    source = GgmlTensor(
+        type=I32, ne=(len(ids), 1, 1, 1), nb=(4, ids.nbytes, ids.nbytes, ids.nbytes), data=ids.ctypes.data
+    )
+    node.src[0], node.src[1] = C.addressof(weight), C.addressof(source)
+    node.keep = weight, source  # the node holds only their addresses
+    return node
+
+
+@pytest.mark.parametrize("threads", range(1, MOST_THREADS + 1))
+def test_rows_of_an_embedding_are_the_numbers_of_the_file_and_none_beyond_it(threads: int) -> None:
+    quantized = random_quantized(INPUTS, 50, Grid(4, 64), seed=5)
+    table = Linear(b"embd", (integers(INPUTS, 50, Grid(4, 64), seed=5),), 0, ROWS_ONLY)
+    expected = quantized.dequantize().numpy().T
+    with graph([table]) as context:
+        for ids in ([3], [49, 0, 7, 7, 12, 1, 49, 30]):
+            numbers = np.array(ids, np.int32)
+            y = np.full((len(ids), INPUTS), np.nan, np.float32)
+            run(context.ask_tensor(rows_node(b"embd", numbers, y)), threads)
+            assert np.array_equal(y, expected[ids])
+            assert context.error() == ""
+        for wrong in (50, -1, 2**31 - 1):
+            numbers = np.array([4, wrong, 5], np.int32)
+            y = np.full((3, INPUTS), np.nan, np.float32)
+            run(context.ask_tensor(rows_node(b"embd", numbers, y)), threads)
+            assert np.array_equal(y[::2], expected[[4, 5]]) and not y[1].any()
+            assert context.error() == "embd: a token id outside the vocabulary"
+
+
+def test_a_product_in_a_shape_that_is_not_handled_is_refused_and_left_alone() -> None:
+    table = Linear(b"embd", (integers(INPUTS, OUTPUTS, Grid(4, 64), seed=5),), 0, ROWS_ONLY)
+    x = np.zeros((3, INPUTS), np.float32)
+    with graph([*linears(), table]) as context:
+
+        def refused(change: Callable[[Node], object], name: bytes = b"q") -> str:
+            node = Node(Linear(name, (), 0, -1), x, matrix(x))
+            change(node)
+            context.ask_tensor(node.tensor)
+            assert node.tensor.op == MUL_MAT
+            return context.error()
+
+        handled = "llama.cpp multiplies with the matrix in a shape that is not handled"
+        changes: list[Callable[[Node], object]] = [
+            lambda node: setattr(node.input, "type", 1),
+            lambda node: setattr(node.tensor, "type", 1),
+            lambda node: setattr(node.input, "nb", (8, 8 * INPUTS, 1, 1)),
+            lambda node: setattr(node.tensor, "nb", (8, 8 * OUTPUTS, 1, 1)),
+            lambda node: setattr(node.input, "nb", (4, 4 * INPUTS + 2, 1, 1)),
+            lambda node: setattr(node.tensor, "nb", (4, 4 * OUTPUTS + 2, 1, 1)),
+            lambda node: setattr(node.input, "ne", (INPUTS + 1, 3, 1, 1)),
+            lambda node: setattr(node.tensor, "ne", (OUTPUTS - 1, 3, 1, 1)),
+            lambda node: setattr(node.input, "ne", (INPUTS, 3, 2, 1)),
+            lambda node: setattr(node.input, "ne", (INPUTS, 3, 1, 2)),
+        ]
+        for change in changes:
+            assert refused(change) == f"q: {handled}"
+        assert refused(lambda node: None, b"embd") == f"embd: {handled}"
+        most = (INPUTS, MOST_TOKENS + 1, 1, 1)
+        assert (
+            refused(lambda node: setattr(node.input, "ne", most))
+            == "q: more tokens at a time than the context was made for"
+        )
+        assert refused(lambda node: None, b"of others") == ""
+
+
+def test_more_threads_than_there_is_scratch_for_compute_nothing() -> None:
+    rng = np.random.default_rng(6)
+    linear = linears()[0]
+    x = activations(2, rng)
+    with graph(linears(), threads=2) as context:
+        node = context.ask(Node(linear, x, matrix(x)))
+        assert np.isnan(node.run(3)).all()
+        assert context.error() == "q: more threads than the context was made for"
+        assert np.array_equal(node.run(2), linear(x))
