@@ -34,6 +34,7 @@ from compot_deploy.plan import (
     Plan,
     form_from_data,
     form_to_data,
+    knapsack,
 )
 from compot_deploy.recipe import Recipe
 from compot_deploy.report import from_json
@@ -170,6 +171,41 @@ def test_a_budget_above_everything_keeps_the_dense_form_and_says_so(
     assert plan["predicted_loss"] == 0.0
     assert main(["plan", str(model), *flags]) == 0
     assert "more than the" in capsys.readouterr().out
+
+
+def test_an_effect_is_what_disturbing_one_linear_alone_costs_per_unit_of_its_error(
+    model: Path, text: Path, measured: Path
+) -> None:
+    """In nats per token, the original's distribution first, by the coarsest grid: computed here by transformers."""
+    from transformers import AutoModelForCausalLM
+
+    drafted = plan_only(
+        Recipe(model=str(model), calibration=str(text), bits=2.0, out=str(measured), **SETTINGS)
+    )
+    task = drafted.task
+    reference = AutoModelForCausalLM.from_pretrained(model).float().eval()
+
+    def predictions() -> torch.Tensor:
+        with torch.no_grad():
+            made = [reference(window[None]).logits[0].double() for window in task.windows.windows]
+        return torch.cat(made).log_softmax(-1)
+
+    original = predictions()
+    coarsest = min(task.search.grids.grids, key=lambda grid: (grid.bits, -grid.group))
+    for path in ("self_attn.q_proj", "mlp.down_proj"):
+        name = f"model.layers.0.{path}"
+        (shared,) = [one for _, one in task.inputs if path in one.linears]
+        weights = task.weights([name])
+        made = realize(Plain(coarsest), weights, task.whitening(0, shared), task.search)
+        module = reference.get_submodule(name)
+        before = module.weight.data
+        module.weight.data = made.matrices[name].dequantize().T.contiguous()
+        cost = float((original.exp() * (original - predictions())).sum(1).mean())
+        module.weight.data = before
+        assert cost > 1e-6
+        assert drafted.effects[name] == pytest.approx(cost / made.errors[name], rel=1e-3)
+    weighted = knapsack(drafted.curves, drafted.plans[0].budget, drafted.effects)
+    assert weighted == drafted.plans[0]
 
 
 def test_a_plan_stands_beside_the_best_mix_and_the_best_single_grid_of_its_budget() -> None:
