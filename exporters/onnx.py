@@ -41,7 +41,6 @@ from compot_deploy.exporters.onnx_graph import (
     Part,
     build_decoder,
     expansion_of,
-    with_accuracy_level,
 )
 from compot_deploy.exporters.onnx_lint import errors_first, lint_onnx
 from compot_deploy.exporters.onnx_tensors import DATA, GRAPH, TensorReader, external_extent
@@ -256,38 +255,6 @@ class OnnxExporter:
         if errors(findings) or not _expansion_nodes(folder):
             return findings
         return errors_first((*findings, *_lint_folding(folder)))
-
-
-def open_session(folder: Path, accuracy_level: int | None = None, threads: int = 0) -> Any:
-    """An onnxruntime session of a folder, on the CPU.
-
-    Args:
-        folder: an ONNX folder.
-        accuracy_level: None loads the file as shipped; 0 runs the same integers and scales in float32, the
-            oracle for what the file holds.
-        threads: of one operator; 0 leaves it to onnxruntime.
-
-    Raises:
-        MissingDependencyError: onnxruntime is not installed.
-        ArtifactError: onnxruntime refuses the file.
-    """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingDependencyError("onnxruntime", "onnx", "Running an ONNX folder") from None
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    model: str | bytes = str(folder / GRAPH)
-    if accuracy_level is not None:
-        leveled = with_accuracy_level(folder / GRAPH, accuracy_level)
-        for key, value in leveled.entries.items():
-            options.add_session_config_entry(key, value)
-        model = leveled.graph
-    try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ArtifactError(f"onnxruntime cannot load {folder / GRAPH}: {error}") from error
 
 
 def unfolded_nodes(folder: Path, disabled_optimizers: Sequence[str] = ()) -> tuple[str, ...]:

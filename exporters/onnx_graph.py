@@ -34,7 +34,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal, TypeAlias
 
 import onnx
@@ -870,45 +869,3 @@ class _Decoder:
         split = graph.node("Reshape", [value, graph.constant([0, 0, heads, size])], f"{path}/split/Reshape")
         normed = self._plain_norm(path, split, weight)
         return graph.node("Reshape", [normed, graph.constant([0, 0, heads * size])], f"{path}/join/Reshape")
-
-
-# --- the oracle --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LeveledGraph:
-    """A graph whose matrix products run at a chosen accuracy, its tensors still in their file.
-
-    Attributes:
-        graph: the serialized graph, to be given to an inference session.
-        entries: session options without which the session would not find the tensors, or would fuse
-            DequantizeLinear and MatMul at another accuracy.
-    """
-
-    graph: bytes
-    entries: Mapping[str, str]
-
-
-def with_accuracy_level(path: Path, level: int) -> LeveledGraph:
-    """The graph at `path` with the accuracy level of every MatMulNBits replaced; nothing is written.
-
-    Level 0 computes in float32 with the exact integers and scales: the oracle that tells whether a file holds
-    what it should. The file itself is shipped at level 4.
-
-    Args:
-        path: ``onnx/model.onnx`` of a folder.
-        level: 0 to 4, as documented for MatMulNBits.
-    """
-    model = onnx.load(path, load_external_data=False)
-    for node in model.graph.node:
-        if node.op_type == "MatMulNBits":
-            for attribute in node.attribute:
-                if attribute.name == "accuracy_level":
-                    attribute.i = level
-    return LeveledGraph(
-        graph=model.SerializeToString(deterministic=True),
-        entries={
-            "session.model_external_initializers_file_folder_path": str(path.resolve().parent),
-            "session.qdq_matmulnbits_accuracy_level": str(level),
-        },
-    )

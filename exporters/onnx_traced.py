@@ -48,7 +48,6 @@ from compot_deploy.exporters.onnx import (
     OnnxMatrices,
     OnnxOptions,
     copy_tokenizer,
-    open_session,
     write_json,
 )
 from compot_deploy.exporters.onnx_config import (
@@ -66,6 +65,7 @@ from compot_deploy.exporters.onnx_graph import (
     TokenTable,
     node_path,
 )
+from compot_deploy.exporters.onnx_session import open_session
 from compot_deploy.exporters.onnx_tensors import DATA, GRAPH, TensorWriter
 from compot_deploy.weights import Dense, Matrix
 
@@ -860,7 +860,7 @@ def run_folder(session: Any, batch: Batch) -> Tensor:
     """The output of a folder for a batch, from an empty cache where it has one.
 
     Args:
-        session: from `compot_deploy.exporters.onnx.open_session`.
+        session: from `compot_deploy.exporters.onnx_session.open_session`.
         batch: as `run_torch` takes it; token types are 0 where they are asked for and not there.
     """
     rows = len(batch["input_ids"])

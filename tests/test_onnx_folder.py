@@ -37,7 +37,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from compot_deploy.errors import ArtifactError, InputError, MissingDependencyError, RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.artifact import Provenance, describe, staged_folder, verify, write_manifest
-from compot_deploy.exporters.onnx import OnnxOptions, open_session
+from compot_deploy.exporters.onnx import OnnxOptions
 from compot_deploy.exporters.onnx_config import (
     config_json,
     genai_config_json,
@@ -45,6 +45,7 @@ from compot_deploy.exporters.onnx_config import (
     portable_tokenizer_config,
 )
 from compot_deploy.exporters.onnx_graph import build_decoder
+from compot_deploy.exporters.onnx_session import open_session
 from compot_deploy.exporters.onnx_tensors import DATA, GRAPH, TensorReader, TensorWriter
 from compot_deploy.weights import Dense, Factorized, Grid, Matrix, matrix_bytes, same_matrix
 

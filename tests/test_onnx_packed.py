@@ -40,9 +40,10 @@ from compot_deploy.errors import EXIT_BAD_INPUT, EXIT_OK, MissingDependencyError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters import onnx as exporter_module
 from compot_deploy.exporters.artifact import verify
-from compot_deploy.exporters.onnx import OnnxOptions, open_session, unfolded_nodes
+from compot_deploy.exporters.onnx import OnnxOptions, unfolded_nodes
 from compot_deploy.exporters.onnx_graph import EXPANSION_TABLE
 from compot_deploy.exporters.onnx_lint import lint_onnx
+from compot_deploy.exporters.onnx_session import open_session
 from compot_deploy.exporters.onnx_tensors import GRAPH
 from compot_deploy.exporters.packing import (
     BLOCKS,

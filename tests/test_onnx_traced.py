@@ -30,9 +30,10 @@ from transformers import (
 
 from compot_deploy.embeddings import Texts, compare_texts
 from compot_deploy.errors import InputError, MissingDependencyError, RecipeError, UnsupportedModelError
-from compot_deploy.exporters.onnx import OnnxMatrices, open_session
+from compot_deploy.exporters.onnx import OnnxMatrices
 from compot_deploy.exporters.onnx_graph import Part
 from compot_deploy.exporters.onnx_lint import lint_onnx
+from compot_deploy.exporters.onnx_session import open_session
 from compot_deploy.exporters.onnx_tensors import GRAPH
 from compot_deploy.exporters.onnx_traced import (
     Losses,
