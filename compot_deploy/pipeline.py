@@ -536,7 +536,7 @@ def _export(
         write_text(folder / RECIPE, recipe.to_toml())
         choices = compression.allocation.choices
         # What a file rounds is described and judged by what it holds.
-        model = exporter.read_model(folder) if multiplies_out(kind, options) else compression.model
+        model = exporter.read_model(folder) if multiplies_out(storage) else compression.model
         manifest = write_manifest(
             folder,
             describe(
