@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 import weakref
@@ -16,6 +15,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from consumer_environments import python_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
@@ -496,9 +496,7 @@ def test_onnxruntime_genai_generates_the_same_tokens(name: str, form: Any, tmp_p
 @pytest.mark.consumer
 @pytest.mark.slow
 def test_optimum_generates_the_same_tokens_in_its_own_environment(tmp_path: Path) -> None:
-    python = os.environ.get("COMPOT_DEPLOY_OPTIMUM_PYTHON", "")
-    if shutil.which(python) is None:
-        pytest.skip("set COMPOT_DEPLOY_OPTIMUM_PYTHON to the python of an environment with optimum-onnx")
+    python = python_with("optimum-onnx")
     script = Path(__file__).parent / "consumers" / "optimum_generate.py"
     source = tmp_path / "source"
     save_tokenizer(source)
@@ -519,9 +517,7 @@ def test_optimum_generates_the_same_tokens_in_its_own_environment(tmp_path: Path
 @pytest.mark.consumer
 @pytest.mark.slow
 def test_genai_generates_the_same_tokens_in_its_own_environment(tmp_path: Path) -> None:
-    python = os.environ.get("COMPOT_DEPLOY_GENAI_PYTHON", "")
-    if shutil.which(python) is None:
-        pytest.skip("set COMPOT_DEPLOY_GENAI_PYTHON to the python of an environment with onnxruntime-genai")
+    python = python_with("onnxruntime-genai")
     script = Path(__file__).parent / "consumers" / "genai_generate.py"
     source = tmp_path / "source"
     save_tokenizer(source)

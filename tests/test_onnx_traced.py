@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from consumer_environments import python_with
 from reference_onnx import rounded, two_pairs
 from torch import Tensor, nn
 from transformers import (
@@ -261,9 +261,7 @@ def test_onnxruntime_genai_continues_as_torch_does(decoder: Case) -> None:
 
 @pytest.mark.consumer
 def test_optimum_continues_a_traced_decoder_in_its_own_environment(decoder: Case, tmp_path: Path) -> None:
-    python = os.environ.get("COMPOT_DEPLOY_OPTIMUM_PYTHON", "")
-    if shutil.which(python) is None:
-        pytest.skip("set COMPOT_DEPLOY_OPTIMUM_PYTHON to the python of an environment with optimum-onnx")
+    python = python_with("optimum-onnx")
     program = (
         "import sys, torch\n"
         "from optimum.onnxruntime import ORTModelForCausalLM\n"

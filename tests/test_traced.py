@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from consumer_environments import python_with
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -266,9 +266,7 @@ def test_only_folders_of_other_kinds_are_traced(place: Path, tmp_path: Path) -> 
 def test_optimum_gives_the_same_features_in_its_own_environment(
     place: Path, exported: tuple[Path, int], tmp_path: Path
 ) -> None:
-    python = os.environ.get("COMPOT_DEPLOY_OPTIMUM_PYTHON", "")
-    if shutil.which(python) is None:
-        pytest.skip("set COMPOT_DEPLOY_OPTIMUM_PYTHON to the python of an environment with optimum-onnx")
+    python = python_with("optimum-onnx")
     tokens = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0]])
     mask = (tokens > 0).long()
     batch = {"input_ids": tokens, "attention_mask": mask}
