@@ -38,9 +38,11 @@ from compot_deploy.exporters.artifact import (
     write_manifest,
 )
 from compot_deploy.exporters.onnx import OnnxExporter, OnnxMatrices
+from compot_deploy.exporters.onnx_interface import interface_of
 from compot_deploy.exporters.onnx_lint import lint_onnx
+from compot_deploy.exporters.onnx_losses import Losses, measure
 from compot_deploy.exporters.onnx_tensors import GRAPH
-from compot_deploy.exporters.onnx_traced import Losses, export, interface_of, measure
+from compot_deploy.exporters.onnx_traced import export
 from compot_deploy.factorize import singular_spectrum
 from compot_deploy.findings import Finding, errors
 from compot_deploy.huggingface.factorization import grams_by_input

@@ -32,18 +32,13 @@ from compot_deploy.embeddings import Texts, compare_texts
 from compot_deploy.errors import InputError, MissingDependencyError, RecipeError, UnsupportedModelError
 from compot_deploy.exporters.onnx import OnnxMatrices
 from compot_deploy.exporters.onnx_graph import Part
+from compot_deploy.exporters.onnx_interface import interface_of
 from compot_deploy.exporters.onnx_lint import lint_onnx
+from compot_deploy.exporters.onnx_losses import Losses, measure, run_folder, run_torch
+from compot_deploy.exporters.onnx_placeholders import dequantized
 from compot_deploy.exporters.onnx_session import open_session
 from compot_deploy.exporters.onnx_tensors import GRAPH
-from compot_deploy.exporters.onnx_traced import (
-    Losses,
-    dequantized,
-    export,
-    interface_of,
-    measure,
-    run_folder,
-    run_torch,
-)
+from compot_deploy.exporters.onnx_traced import export
 from compot_deploy.runners import OnnxRunner, TorchRunner
 from compot_deploy.weights import Dense, Factorized, Grid, Matrix, Pair, same_matrix
 

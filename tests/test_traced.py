@@ -19,9 +19,9 @@ from compot_deploy.cli import main
 from compot_deploy.errors import ArtifactError, InputError
 from compot_deploy.exporters.artifact import MANIFEST, read_manifest, seal, unlisted_files, verify
 from compot_deploy.exporters.onnx import OnnxMatrices
+from compot_deploy.exporters.onnx_losses import run_folder
 from compot_deploy.exporters.onnx_session import open_session
 from compot_deploy.exporters.onnx_tensors import DATA, GRAPH
-from compot_deploy.exporters.onnx_traced import run_folder
 from compot_deploy.recipe import recipe_from_mapping
 from compot_deploy.traced import REPORT, TEXTS, _texts, check_traced, is_traced
 from compot_deploy.weights import Factorized, Grid, Quantized
