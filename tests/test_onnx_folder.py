@@ -44,7 +44,7 @@ from compot_deploy.exporters.onnx_config import (
     generation_config_json,
     portable_tokenizer_config,
 )
-from compot_deploy.exporters.onnx_graph import build_decoder
+from compot_deploy.exporters.onnx_decoder import build_decoder
 from compot_deploy.exporters.onnx_session import open_session
 from compot_deploy.exporters.onnx_tensors import DATA, GRAPH, TensorReader, TensorWriter
 from compot_deploy.weights import Dense, Factorized, Grid, Matrix, matrix_bytes, same_matrix
