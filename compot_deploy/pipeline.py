@@ -36,13 +36,8 @@ from compot_deploy.embedded import MODEL
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.archive import check_archive, write_archive
-from compot_deploy.exporters.artifact import (
-    Provenance,
-    check_target,
-    describe,
-    staged_folder,
-    write_manifest,
-)
+from compot_deploy.exporters.artifact import Provenance, describe, write_manifest
+from compot_deploy.exporters.staging import check_target, staged_folder
 from compot_deploy.factorize import singular_spectrum
 from compot_deploy.footprint import fit_size, predicted_bytes
 from compot_deploy.judging import Deployment, gate_of, judge_folder, write_report

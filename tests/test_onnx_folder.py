@@ -36,7 +36,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from compot_deploy.errors import ArtifactError, InputError, MissingDependencyError, RecipeError
 from compot_deploy.exporters import EXPORTERS
-from compot_deploy.exporters.artifact import Provenance, describe, staged_folder, verify, write_manifest
+from compot_deploy.exporters.artifact import Provenance, describe, verify, write_manifest
 from compot_deploy.exporters.onnx import OnnxOptions
 from compot_deploy.exporters.onnx_config import (
     config_json,
@@ -47,6 +47,7 @@ from compot_deploy.exporters.onnx_config import (
 from compot_deploy.exporters.onnx_decoder import build_decoder
 from compot_deploy.exporters.onnx_session import open_session
 from compot_deploy.exporters.onnx_tensors import DATA, GRAPH, TensorReader, TensorWriter
+from compot_deploy.exporters.staging import staged_folder
 from compot_deploy.weights import Dense, Factorized, Grid, Matrix, matrix_bytes, same_matrix
 
 EXPORTER = EXPORTERS["onnx"]

@@ -17,7 +17,8 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from compot_deploy.cli import main
 from compot_deploy.errors import ArtifactError, InputError
-from compot_deploy.exporters.artifact import MANIFEST, read_manifest, seal, unlisted_files, verify
+from compot_deploy.exporters.artifact import seal, unlisted_files, verify
+from compot_deploy.exporters.manifest import MANIFEST, read_manifest
 from compot_deploy.exporters.onnx import OnnxMatrices
 from compot_deploy.exporters.onnx_losses import run_folder
 from compot_deploy.exporters.onnx_session import open_session
