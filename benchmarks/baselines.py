@@ -29,6 +29,7 @@ from cospadi import cospadi
 from torch import Tensor
 
 from compot_deploy.allocate import ALLOCATIONS, MatrixSize, PaperStorage, Precision, Sparsity
+from compot_deploy.exporters.ggml_types import GGML_TYPES
 from compot_deploy.factorize import METHODS, Alternation, Factors, singular_spectrum
 from compot_deploy.quant import gptq
 from compot_deploy.quantize_factors import quantize_factors
@@ -227,9 +228,7 @@ def llama(weight: Tensor, whitening: Whitening, *, kind: str, padded: bool) -> t
 
 def block_of(kind: str) -> int:
     """Inputs of a block of a ggml type."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    return int(GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0])
+    return GGML_TYPES[kind].block
 
 
 # -- factorised, the whole model -------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from compot_deploy.errors import RecipeError
+from compot_deploy.exporters.ggml_types import GGML_TYPES
 
 FLOATS: Final = ("F32", "F16", "BF16")
 _GGUF_PY: Final = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0")
@@ -76,10 +77,9 @@ def weighs(kind: str) -> bool:
 
 def fitting_type(kind: str, inputs: int) -> str:
     """`kind`, or the wider type that rows of `inputs` entries can have."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     def fits(name: str) -> bool:
-        return inputs % int(GGML_QUANT_SIZES[GGMLQuantizationType[name]][0]) == 0
+        return inputs % GGML_TYPES[name].block == 0
 
     if fits(kind):
         return kind
@@ -89,10 +89,7 @@ def fitting_type(kind: str, inputs: int) -> str:
 
 def row_bytes(kind: str, inputs: int) -> int:
     """Bytes of one row of `inputs` entries."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    return inputs // int(block) * int(size)
+    return GGML_TYPES[kind].row_bytes(inputs)
 
 
 def quantize(
@@ -132,15 +129,15 @@ def quantize(
 
 def dequantize(rows: UInt8[np.ndarray, "outputs bytes"], kind: str) -> Float32[np.ndarray, "outputs inputs"]:
     """Bytes of a ggml type as float32."""
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize as by_gguf
-
     if kind == "F32":
         return np.ascontiguousarray(rows).view("<f4").astype(np.float32)
     if kind == "F16":
         return np.ascontiguousarray(rows).view("<f2").astype(np.float32)
     if kind == "BF16":
         return (np.ascontiguousarray(rows).view("<u2").astype(np.uint32) << 16).view(np.float32)
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize as by_gguf
+
     return np.ascontiguousarray(
         by_gguf(np.ascontiguousarray(rows), GGMLQuantizationType[kind]), dtype=np.float32
     )
@@ -163,8 +160,6 @@ def _floats(rows: Float32[np.ndarray, "outputs inputs"], kind: str) -> UInt8[np.
 def _by_library(
     rows: Float32[np.ndarray, "outputs inputs"], kind: str, importance: Float32[np.ndarray, " inputs"] | None
 ) -> UInt8[np.ndarray, "outputs bytes"]:
-    from gguf import GGMLQuantizationType
-
     from compot_deploy.llama.library import load_library
 
     library = load_library()
@@ -175,7 +170,7 @@ def _by_library(
     if importance is not None:
         weights = np.maximum(np.ascontiguousarray(importance, np.float32), np.float32(1e-12))
     written = library.ggml_quantize_chunk(
-        int(GGMLQuantizationType[kind]),
+        GGML_TYPES[kind].number,
         rows.ctypes.data_as(ctypes.c_void_p),
         out.ctypes.data_as(ctypes.c_void_p),
         0,

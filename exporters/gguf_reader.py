@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from compot_deploy.errors import ArtifactError
+from compot_deploy.exporters.ggml_types import BY_NUMBER
 
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
@@ -175,8 +176,6 @@ def parse(data: UInt8[np.ndarray, " bytes"], path: Path) -> GgufFile:
 
 
 def _tensor_info(cursor: _Cursor) -> tuple[str, str, tuple[int, ...], int, int]:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # the table of block sizes
-
     name = cursor.string()
     if not 0 < len(name.encode()) <= MAX_NAME:
         raise ArtifactError(
@@ -189,19 +188,17 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, str, tuple[int, ...], int, int]:
         )
     sizes = [cursor.number("<Q") for _ in range(dims)]
     kind, offset = cursor.number("<I"), cursor.number("<Q")
-    try:
-        quantization = GGMLQuantizationType(kind)
-    except ValueError:
-        raise ArtifactError(f"{cursor.name}: tensor {name!r} has the unknown type {kind}.") from None
-    block, block_bytes = GGML_QUANT_SIZES[quantization]
+    stored = BY_NUMBER.get(kind)
+    if stored is None:
+        raise ArtifactError(f"{cursor.name}: tensor {name!r} has the unknown type {kind}.")
     elements = 1
     for size in sizes:
         elements *= size  # Python integers do not overflow
-    if min(sizes) < 1 or elements >= 2**62 or sizes[0] % block:
+    if min(sizes) < 1 or elements >= 2**62 or sizes[0] % stored.block:
         raise ArtifactError(
-            f"{cursor.name}: tensor {name!r} has the impossible shape {sizes} for {quantization.name}."
+            f"{cursor.name}: tensor {name!r} has the impossible shape {sizes} for {stored.name}."
         )
-    return name, quantization.name, tuple(reversed(sizes)), offset, elements // block * block_bytes
+    return name, stored.name, tuple(reversed(sizes)), offset, stored.row_bytes(elements)
 
 
 class _Cursor:

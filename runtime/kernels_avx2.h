@@ -16,8 +16,8 @@
 #define KERNEL(name) avx2_##name
 #define FUNCTION static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
-#define PREFETCH(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
-#define AHEAD 3072
+#define PREFETCH(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
+#define AHEAD 8192
 #define SIGNED(bits) ((bits) == 8)
 
 FUNCTION __m256i avx2_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }

@@ -13,7 +13,7 @@
 #define KERNEL(name) avx512_##name
 #define FUNCTION static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
-#define PREFETCH(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
+#define PREFETCH(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
 #define AHEAD 8192
 #define SIGNED(bits) 0 /* VNNI multiplies unsigned with signed: stored values as they are, the offset is undone */
 
