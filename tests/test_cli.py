@@ -172,6 +172,11 @@ def test_an_existing_folder_is_not_overwritten(
         (["--calibration", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--length", "100000", "--calibration", "TEXT"], "fewer than one window"),
         (["--device", "abacus"], "--device abacus"),
+        # Groups finer than a format has are not tried: the message names the ratios that can be met.
+        (
+            ["--ratio", "0.7", "--format", "gguf", "--gguf-layout", "sparse", "--code-pattern", "2:4"],
+            "of all together",
+        ),
     ],
 )
 def test_bad_usage_is_one_sentence_and_leaves_nothing(
