@@ -24,7 +24,9 @@ import torch
 
 from compot_deploy.architectures import find_architecture
 from compot_deploy.exporters import EXPORTERS
-from compot_deploy.exporters.onnx import OnnxOptions, open_session, unfolded_nodes
+from compot_deploy.exporters.onnx import OnnxOptions
+from compot_deploy.exporters.onnx_expansion import unfolded_nodes
+from compot_deploy.exporters.onnx_session import open_session
 from compot_deploy.exporters.onnx_tensors import GRAPH
 from compot_deploy.weights import (
     CompressedModel,

@@ -41,10 +41,9 @@ _HUB_PATTERNS: Final = ["*.json", "*.safetensors", "tokenizer.model", "merges.tx
 class LazyTensors(Mapping[str, Tensor]):
     """Tensors of a folder by name; each access reads one tensor and checks that it is finite."""
 
-    def __init__(self, files: Mapping[str, Path], *, allow_pickle: bool = False) -> None:
+    def __init__(self, files: Mapping[str, Path]) -> None:
         self.files = files
         self._pickled: dict[Path, Mapping[str, Tensor]] = {}
-        self._allow_pickle = allow_pickle
 
     def __getitem__(self, name: str) -> Tensor:
         path = self.files[name]
@@ -174,7 +173,7 @@ def open_checkpoint(model: str | Path, *, allow_pickle: bool = False) -> Checkpo
         folder=folder,
         config=config,
         architecture=architecture,
-        tensors=LazyTensors(_weight_files(folder, allow_pickle), allow_pickle=allow_pickle),
+        tensors=LazyTensors(_weight_files(folder, allow_pickle)),
     )
     _check_shapes(checkpoint)
     return checkpoint
@@ -223,7 +222,7 @@ def _weight_files(folder: Path, allow_pickle: bool) -> dict[str, Path]:
             "to safetensors, or give --allow-pickle to read them with torch's weights-only reader."
         )
     for path in pickles:
-        for name in LazyTensors({}, allow_pickle=True)._unpickle(path):
+        for name in LazyTensors({})._unpickle(path):
             files[name] = path
     return files
 

@@ -27,13 +27,8 @@ from compot_deploy.checkpoint import Checkpoint, checkpoint_shape
 from compot_deploy.compress import LinearFacts
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
-from compot_deploy.exporters.artifact import (
-    Manifest,
-    Provenance,
-    describe,
-    library_versions,
-    write_manifest,
-)
+from compot_deploy.exporters.artifact import Provenance, describe, library_versions, write_manifest
+from compot_deploy.exporters.manifest import Manifest
 from compot_deploy.judging import HTML, facts_of, gate_of, sizes_of, write_report
 from compot_deploy.plan import Form, Joint, Plain, Plan
 from compot_deploy.plan import describe as describe_form

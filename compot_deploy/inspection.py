@@ -6,8 +6,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from compot_deploy.exporters.artifact import LeafRecord, MatrixRecord, verify
+from compot_deploy.exporters.artifact import verify
 from compot_deploy.exporters.huggingface import account
+from compot_deploy.exporters.manifest import LeafRecord, MatrixRecord
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,8 @@ from compot_deploy.embedded import MODEL
 from compot_deploy.errors import ArtifactError, InputError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.archive import transport_bytes
-from compot_deploy.exporters.artifact import (
-    MANIFEST,
-    Manifest,
-    library_versions,
-    seal,
-    verify,
-)
+from compot_deploy.exporters.artifact import library_versions, seal, verify
+from compot_deploy.exporters.manifest import MANIFEST, Manifest
 from compot_deploy.exporters.model_card import model_card
 from compot_deploy.gate import Demands
 from compot_deploy.progress import Progress, silent

@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,13 +36,8 @@ from compot_deploy.embedded import MODEL
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.archive import check_archive, write_archive
-from compot_deploy.exporters.artifact import (
-    Provenance,
-    check_target,
-    describe,
-    staged_folder,
-    write_manifest,
-)
+from compot_deploy.exporters.artifact import Provenance, describe, write_manifest
+from compot_deploy.exporters.staging import check_target, staged_folder
 from compot_deploy.factorize import singular_spectrum
 from compot_deploy.footprint import fit_size, predicted_bytes
 from compot_deploy.judging import Deployment, gate_of, judge_folder, write_report
@@ -90,7 +85,7 @@ from compot_deploy.tokens import (
     TokenWindows,
     load_tokenizer,
 )
-from compot_deploy.weights import DENSE, CompressedModel, Dense, Matrix, Storage
+from compot_deploy.weights import DENSE, CompressedModel, Dense, Grid, Matrix, Storage
 from compot_deploy.whiten import whiten
 from compot_deploy.workspace import (
     RECIPE,
@@ -236,7 +231,7 @@ def compress(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progr
         numbers = {block_file(work, layer): layer for layer in range(checkpoint.layers)}
         beside = {name: rival_file(work, numbers[path]) for name, path in files.items()}
         rival = StoredMatrices({**beside, **_compress_tables(recipe, checkpoint, work)})
-    notes = (*planned.notes, *_notes(windows, facts))
+    notes = (*planned.notes, *_may_be_planned(recipe), *_notes(windows, facts))
     kept = _keeps_unquantized(checkpoint)
     return Compression(
         model,
@@ -505,11 +500,22 @@ def allocate(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, progress:
         return Plan(attempt(recipe), recipe)
     except RecipeError:
         finer = DEFAULT_GROUP // 2
-        if recipe.code_group is not None or recipe.code_grid is None or recipe.code_grid.table:
+        if recipe.code_group is not None or not _can_store(recipe.code_grid, finer, storage):
             raise
         recipe = override(recipe, code_group=finer)
         note = f"groups of {DEFAULT_GROUP} atoms are too coarse for this ratio: codes use groups of {finer}"
         return Plan(attempt(recipe), recipe, (note,))
+
+
+def _can_store(grid: Grid | None, group: int, storage: Storage) -> bool:
+    """Whether a format has groups of this size for the integers of a grid."""
+    if grid is None or grid.table:
+        return False
+    try:
+        storage.leaf_bytes(DEFAULT_GROUP, DEFAULT_GROUP, replace(grid, group=group))
+    except RecipeError:
+        return False
+    return True
 
 
 def _export(
@@ -536,7 +542,7 @@ def _export(
         write_text(folder / RECIPE, recipe.to_toml())
         choices = compression.allocation.choices
         # What a file rounds is described and judged by what it holds.
-        model = exporter.read_model(folder) if multiplies_out(kind, options) else compression.model
+        model = exporter.read_model(folder) if multiplies_out(storage) else compression.model
         manifest = write_manifest(
             folder,
             describe(
@@ -599,6 +605,18 @@ def _notes_of_plan(recipe: Recipe, checkpoint: Checkpoint, plan: KnapsackPlan) -
     return (
         f"the plan spends {plan.bytes} of {plan.budget} bytes ({recipe.budget}) on the linears, {bits:.3f} bits "
         "per weight",
+    )
+
+
+def _may_be_planned(recipe: Recipe) -> tuple[str, ...]:
+    """Where the paper's rule was nobody's explicit choice: that forms could be chosen by what they cost."""
+    integers = recipe.method == "compot" and recipe.quant != "none" and recipe.quantizer != "bnb"
+    if recipe.allocation != "auto" or not integers or multiplies_out(storage_of(recipe)):
+        return ()
+    return (
+        f"a ratio is spread by the paper's rule, which counts atoms; --allocation knapsack chooses the form of each "
+        f"matrix by its measured cost within the same bytes, plain integers among them: try it with --ratio "
+        f"{recipe.ratio:g}",
     )
 
 

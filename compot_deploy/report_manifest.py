@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, cast
 
 from compot_deploy.errors import InputError
-from compot_deploy.exporters.artifact import LeafRecord, Manifest, MatrixRecord
+from compot_deploy.exporters.manifest import LeafRecord, Manifest, MatrixRecord
 from compot_deploy.plan import InMemory
 from compot_deploy.recipe import DEFAULT_GROUP
 from compot_deploy.report_facts import Frontier, FrontierPoint, LayerFigures, Origin

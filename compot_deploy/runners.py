@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from compot_deploy.errors import ArtifactError, InputError, MissingDependencyError, UnsupportedModelError
+from compot_deploy.errors import ArtifactError, InputError, UnsupportedModelError
 from compot_deploy.weights import CompressedModel, Matrix
 
 if TYPE_CHECKING:
@@ -344,34 +344,13 @@ class OnnxRunner:
         threads: int = 0,
         name: str | None = None,
     ) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise MissingDependencyError("onnxruntime", "onnx", "Running an exported ONNX folder") from error
-        self._path = folder / "onnx" / "model.onnx"
-        if not self._path.is_file():
-            raise ArtifactError(f"{self._path} does not exist: {folder} is not an exported ONNX folder.")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        # Several sessions and torch take turns; a pool that spins while it waits steals the others' time.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        model: str | bytes = str(self._path)
-        if accuracy_level is not None:
-            # For DequantizeLinear + MatMul, which the runtime fuses to MatMulNBits when it loads the file.
-            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
-            options.add_session_config_entry(
-                "session.model_external_initializers_file_folder_path", str(self._path.parent)
-            )
-            model = _with_accuracy_level(self._path, accuracy_level)
-        try:
-            self._session: onnxruntime.InferenceSession = onnxruntime.InferenceSession(
-                model, options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # the runtime's exceptions share no base class but this
-            raise ArtifactError(
-                f"{self._path} does not load in ONNX Runtime {onnxruntime.__version__}: {_first_line(error)}"
-            ) from error
+        from compot_deploy.exporters.onnx_session import open_session
+        from compot_deploy.exporters.onnx_tensors import GRAPH
+
+        self._path = folder / GRAPH
+        self._session: onnxruntime.InferenceSession = open_session(folder, accuracy_level, threads)
+        import onnxruntime  # after open_session, which says how to install it where it is missing
+
         setting = "as shipped" if accuracy_level is None else f"accuracy level {accuracy_level}"
         self.name = name or f"onnxruntime {onnxruntime.__version__}, {setting}"
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
@@ -501,32 +480,6 @@ RUNNERS: Final[Mapping[str, RunnerFactory]] = MappingProxyType(
     {"onnx": onnx_runner, "gguf": llama_runner, "huggingface": huggingface_runner}
 )
 """Kind of artifact → the function that opens it."""
-
-
-def _with_accuracy_level(path: Path, level: int) -> bytes:
-    """The graph with another accuracy level; the weights stay in their file."""
-    import onnx
-
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's DecodeError, or OSError
-        raise ArtifactError(f"{path} is not an ONNX file, or it is damaged: {_first_line(error)}") from error
-    for graph_or_function in (model.graph, *model.functions):
-        _set_accuracy_level(graph_or_function, level)
-    return bytes(model.SerializeToString())
-
-
-def _set_accuracy_level(graph: Any, level: int) -> None:
-    import onnx
-
-    for node in graph.node:
-        if node.op_type == "MatMulNBits":
-            kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
-            del node.attribute[:]
-            node.attribute.extend([*kept, onnx.helper.make_attribute("accuracy_level", level)])
-        for attribute in node.attribute:
-            for subgraph in (attribute.g, *attribute.graphs):
-                _set_accuracy_level(subgraph, level)
 
 
 def _empty_cache(entry: Any, path: Path) -> Tensor:

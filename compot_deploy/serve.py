@@ -34,7 +34,8 @@ from typing import IO, Any, Final
 
 from compot_deploy import __version__
 from compot_deploy.errors import ArtifactError, InputError, MissingBundleError, RecipeError
-from compot_deploy.exporters.artifact import MANIFEST, FileRecord, Manifest, file_record, verify
+from compot_deploy.exporters.artifact import file_record, verify
+from compot_deploy.exporters.manifest import MANIFEST, FileRecord, Manifest
 
 HOST: Final = "127.0.0.1"
 """The server is for this machine's browser and nobody else."""

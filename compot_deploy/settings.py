@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import Any, Final
+from typing import Final
 
 import torch
 
@@ -81,7 +81,10 @@ def check_format(recipe: Recipe, checkpoint: Checkpoint, kind: str) -> None:
 
 def _check_budget(recipe: Recipe, checkpoint: Checkpoint) -> None:
     """Refuse a budget that a dense GGUF file cannot keep: it holds products, whatever the factors take."""
-    if not recipe.planned or recipe.quant == "none" or not isinstance(storage_of(recipe), ProductStorage):
+    if not recipe.planned:
+        return
+    storage = storage_of(recipe)
+    if not multiplies_out(storage):
         return
     if recipe.gguf_type != "auto":
         raise RecipeError(
@@ -90,7 +93,6 @@ def _check_budget(recipe: Recipe, checkpoint: Checkpoint) -> None:
         )
     if recipe.size_bytes is not None:
         return  # what a size leaves for the linears is known when the rest of the output has been rehearsed
-    storage = storage_of(recipe)
     budget = budget_of(recipe, checkpoint, storage, 0)
     names = checkpoint.architecture.linear_names(checkpoint.layers)
     least = sum(storage.leaf_bytes(*shape_of(checkpoint, name), Grid(4, DEFAULT_GROUP)) for name in names)
@@ -154,7 +156,7 @@ def search_of(recipe: Recipe, checkpoint: Checkpoint) -> Search:
     exporter = EXPORTERS[recipe.format[0]]
     options = exporter.options(asdict(recipe))
     storage = storage_of(recipe)
-    if isinstance(storage, ProductStorage):
+    if multiplies_out(storage):
         # Factors are multiplied out: they would cost what the product costs, and finer grids as much as Q4_0.
         return Search(
             GridChoice(dict.fromkeys((4, 8), (DEFAULT_GROUP,))), rates=(), sparse=(), unquantized=True
@@ -189,9 +191,9 @@ def search_of(recipe: Recipe, checkpoint: Checkpoint) -> Search:
     )
 
 
-def multiplies_out(kind: str, options: Any) -> bool:
+def multiplies_out(storage: Storage) -> bool:
     """Whether a format stores the product of dictionary and codes, rounded, instead of both."""
-    return bool(kind == "gguf" and options.layout == "dense")
+    return isinstance(storage, ProductStorage)
 
 
 def budget_of(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, other: int) -> int:

@@ -27,20 +27,21 @@ from compot_deploy.compress import compress_linear
 from compot_deploy.embedded import HELD_OUT_TEXT, TRAINING_TEXT
 from compot_deploy.errors import ArtifactError, InputError, RecipeError, UnsupportedModelError
 from compot_deploy.exporters.artifact import (
-    MANIFEST_FORMAT,
-    Manifest,
     describe_matrices,
     file_record,
     library_versions,
     list_files,
-    staged_folder,
     verify,
     write_manifest,
 )
+from compot_deploy.exporters.manifest import MANIFEST_FORMAT, Manifest
 from compot_deploy.exporters.onnx import OnnxExporter, OnnxMatrices
+from compot_deploy.exporters.onnx_interface import interface_of
 from compot_deploy.exporters.onnx_lint import lint_onnx
+from compot_deploy.exporters.onnx_losses import Losses, measure
 from compot_deploy.exporters.onnx_tensors import GRAPH
-from compot_deploy.exporters.onnx_traced import Losses, export, interface_of, measure
+from compot_deploy.exporters.onnx_traced import export
+from compot_deploy.exporters.staging import staged_folder
 from compot_deploy.factorize import singular_spectrum
 from compot_deploy.findings import Finding, errors
 from compot_deploy.huggingface.factorization import grams_by_input

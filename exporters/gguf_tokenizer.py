@@ -52,22 +52,6 @@ class TokenizerKeys:
     facts: tuple[str, ...]
 
 
-def tokenizer_bytes(source: str | Path, config: Mapping[str, Any]) -> int:
-    """What the tokenizer of a model folder takes in a file: a string has 8 bytes of length, a number 4 in all.
-
-    Raises:
-        UnsupportedModelError: see `tokenizer_keys`.
-    """
-    total = 0
-    for key, value in tokenizer_keys(source, config).keys.items():
-        total += 24 + len(key)
-        if isinstance(value, str):
-            total += len(value.encode())
-        elif isinstance(value, list):
-            total += sum(8 + len(one.encode()) if isinstance(one, str) else 4 for one in value)
-    return total
-
-
 def tokenizer_keys(source: str | Path, config: Mapping[str, Any]) -> TokenizerKeys:
     """The tokenizer of a model folder.
 

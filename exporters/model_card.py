@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compot_deploy.exporters.artifact import Manifest
+from compot_deploy.exporters.manifest import Manifest
 from compot_deploy.report import Report, to_markdown
 
 _USE = {

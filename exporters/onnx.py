@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast, get_args
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from compot_deploy.architectures import Architecture, find_architecture
 from compot_deploy.checkpoint import TOKENIZER_FILES
-from compot_deploy.errors import ArtifactError, InputError, MissingDependencyError, RecipeError
+from compot_deploy.errors import ArtifactError, InputError, RecipeError
 from compot_deploy.exporters.onnx_config import (
     check_supported,
     config_json,
@@ -35,14 +34,14 @@ from compot_deploy.exporters.onnx_config import (
     generation_config_json,
     portable_tokenizer_config,
 )
-from compot_deploy.exporters.onnx_graph import (
+from compot_deploy.exporters.onnx_decoder import build_decoder
+from compot_deploy.exporters.onnx_expansion import (
     THREE_BITS_TABLE,
-    FloatType,
-    Part,
-    build_decoder,
+    expansion_nodes,
     expansion_of,
-    with_accuracy_level,
+    lint_folding,
 )
+from compot_deploy.exporters.onnx_graph import FloatType, Part
 from compot_deploy.exporters.onnx_lint import errors_first, lint_onnx
 from compot_deploy.exporters.onnx_tensors import DATA, GRAPH, TensorReader, external_extent
 from compot_deploy.exporters.packing import (
@@ -253,129 +252,9 @@ class OnnxExporter:
         installed, to see whether it expands them once and for all: see `unfolded_nodes`.
         """
         findings = lint_onnx(folder)
-        if errors(findings) or not _expansion_nodes(folder):
+        if errors(findings) or not expansion_nodes(folder):
             return findings
-        return errors_first((*findings, *_lint_folding(folder)))
-
-
-def open_session(folder: Path, accuracy_level: int | None = None, threads: int = 0) -> Any:
-    """An onnxruntime session of a folder, on the CPU.
-
-    Args:
-        folder: an ONNX folder.
-        accuracy_level: None loads the file as shipped; 0 runs the same integers and scales in float32, the
-            oracle for what the file holds.
-        threads: of one operator; 0 leaves it to onnxruntime.
-
-    Raises:
-        MissingDependencyError: onnxruntime is not installed.
-        ArtifactError: onnxruntime refuses the file.
-    """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingDependencyError("onnxruntime", "onnx", "Running an ONNX folder") from None
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    model: str | bytes = str(folder / GRAPH)
-    if accuracy_level is not None:
-        leveled = with_accuracy_level(folder / GRAPH, accuracy_level)
-        for key, value in leveled.entries.items():
-            options.add_session_config_entry(key, value)
-        model = leveled.graph
-    try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ArtifactError(f"onnxruntime cannot load {folder / GRAPH}: {error}") from error
-
-
-def unfolded_nodes(folder: Path, disabled_optimizers: Sequence[str] = ()) -> tuple[str, ...]:
-    """Nodes for the expansion of packed codes that are still there when onnxruntime has loaded a folder.
-
-    Each of them would run for every token: a graph with all of them decodes 20 to 100 times slower. The
-    folder is loaded as an application would, and the profiler tells what is executed for one token; nothing
-    as large as the weights is written.
-
-    Args:
-        folder: an ONNX folder.
-        disabled_optimizers: of onnxruntime, to see what happens without them.
-
-    Returns:
-        Names of nodes in the order of the graph; none for a folder without packed codes.
-
-    Raises:
-        MissingDependencyError: onnxruntime is not installed.
-        ArtifactError: onnxruntime refuses the file.
-    """
-    expansion = _expansion_nodes(folder)
-    if not expansion:
-        return ()
-    executed = _executed_nodes(folder, disabled_optimizers)
-    return tuple(name for name in expansion if name in executed)
-
-
-def _expansion_nodes(folder: Path) -> tuple[str, ...]:
-    model = onnx.load(folder / GRAPH, load_external_data=False)
-    producers = {output: node for node in model.graph.node for output in node.output if output}
-    found = (
-        expansion_of(node.input[1], producers) for node in model.graph.node if node.op_type == "MatMulNBits"
-    )
-    return tuple(node.name for expansion in found if expansion is not None for node in expansion.nodes)
-
-
-def _executed_nodes(folder: Path, disabled_optimizers: Sequence[str]) -> frozenset[str]:
-    """Names of the nodes that onnxruntime executes for one token without a past."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingDependencyError("onnxruntime", "onnx", "Loading an ONNX folder") from None
-    with tempfile.TemporaryDirectory() as scratch:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(scratch) / "profile")
-        try:
-            session = onnxruntime.InferenceSession(
-                str(folder / GRAPH),
-                options,
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers=list(disabled_optimizers),
-            )
-            feeds = {
-                entry.name: torch.zeros(1, entry.shape[1], 0, entry.shape[3]).numpy()
-                if entry.name.startswith("past_key_values.")
-                else torch.ones(1, 1, dtype=torch.int64).numpy()
-                for entry in session.get_inputs()
-            }
-            session.run(["logits"], feeds)
-            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-        except Exception as error:  # the runtime's exceptions share no base class but this
-            raise ArtifactError(f"onnxruntime cannot run {folder / GRAPH}: {error}") from error
-    return frozenset(
-        event["name"].removesuffix("_kernel_time") for event in events if event.get("cat") == "Node"
-    )
-
-
-def _lint_folding(folder: Path) -> Iterator[Finding]:
-    try:
-        left = unfolded_nodes(folder)
-    except MissingDependencyError:
-        yield Finding(
-            "note",
-            GRAPH,
-            "onnxruntime is not installed, so it was not checked that the expansion of packed codes is folded.",
-        )
-    except ArtifactError as error:
-        yield Finding("error", GRAPH, str(error))
-    else:
-        if left:
-            yield Finding(
-                "error",
-                f"{GRAPH}: {left[0]}",
-                f"The expansion nodes were not folded, {len(left)} are left after loading: decoding would be "
-                "up to 100x slower; use another onnxruntime, or export with --onnx-codes dense.",
-            )
+        return errors_first((*findings, *lint_folding(folder)))
 
 
 class OnnxMatrices(Mapping[str, Matrix]):

@@ -19,16 +19,8 @@ from onnx import ModelProto, NodeProto, TensorProto
 from torch import Tensor
 
 from compot_deploy.errors import ArtifactError
-from compot_deploy.exporters.onnx_graph import (
-    ACCURACY_LEVEL,
-    EXPANSION_TABLE,
-    EXPANSIONS,
-    MICROSOFT,
-    TRACED,
-    Expansion,
-    Part,
-    expansion_of,
-)
+from compot_deploy.exporters.onnx_expansion import EXPANSION_TABLE, EXPANSIONS, Expansion, expansion_of
+from compot_deploy.exporters.onnx_graph import ACCURACY_LEVEL, MICROSOFT, TRACED, Part
 from compot_deploy.exporters.onnx_tensors import DATA, GRAPH, Extent, TensorReader, external_extent
 from compot_deploy.exporters.packing import (
     BLOCKS,

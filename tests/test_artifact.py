@@ -17,18 +17,16 @@ import torch
 from compot_deploy.architectures import ARCHITECTURES
 from compot_deploy.errors import ArtifactError, InputError
 from compot_deploy.exporters.artifact import (
-    MANIFEST,
     Provenance,
-    check_target,
     describe,
     digest,
-    read_manifest,
     seal,
-    staged_folder,
     unlisted_files,
     verify,
     write_manifest,
 )
+from compot_deploy.exporters.manifest import MANIFEST, read_manifest
+from compot_deploy.exporters.staging import check_target, staged_folder
 from compot_deploy.weights import (
     CompressedModel,
     Dense,
@@ -187,7 +185,7 @@ def test_a_file_that_cannot_grow_is_one_sentence_and_leaves_nothing(tmp_path: Pa
 import resource, sys
 from pathlib import Path
 from compot_deploy.errors import InputError
-from compot_deploy.exporters.artifact import staged_folder
+from compot_deploy.exporters.staging import staged_folder
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 try:

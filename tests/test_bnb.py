@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from compot_deploy.cli import main
 from compot_deploy.errors import ArtifactError, MissingDependencyError, RecipeError
 from compot_deploy.exporters import EXPORTERS
-from compot_deploy.exporters.artifact import read_manifest
 from compot_deploy.exporters.huggingface_bnb import dequantized
+from compot_deploy.exporters.manifest import read_manifest
 from compot_deploy.exporters.packing import BNB_TYPES, pack_bnb4, pack_nbits, unpack_bnb4
 from compot_deploy.recipe import Recipe
 from compot_deploy.report import from_json, loss_table

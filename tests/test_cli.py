@@ -75,6 +75,11 @@ def test_a_batch_may_be_read_in_pieces(finished: Path) -> None:
     torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
 
 
+def test_a_ratio_spread_by_the_papers_rule_says_that_a_plan_is_possible(finished: Path) -> None:
+    facts = json.loads((finished / "compot" / "report.json").read_text())["facts"]
+    assert [fact for fact in facts if "--allocation knapsack" in fact]
+
+
 def test_nothing_but_the_folder_is_left(finished: Path) -> None:
     assert [path.name for path in finished.parent.iterdir()] == [finished.name]
 
@@ -167,6 +172,11 @@ def test_an_existing_folder_is_not_overwritten(
         (["--calibration", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--length", "100000", "--calibration", "TEXT"], "fewer than one window"),
         (["--device", "abacus"], "--device abacus"),
+        # Groups finer than a format has are not tried: the message names the ratios that can be met.
+        (
+            ["--ratio", "0.7", "--format", "gguf", "--gguf-layout", "sparse", "--code-pattern", "2:4"],
+            "of all together",
+        ),
     ],
 )
 def test_bad_usage_is_one_sentence_and_leaves_nothing(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import random
 from pathlib import Path
@@ -16,7 +15,6 @@ from compot_deploy.exporters import gguf
 from compot_deploy.exporters.gguf_tokenizer import (
     _EXPRESSIONS,
     detect_pre_tokenizer,
-    tokenizer_bytes,
     tokenizer_keys,
 )
 from tests import tiny
@@ -152,18 +150,6 @@ def test_the_pre_tokenizer_is_recognized_by_what_it_does(tmp_path: Path, kind: s
     assert keys["tokenizer.chat_template"] == "{{ messages }}"
     assert keys["tokenizer.ggml.add_bos_token"] is (kind in ("llama-bpe", "gpt-2"))
     assert keys["tokenizer.ggml.bos_token_id"] == 1 and keys["tokenizer.ggml.eos_token_id"] == 2
-
-
-@pytest.mark.parametrize("kind", ["sentencepiece", "llama-bpe"])
-def test_bytes_of_a_tokenizer_are_predicted(tmp_path: Path, kind: str) -> None:
-    folder = model_folder(tmp_path / "model", kind)
-    model = compressed(folder)
-    gguf.write(model, tmp_path / "with.gguf", gguf.GgufOptions(type="F16"))
-    gguf.write(
-        dataclasses.replace(model, source="nowhere"), tmp_path / "without.gguf", gguf.GgufOptions(type="F16")
-    )
-    difference = (tmp_path / "with.gguf").stat().st_size - (tmp_path / "without.gguf").stat().st_size
-    assert abs(tokenizer_bytes(folder, model.config) - difference) < 0.01 * difference + 100
 
 
 def test_an_unknown_pre_tokenizer_is_refused_with_those_that_are_known() -> None:

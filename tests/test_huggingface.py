@@ -32,8 +32,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig
 from compot_deploy.cli import main
 from compot_deploy.errors import ArtifactError, CompotDeployError, InputError, RecipeError
 from compot_deploy.exporters import EXPORTERS
-from compot_deploy.exporters.artifact import MANIFEST, describe_matrices, read_manifest, seal
+from compot_deploy.exporters.artifact import describe_matrices, seal
 from compot_deploy.exporters.huggingface import HuggingFaceOptions, account
+from compot_deploy.exporters.manifest import MANIFEST, read_manifest
 from compot_deploy.huggingface import CompotConfig, factorize, from_compressed
 from compot_deploy.huggingface.factorization import grams_by_input
 from compot_deploy.huggingface.layout import AUTO_MAP, CODE, INDEX, WEIGHTS, read_config

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 import weakref
@@ -16,6 +15,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from consumer_environments import python_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
@@ -36,16 +36,18 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from compot_deploy.errors import ArtifactError, InputError, MissingDependencyError, RecipeError
 from compot_deploy.exporters import EXPORTERS
-from compot_deploy.exporters.artifact import Provenance, describe, staged_folder, verify, write_manifest
-from compot_deploy.exporters.onnx import OnnxOptions, open_session
+from compot_deploy.exporters.artifact import Provenance, describe, verify, write_manifest
+from compot_deploy.exporters.onnx import OnnxOptions
 from compot_deploy.exporters.onnx_config import (
     config_json,
     genai_config_json,
     generation_config_json,
     portable_tokenizer_config,
 )
-from compot_deploy.exporters.onnx_graph import build_decoder
+from compot_deploy.exporters.onnx_decoder import build_decoder
+from compot_deploy.exporters.onnx_session import open_session
 from compot_deploy.exporters.onnx_tensors import DATA, GRAPH, TensorReader, TensorWriter
+from compot_deploy.exporters.staging import staged_folder
 from compot_deploy.weights import Dense, Factorized, Grid, Matrix, matrix_bytes, same_matrix
 
 EXPORTER = EXPORTERS["onnx"]
@@ -495,9 +497,7 @@ def test_onnxruntime_genai_generates_the_same_tokens(name: str, form: Any, tmp_p
 @pytest.mark.consumer
 @pytest.mark.slow
 def test_optimum_generates_the_same_tokens_in_its_own_environment(tmp_path: Path) -> None:
-    python = os.environ.get("COMPOT_DEPLOY_OPTIMUM_PYTHON", "")
-    if shutil.which(python) is None:
-        pytest.skip("set COMPOT_DEPLOY_OPTIMUM_PYTHON to the python of an environment with optimum-onnx")
+    python = python_with("optimum-onnx")
     script = Path(__file__).parent / "consumers" / "optimum_generate.py"
     source = tmp_path / "source"
     save_tokenizer(source)
@@ -518,9 +518,7 @@ def test_optimum_generates_the_same_tokens_in_its_own_environment(tmp_path: Path
 @pytest.mark.consumer
 @pytest.mark.slow
 def test_genai_generates_the_same_tokens_in_its_own_environment(tmp_path: Path) -> None:
-    python = os.environ.get("COMPOT_DEPLOY_GENAI_PYTHON", "")
-    if shutil.which(python) is None:
-        pytest.skip("set COMPOT_DEPLOY_GENAI_PYTHON to the python of an environment with onnxruntime-genai")
+    python = python_with("onnxruntime-genai")
     script = Path(__file__).parent / "consumers" / "genai_generate.py"
     source = tmp_path / "source"
     save_tokenizer(source)

@@ -29,9 +29,10 @@ from torch import Tensor
 
 from compot_deploy.errors import ArtifactError, RecipeError, UnsupportedModelError
 from compot_deploy.exporters import EXPORTERS
-from compot_deploy.exporters.onnx import OnnxOptions, open_session
+from compot_deploy.exporters.onnx import OnnxOptions
 from compot_deploy.exporters.onnx_config import check_supported, decoder_shape, portable_config
-from compot_deploy.exporters.onnx_graph import node_path, with_accuracy_level
+from compot_deploy.exporters.onnx_graph import node_path
+from compot_deploy.exporters.onnx_session import open_session, with_accuracy_level
 from compot_deploy.exporters.onnx_tensors import GRAPH
 from compot_deploy.weights import CompressedModel, Dense, Grid, Matrix, Quantized
 
@@ -284,6 +285,38 @@ def test_changing_the_level_writes_nothing_and_changes_only_the_level(tmp_path: 
     for attribute in levels:
         attribute.i = 4
     assert changed.SerializeToString(deterministic=True) == before
+
+
+def test_the_level_reaches_every_product_wherever_it_is(tmp_path: Path) -> None:
+    """One without the attribute, one in a branch, one in a function."""
+
+    def product(name: str, **attributes: int) -> onnx.NodeProto:
+        return onnx.helper.make_node("MatMulNBits", [], [name], domain="com.microsoft", **attributes)
+
+    branch = onnx.helper.make_graph([product("b", accuracy_level=4)], "branch", [], [])
+    nodes = [product("a"), onnx.helper.make_node("If", ["a"], ["c"], then_branch=branch, else_branch=branch)]
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    function = onnx.helper.make_function("compot", "F", [], ["d"], [product("d")], opsets)
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], []), functions=[function])
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+
+    changed = onnx.load_from_string(with_accuracy_level(path, 0).graph)
+    first, second = changed.graph.node
+    products = [first, *(node for a in second.attribute for node in a.g.node), *changed.functions[0].node]
+    assert [node.op_type for node in products] == ["MatMulNBits"] * 4
+    assert [(a.name, a.i) for node in products for a in node.attribute] == [("accuracy_level", 0)] * 4
+
+
+def test_a_damaged_graph_is_one_error_at_any_level(tmp_path: Path) -> None:
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / GRAPH).write_bytes(b"\xff" * 64)
+    for level, reason in (
+        (None, "does not load in ONNX Runtime"),
+        (0, "is not an ONNX file, or it is damaged"),
+    ):
+        with pytest.raises(ArtifactError, match=reason):
+            open_session(tmp_path, level)
 
 
 def test_the_model_is_unchanged_by_the_export(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.onnx import OnnxOptions
-from compot_deploy.exporters.onnx_graph import with_accuracy_level
 from compot_deploy.exporters.onnx_lint import lint_onnx
+from compot_deploy.exporters.onnx_session import with_accuracy_level
 from compot_deploy.exporters.onnx_tensors import DATA, GRAPH
 from compot_deploy.findings import Finding
 from compot_deploy.weights import Grid, Matrix

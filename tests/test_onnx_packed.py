@@ -37,12 +37,12 @@ from torch import Tensor
 from compot_deploy import cli
 from compot_deploy.allocate import ALLOCATIONS, MatrixSize, Precision, Sparsity
 from compot_deploy.errors import EXIT_BAD_INPUT, EXIT_OK, MissingDependencyError, RecipeError
-from compot_deploy.exporters import EXPORTERS
-from compot_deploy.exporters import onnx as exporter_module
+from compot_deploy.exporters import EXPORTERS, onnx_expansion
 from compot_deploy.exporters.artifact import verify
-from compot_deploy.exporters.onnx import OnnxOptions, open_session, unfolded_nodes
-from compot_deploy.exporters.onnx_graph import EXPANSION_TABLE
+from compot_deploy.exporters.onnx import OnnxOptions
+from compot_deploy.exporters.onnx_expansion import EXPANSION_TABLE, unfolded_nodes
 from compot_deploy.exporters.onnx_lint import lint_onnx
+from compot_deploy.exporters.onnx_session import open_session
 from compot_deploy.exporters.onnx_tensors import GRAPH
 from compot_deploy.exporters.packing import (
     BLOCKS,
@@ -347,7 +347,7 @@ def test_an_expansion_that_is_not_folded_is_found(
     expected = [node.name for node in graph_of(folders["packed"]).graph.node if "/expand/" in node.name]
     assert list(left) == expected
 
-    monkeypatch.setattr(exporter_module, "unfolded_nodes", lambda _: left)
+    monkeypatch.setattr(onnx_expansion, "unfolded_nodes", lambda _: left)
     found = errors(EXPORTER.lint(folders["packed"]))
     assert len(found) == 1
     assert "50 are left after loading: decoding would be up to 100x slower" in found[0].sentence

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
-from compot_deploy.exporters.onnx import OnnxOptions, open_session, unfolded_nodes
-from compot_deploy.exporters.onnx_graph import THREE_BITS_TABLE
+from compot_deploy.exporters.onnx import OnnxOptions
+from compot_deploy.exporters.onnx_expansion import THREE_BITS_TABLE, unfolded_nodes
+from compot_deploy.exporters.onnx_session import open_session
 from compot_deploy.exporters.onnx_tensors import GRAPH
 from compot_deploy.exporters.packing import (
     BLOCKS,

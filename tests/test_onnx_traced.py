@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from consumer_environments import python_with
 from reference_onnx import rounded, two_pairs
 from torch import Tensor, nn
 from transformers import (
@@ -30,19 +30,15 @@ from transformers import (
 
 from compot_deploy.embeddings import Texts, compare_texts
 from compot_deploy.errors import InputError, MissingDependencyError, RecipeError, UnsupportedModelError
-from compot_deploy.exporters.onnx import OnnxMatrices, open_session
+from compot_deploy.exporters.onnx import OnnxMatrices
 from compot_deploy.exporters.onnx_graph import Part
+from compot_deploy.exporters.onnx_interface import interface_of
 from compot_deploy.exporters.onnx_lint import lint_onnx
+from compot_deploy.exporters.onnx_losses import Losses, measure, run_folder, run_torch
+from compot_deploy.exporters.onnx_placeholders import dequantized
+from compot_deploy.exporters.onnx_session import open_session
 from compot_deploy.exporters.onnx_tensors import GRAPH
-from compot_deploy.exporters.onnx_traced import (
-    Losses,
-    dequantized,
-    export,
-    interface_of,
-    measure,
-    run_folder,
-    run_torch,
-)
+from compot_deploy.exporters.onnx_traced import export
 from compot_deploy.runners import OnnxRunner, TorchRunner
 from compot_deploy.weights import Dense, Factorized, Grid, Matrix, Pair, same_matrix
 
@@ -260,9 +256,7 @@ def test_onnxruntime_genai_continues_as_torch_does(decoder: Case) -> None:
 
 @pytest.mark.consumer
 def test_optimum_continues_a_traced_decoder_in_its_own_environment(decoder: Case, tmp_path: Path) -> None:
-    python = os.environ.get("COMPOT_DEPLOY_OPTIMUM_PYTHON", "")
-    if shutil.which(python) is None:
-        pytest.skip("set COMPOT_DEPLOY_OPTIMUM_PYTHON to the python of an environment with optimum-onnx")
+    python = python_with("optimum-onnx")
     program = (
         "import sys, torch\n"
         "from optimum.onnxruntime import ORTModelForCausalLM\n"

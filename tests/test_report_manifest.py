@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from compot_deploy.errors import InputError
-from compot_deploy.exporters.artifact import Manifest, describe_matrices
+from compot_deploy.exporters.artifact import describe_matrices
+from compot_deploy.exporters.manifest import Manifest
 from compot_deploy.exporters.packing import OnnxStorage
 from compot_deploy.report_manifest import (
     frontier_of,

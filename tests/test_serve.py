@@ -30,7 +30,8 @@ from compot_deploy.errors import (
     InputError,
     MissingBundleError,
 )
-from compot_deploy.exporters.artifact import MANIFEST, MANIFEST_FORMAT, Manifest, write_manifest
+from compot_deploy.exporters.artifact import write_manifest
+from compot_deploy.exporters.manifest import MANIFEST, MANIFEST_FORMAT, Manifest
 from compot_deploy.serve import PageServer, requested_span
 
 DATA = bytes(range(256)) * 40

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from dataclasses import asdict
@@ -12,15 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from consumer_environments import python_with
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from compot_deploy.cli import main
 from compot_deploy.errors import ArtifactError, InputError
-from compot_deploy.exporters.artifact import MANIFEST, read_manifest, seal, unlisted_files, verify
-from compot_deploy.exporters.onnx import OnnxMatrices, open_session
+from compot_deploy.exporters.artifact import seal, unlisted_files, verify
+from compot_deploy.exporters.manifest import MANIFEST, read_manifest
+from compot_deploy.exporters.onnx import OnnxMatrices
+from compot_deploy.exporters.onnx_losses import run_folder
+from compot_deploy.exporters.onnx_session import open_session
 from compot_deploy.exporters.onnx_tensors import DATA, GRAPH
-from compot_deploy.exporters.onnx_traced import run_folder
 from compot_deploy.recipe import recipe_from_mapping
 from compot_deploy.traced import REPORT, TEXTS, _texts, check_traced, is_traced
 from compot_deploy.weights import Factorized, Grid, Quantized
@@ -265,9 +267,7 @@ def test_only_folders_of_other_kinds_are_traced(place: Path, tmp_path: Path) -> 
 def test_optimum_gives_the_same_features_in_its_own_environment(
     place: Path, exported: tuple[Path, int], tmp_path: Path
 ) -> None:
-    python = os.environ.get("COMPOT_DEPLOY_OPTIMUM_PYTHON", "")
-    if shutil.which(python) is None:
-        pytest.skip("set COMPOT_DEPLOY_OPTIMUM_PYTHON to the python of an environment with optimum-onnx")
+    python = python_with("optimum-onnx")
     tokens = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0]])
     mask = (tokens > 0).long()
     batch = {"input_ids": tokens, "attention_mask": mask}

@@ -1,0 +1,250 @@
+"""The manifest, ``compot/manifest.json``: what is in a folder, as dataclasses, and read back with every type checked.
+
+It names every file with its size and sha256, so damage is found before a runtime reads it; every matrix with its
+form, bits, groups, bytes and a digest of its exact numbers; and where it all came from: recipe, calibration
+text, seed, library versions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, Final, TypeAlias, Union, cast, get_args, get_origin, get_type_hints
+
+from compot_deploy.errors import ArtifactError
+
+MANIFEST: Final = "compot/manifest.json"
+"""Where the manifest lies inside an artifact; the mark by which a folder is known as ours."""
+
+MANIFEST_FORMAT: Final = 1
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of the artifact.
+
+    Attributes:
+        path: relative to the folder, with forward slashes.
+        bytes: its size.
+        sha256: of its contents, in hexadecimal.
+    """
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class LeafRecord:
+    """One stored matrix.
+
+    Attributes:
+        inputs: rows.
+        outputs: columns.
+        bits: of one integer, or of one floating-point number.
+        group: inputs that share a scale; None for floating point.
+        nonzeros: entries that are not zero.
+        bytes: what it takes in the file, its scales included.
+        codebook: what an integer stands for, see `compot_deploy.weights.Codebook`.
+    """
+
+    inputs: int
+    outputs: int
+    bits: int
+    group: int | None
+    nonzeros: int
+    bytes: int
+    codebook: str = "integer"
+
+
+@dataclass(frozen=True)
+class PairRecord:
+    """A dictionary and its codes.
+
+    Attributes:
+        atoms: k.
+        pattern: which codes may be non-zero, ``dense`` or ``kept:of``.
+        dictionary_name: pairs of one name share the dictionary.
+        dictionary: the stored dictionary.
+        codes: the stored codes.
+    """
+
+    atoms: int
+    pattern: str
+    dictionary_name: str
+    dictionary: LeafRecord
+    codes: LeafRecord
+
+
+@dataclass(frozen=True)
+class MatrixRecord:
+    """One matrix of the model.
+
+    Attributes:
+        name: module path.
+        kind: ``dense``, ``quantized`` or ``factorized``.
+        inputs: m.
+        outputs: n.
+        bytes: what it takes in the file; a shared dictionary counts with the first matrix that uses it.
+        plain_int4_bytes: what it would take as plain 4-bit integers in groups of 32, in the same format.
+        digest: sha256 of its exact numbers, whatever the file format.
+        plain: the stored matrix, unless it is factorized.
+        pairs: dictionaries and codes, if it is factorized.
+        why_dense: why it was not factorized although that was asked for; None otherwise.
+    """
+
+    name: str
+    kind: str
+    inputs: int
+    outputs: int
+    bytes: int
+    plain_int4_bytes: int
+    digest: str
+    plain: LeafRecord | None = None
+    pairs: tuple[PairRecord, ...] = ()
+    why_dense: str | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that is known about an artifact; see the attributes of its parts.
+
+    Attributes:
+        format: version of this layout.
+        exporter: name of the exporter that wrote the files.
+        package: version of compot-deploy.
+        model_type: of the model's configuration.
+        tied: the output head is the embedding.
+        recipe: every knob of the run.
+        calibration: sha256 of the calibration tokens, or None.
+        seed: of the run, or None.
+        facts: what else the run recorded.
+        versions: of the libraries that took part.
+        matrices: in block order.
+        files: sorted by path; the manifest itself is not among them.
+    """
+
+    format: int
+    exporter: str
+    package: str
+    model_type: str
+    tied: bool
+    recipe: Mapping[str, Any]
+    calibration: str | None
+    seed: int | None
+    facts: Mapping[str, Any]
+    versions: Mapping[str, str]
+    matrices: tuple[MatrixRecord, ...]
+    files: tuple[FileRecord, ...]
+
+    def matrix(self, name: str) -> MatrixRecord:
+        """The record of one matrix.
+
+        Raises:
+            ArtifactError: there is none of this name.
+        """
+        for record in self.matrices:
+            if record.name == name:
+                return record
+        raise ArtifactError(f"The manifest has no matrix {name}; it has {len(self.matrices)} others.")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an artifact, every field checked; the files themselves are not looked at.
+
+    Raises:
+        ArtifactError: there is none, it is not JSON, a field is missing or of a wrong type, its format is
+            newer than this version reads, or it names a path outside the folder.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is not a folder: give the folder that compot-deploy wrote.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder} has no {MANIFEST}: give a folder that compot-deploy wrote.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}.") from error
+    try:
+        raw = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ArtifactError(f"{path} is not JSON: {error}. Export the model again.") from error
+    version = raw.get("format") if isinstance(raw, dict) else None
+    if isinstance(version, int) and version > MANIFEST_FORMAT:
+        raise ArtifactError(
+            f"{path} has format {version}, and this version of compot-deploy reads up to {MANIFEST_FORMAT}: "
+            "update compot-deploy."
+        )
+    manifest = cast(Manifest, _decode(Manifest, raw, str(path)))
+    seen: set[str] = set()
+    for record in manifest.files:
+        check_path(record.path, str(path))
+        if record.path in seen:
+            raise ArtifactError(f"{path} lists {record.path} twice.")
+        seen.add(record.path)
+    return manifest
+
+
+def check_path(path: str, where: str) -> None:
+    """Refuse anything but a plain relative path with forward slashes."""
+    posix, windows = PurePosixPath(path), PureWindowsPath(path)
+    plain = path != "" and "\\" not in path and "\0" not in path and posix.as_posix() == path
+    if not plain or posix.is_absolute() or windows.drive or ".." in posix.parts or path == ".":
+        raise ArtifactError(f"{where} names the path {path!r}, which is not a plain path inside the folder.")
+
+
+# --- JSON to dataclasses, types checked ------------------------------------------------------------------
+
+_Type: TypeAlias = Any
+
+
+def _decode(expected: _Type, value: Any, where: str) -> Any:
+    """`value`, decoded from JSON, as `expected`: a dataclass, a scalar, a union, a tuple or a mapping.
+
+    Raises:
+        ArtifactError: naming the field, its type, and the type that was expected.
+    """
+    origin: Any = get_origin(expected)
+    arguments = get_args(expected)
+    if expected is Any:
+        return value
+    if dataclasses.is_dataclass(expected) and isinstance(expected, type):
+        if not isinstance(value, dict):
+            raise _wrong(where, value, "an object")
+        hints = get_type_hints(expected)
+        result = {}
+        for attribute in dataclasses.fields(expected):
+            if attribute.name in value:
+                result[attribute.name] = _decode(
+                    hints[attribute.name], value[attribute.name], f"{where}: {attribute.name}"
+                )
+            elif attribute.default is dataclasses.MISSING:
+                raise ArtifactError(f"{where} lacks the field {attribute.name!r}. Export the model again.")
+        return expected(**result)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (only,) = (argument for argument in arguments if argument is not type(None))
+        return _decode(only, value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise _wrong(where, value, "a list")
+        return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, dict):
+            raise _wrong(where, value, "an object")
+        return {key: _decode(arguments[1], item, f"{where}[{key!r}]") for key, item in value.items()}
+    # A bool is an int in Python, and not in a manifest.
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        raise _wrong(where, value, {int: "a whole number", str: "a text", bool: "true or false"}[expected])
+    return value
+
+
+def _wrong(where: str, value: Any, expected: str) -> ArtifactError:
+    shown = json.dumps(value)
+    shown = shown if len(shown) <= 40 else shown[:37] + "…"
+    return ArtifactError(f"{where} is {shown}, and should be {expected}. Export the model again.")

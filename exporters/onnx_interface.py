@@ -1,0 +1,129 @@
+"""What the graph of a traced model takes and gives: its inputs, its output, its cache."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from compot_deploy.errors import UnsupportedModelError
+
+Task: TypeAlias = Literal["features", "generation"]
+"""What a graph is for: one pass over whole texts, or text token by token with a cache."""
+
+
+@dataclass(frozen=True)
+class Interface:
+    """Inputs and outputs of a traced graph.
+
+    Attributes:
+        task: what it is for.
+        inputs: names, in order; without the cache.
+        output: ``last_hidden_state`` or ``logits``.
+        output_sizes: its sizes after the batch, a name where they depend on the input.
+        cache: heads and head size of each layer's keys and values; empty without a cache.
+    """
+
+    task: Task
+    inputs: tuple[str, ...]
+    output: str
+    output_sizes: tuple[str | int, ...]
+    cache: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def past(self) -> tuple[str, ...]:
+        """Names of the cache on its way in."""
+        return tuple(
+            f"past_key_values.{i}.{kind}" for i in range(len(self.cache)) for kind in ("key", "value")
+        )
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """Names of the cache on its way out."""
+        return tuple(f"present.{i}.{kind}" for i in range(len(self.cache)) for kind in ("key", "value"))
+
+
+def interface_of(model: nn.Module) -> Interface:
+    """What a graph of `model` takes and gives; the model reads two tokens to find out.
+
+    Args:
+        model: of transformers, in evaluation mode.
+
+    Raises:
+        UnsupportedModelError: it does not read tokens, has an encoder and a decoder, or keeps something else
+            than keys and values while it generates.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    name, config = type(model).__name__, config_of(model)
+    if "input_ids" not in parameters or "attention_mask" not in parameters:
+        raise UnsupportedModelError(
+            f"{name} cannot be traced: its forward pass does not take input_ids and attention_mask. "
+            "Models that read text are supported."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} cannot be traced: it has an encoder and a decoder, which are two graphs. "
+            "Export its encoder, model.get_encoder(), by itself."
+        )
+    task: Task = "generation" if decodes(model) else "features"
+    tokens = torch.zeros(1, 2, dtype=torch.int64)
+    arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if task == "generation":
+        arguments["use_cache"] = True
+    with torch.inference_mode():
+        found = model(**arguments)
+    output = "logits" if getattr(found, "logits", None) is not None else "last_hidden_state"
+    if getattr(found, output, None) is None:
+        raise UnsupportedModelError(
+            f"{name} cannot be traced: it returns {', '.join(found)}, and neither logits nor last_hidden_state."
+        )
+    sizes: tuple[str | int, ...] = tuple(found[output].shape[1:])
+    if len(sizes) == 2:
+        sizes = ("sequence_length", sizes[1])
+    inputs: tuple[str, ...] = ("input_ids", "attention_mask")
+    if task == "generation":
+        return Interface(task, inputs, output, sizes, _cache_sizes(found.get("past_key_values"), name))
+    if "token_type_ids" in parameters and int(getattr(config, "type_vocab_size", 0) or 0) > 1:
+        inputs = (*inputs, "token_type_ids")
+    return Interface(task, inputs, output, sizes)
+
+
+def decodes(model: nn.Module) -> bool:
+    """Whether a model generates text token by token."""
+    can_generate = getattr(model, "can_generate", None)
+    return can_generate is not None and bool(can_generate())
+
+
+def _cache_sizes(cache: Any, name: str) -> tuple[tuple[int, int], ...]:
+    """Heads and head size by layer, of a cache that holds two tokens."""
+    tensors = cache_tensors(cache)
+    for keys, values in zip(tensors[::2], tensors[1::2], strict=True):
+        if keys.dim() != 4 or keys.shape != values.shape or keys.shape[2] != 2:
+            raise UnsupportedModelError(
+                f"{name} cannot be traced for generation: its cache holds tensors of the shapes "
+                f"{tuple(keys.shape)} and {tuple(values.shape)}, not keys and values of every token."
+            )
+    if not tensors:
+        raise UnsupportedModelError(
+            f"{name} cannot be traced for generation: it keeps no keys and values (its cache is a "
+            f"{type(cache).__name__})."
+        )
+    return tuple((int(keys.shape[1]), int(keys.shape[3])) for keys in tensors[::2])
+
+
+def cache_tensors(cache: Any) -> list[Tensor]:
+    """Keys and values, layer by layer, of a cache of transformers."""
+    tensors = [part for layer in getattr(cache, "layers", ()) for part in _layer_tensors(layer)]
+    return tensors if all(isinstance(tensor, Tensor) for tensor in tensors) else []
+
+
+def _layer_tensors(layer: Any) -> tuple[Any, Any]:
+    return getattr(layer, "keys", None), getattr(layer, "values", None)
+
+
+def config_of(model: nn.Module) -> Any:
+    """The configuration of a model; None for a module without one."""
+    return getattr(model, "config", None)
