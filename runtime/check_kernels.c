@@ -1,4 +1,5 @@
 /* Every kernel against a slow product, without Python: for sanitizers and for other processors under an emulator.
+ * What is made of integers has the same bits as with the portable kernels.
  *
  * Leaves are allocated with exactly their bytes, so a read past the end is a read outside of an allocation.
  * Built and run by check_kernels.sh. */
@@ -26,7 +27,7 @@ static int64_t row_bytes(int kind, int bits, int of, int64_t group, int64_t inpu
     return 2 * ((inputs + group - 1) / group) + units * slots * (bits + positions) / 8;
 }
 
-static int checked = 0;
+static int checked = 0, isa = COMPOT_SCALAR;
 
 static void put(uint8_t *plane, int slots, int bits, int slot, int value) {
     int bytes = slots * bits / 8, shift = slot / bytes * bits;
@@ -95,6 +96,14 @@ static int check(int kind, int bits, int of, int group, int64_t inputs, int64_t 
             }
         }
     int wrong = compot_product(&leaf, x, tokens, y);
+    if (!wrong && isa != COMPOT_SCALAR && kind > COMPOT_BF16 && !extreme && tokens > 1) {
+        float *portable = malloc(sizeof(float) * (size_t)(tokens * outputs));
+        compot_use(COMPOT_SCALAR);
+        wrong = compot_product(&leaf, x, tokens, portable);
+        if (!wrong && memcmp(portable, y, sizeof(float) * (size_t)(tokens * outputs))) wrong = 101;
+        free(portable);
+        compot_use(isa);
+    }
     for (int64_t r = 0; r < outputs && !wrong; r++) {
         compot_row(&leaf, r, row);
         for (int64_t t = 0; t < tokens; t++) {
@@ -118,7 +127,7 @@ static int check(int kind, int bits, int of, int group, int64_t inputs, int64_t 
 int main(void) {
     static const int64_t widths[] = {1, 8, 31, 32, 33, 63, 64, 65, 96, 127, 130, 192, 257, 640, 4160};
     int failures = 0, best = compot_best();
-    for (int isa = 0; isa < COMPOT_ISAS; isa++) {
+    for (isa = 0; isa < COMPOT_ISAS; isa++) {
         if (compot_use(isa) != isa) continue;
         for (unsigned i = 0; i < sizeof widths / sizeof *widths; i++)
             for (int64_t tokens = 1; tokens <= 5; tokens += 4)
