@@ -252,7 +252,10 @@ _INTRODUCTION = """\
 
 Divergence and perplexity, relative to the original, on held-out text. Bits per weight of the linears count integers,
 scales, zero points and masks. Made by `benchmarks/decoder_frontier.py`; what each baseline is, and how its bytes
-are counted, is said in `benchmarks/baselines.py`.
+are counted, is said in `benchmarks/baselines.py`. What is claimed is about the divergence, which is what the plan
+minimises and tells models apart with the least chance in it; perplexity stands beside it and does not always agree.
+*Rows padded*: llama.cpp wants rows of 256 and these models have shorter ones; only a part of a padded block is
+counted, so these points are smaller than any file could be.
 """
 
 

@@ -43,8 +43,9 @@ def descend(
     curvature = symmetric.diagonal()
     target = weight.double() if support is None else torch.where(support, weight.double(), 0.0)
     integers, scales = quantized.integers.double(), quantized.scales.double()
+    free = (curvature > 0).tolist()
     for _ in range(sweeps):
-        # Anew in every sweep: the updates below would gather rounding errors.
+        # Anew in every sweep, so within one only the inputs that are still to come have to be kept up to date.
         spread = scales.repeat_interleave(grid.group, dim=0)[:inputs]
         gradient = symmetric @ (target - integers * spread)
         changed = False
@@ -59,29 +60,29 @@ def descend(
             fitted = (scales[position] + wanted).half().double()
             usable = (energy > 0) & torch.isfinite(fitted) & (fitted != 0)
             fitted = torch.where(usable, fitted, scales[position])
-            if not torch.equal(fitted, scales[position]):
-                changed = True
-                gradient -= symmetric[:, rows] @ (integers[rows] * (fitted - scales[position]))
-                scales[position] = fitted
+            before = integers[rows] * scales[position]
+            gradient[rows] -= inner * (fitted - scales[position])
+            scales[position] = fitted
             for start in range(first, last, block):
                 stop = min(start + block, last)
-                inside = slice(start, stop)
-                before = integers[inside].clone()
-                local = gradient[inside].clone()
+                inside, rest = slice(start, stop), slice(stop, last)
+                earlier = integers[inside].clone() if stop < last else None
                 for row in range(start, stop):
-                    if float(curvature[row]) <= 0.0:
+                    if not free[row]:
                         continue
-                    ideal = integers[row] * fitted + local[row - start] / curvature[row]
+                    ideal = integers[row] * fitted + gradient[row] / curvature[row]
                     chosen = round_to_grid(ideal, fitted, grid)
                     if support is not None:
                         chosen = torch.where(support[row], chosen, 0.0)
                     move = (chosen - integers[row]) * fitted
-                    local -= symmetric[inside, row, None] * move
+                    gradient[row + 1 : stop] -= symmetric[row + 1 : stop, row, None] * move
                     integers[row] = chosen
-                moves = (integers[inside] - before) * fitted
-                if bool(moves.any()):
-                    changed = True
-                    gradient -= symmetric[:, inside] @ moves
+                if earlier is not None:
+                    gradient[rest] -= symmetric[rest, inside] @ ((integers[inside] - earlier) * fitted)
+            moves = integers[rows] * fitted - before
+            if bool(moves.any()):
+                changed = True
+                gradient[last:] -= symmetric[last:, rows] @ moves
         if not changed:
             break
     return Quantized(integers.to(torch.int8), scales.half(), grid)

@@ -23,7 +23,6 @@ TESTED: Final = ("2026.10.11549",)
 """Versions of the wheel that the whole test suite ran with."""
 
 TYPE_F32: Final = 0
-TYPE_F16: Final = 1
 TYPE_Q1_0: Final = "q1_0"
 
 Pointer = C.c_void_p
