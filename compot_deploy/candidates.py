@@ -20,7 +20,7 @@ from compot_deploy.factorize import Alternation
 from compot_deploy.joint import SHORT_ALTERNATION, Level, joint, split
 from compot_deploy.plan import Candidate, Curve, Form, GridChoice, Joint, Plain, water_levels
 from compot_deploy.quant import Quantizer, gptq
-from compot_deploy.weights import DENSE, Dense, Grid, Matrix, Pattern, Storage
+from compot_deploy.weights import DENSE, Dense, Grid, Matrix, Pattern, Quantized, Storage
 from compot_deploy.whiten import Whitening
 
 VERSION: Final = 1
@@ -164,10 +164,15 @@ def realize(
     matrices: dict[str, Matrix] = {}
     match form:
         case Plain():
-            for name, value in weights.items():
-                matrices[name] = (
-                    Dense(value.float()) if form.grid is None else quantizer(value, whitening.gram, form.grid)
-                )
+            if form.grid is None:
+                matrices.update({name: Dense(value.float()) for name, value in weights.items()})
+            else:
+                # Every output is quantized for itself: side by side they take one pass.
+                whole = quantizer(weight, whitening.gram, form.grid)
+                sizes = [value.shape[1] for value in weights.values()]
+                parts = zip(whole.integers.split(sizes, 1), whole.scales.split(sizes, 1), strict=True)
+                for name, (integers, scales) in zip(weights, parts, strict=True):
+                    matrices[name] = Quantized(integers.contiguous(), scales.contiguous(), form.grid)
         case Joint():
             factors = joint(
                 weight, whitening, form.levels, rounds=search.rounds, alternation=search.alternation

@@ -36,6 +36,7 @@ from compot_deploy.plan import (
     form_to_data,
     knapsack,
 )
+from compot_deploy.quant import Quantizer, gptq, rtn
 from compot_deploy.recipe import Recipe
 from compot_deploy.report import from_json
 from compot_deploy.runners import torch_runner
@@ -443,6 +444,21 @@ def test_errors_are_those_of_the_matrices_that_are_made() -> None:
             assert made.errors[name] == pytest.approx(
                 whitening.error(weights[name], matrix.dequantize()) ** 2
             )
+
+
+@pytest.mark.parametrize("quantizer", [gptq, rtn])
+def test_matrices_of_one_input_side_by_side_are_quantized_as_each_is_alone(quantizer: Quantizer) -> None:
+    generator = torch.Generator().manual_seed(5)
+    inputs = torch.randn(200, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+    whitening = whiten((inputs.T @ inputs).double())
+    weights = {name: torch.randn(64, size, generator=generator) for name, size in (("q", 48), ("k", 16))}
+    search = Search(GridChoice({3: (32,)}))
+    for form in (Plain(Grid(3, 32)), Plain(None)):
+        beside = realize(form, weights, whitening, search, quantizer=quantizer)
+        for name, weight in weights.items():
+            alone = realize(form, {name: weight}, whitening, search, quantizer=quantizer)
+            assert torch.equal(beside.matrices[name].dequantize(), alone.matrices[name].dequantize())
+            assert beside.errors[name] == pytest.approx(alone.errors[name], rel=1e-12, abs=1e-30)
 
 
 def test_without_quantization_the_paper_s_accounting_plans_floating_forms() -> None:
