@@ -358,13 +358,15 @@ def _plot(points: Sequence[Point], path: Path) -> None:
         left.plot([point.bits for point in series], divergence, style, label=family)
         right.plot([point.speed for point in series], divergence, style.replace("-", ""), label=family)
         for point in series:
-            short = point.label.replace(", widened", "").replace(", no importance", "").split(",")[0]
+            if "no importance" in point.label:
+                continue  # beside the point of the same type, which has its name
+            short = point.label.split(",")[0]
             for axes, x in ((left, point.bits), (right, point.speed)):
                 axes.annotate(
                     short,
                     (x, point.divergence),
-                    fontsize=5,
-                    xytext=(3, 2),
+                    fontsize=6,
+                    xytext=(4, 3),
                     textcoords="offset points",
                     alpha=0.7,
                 )
@@ -372,6 +374,7 @@ def _plot(points: Sequence[Point], path: Path) -> None:
         xlabel="bits per weight of the linears", ylabel="KL [nats per token]", yscale="log", xlim=(1.5, 7)
     )
     right.set(xlabel="decode speed over that of Q8_0 of the same shapes", yscale="log")
+    right.margins(x=0.14)  # for the names on the right
     for axes in (left, right):
         axes.grid(alpha=0.3)
     left.legend(fontsize=7)
