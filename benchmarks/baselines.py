@@ -215,7 +215,7 @@ def llama(weight: Tensor, whitening: Whitening, *, kind: str, padded: bool) -> t
     importance = importance / importance.mean()
     outputs, inputs = rows.shape
     if padded:
-        filled = inputs + -inputs % block_of(kind)
+        filled = inputs + -inputs % GGML_TYPES[kind].block
         rows = np.pad(rows, ((0, 0), (0, filled - inputs)))
         importance = np.pad(importance, (0, filled - inputs))
         size = outputs * row_bytes(kind, filled) * inputs / filled
@@ -224,11 +224,6 @@ def llama(weight: Tensor, whitening: Whitening, *, kind: str, padded: bool) -> t
         size = float(outputs * row_bytes(kind, inputs))
     found = dequantize(quantize(rows, kind, None if kind.startswith("F") else importance), kind)
     return torch.from_numpy(found[:, :inputs].T.copy()), size
-
-
-def block_of(kind: str) -> int:
-    """Inputs of a block of a ggml type."""
-    return GGML_TYPES[kind].block
 
 
 # -- factorised, the whole model -------------------------------------------------------------------------

@@ -70,6 +70,7 @@ from compot_deploy.settings import (
     search_of,
     shape_of,
     storage_of,
+    stores,
     table_grid,
 )
 from compot_deploy.store import (
@@ -85,7 +86,7 @@ from compot_deploy.tokens import (
     TokenWindows,
     load_tokenizer,
 )
-from compot_deploy.weights import DENSE, CompressedModel, Dense, Grid, Matrix, Storage
+from compot_deploy.weights import DENSE, CompressedModel, Dense, Matrix, Storage
 from compot_deploy.whiten import whiten
 from compot_deploy.workspace import (
     RECIPE,
@@ -500,22 +501,14 @@ def allocate(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, progress:
         return Plan(attempt(recipe), recipe)
     except RecipeError:
         finer = DEFAULT_GROUP // 2
-        if recipe.code_group is not None or not _can_store(recipe.code_grid, finer, storage):
+        grid = recipe.code_grid
+        if recipe.code_group is not None or grid is None or grid.table:
+            raise
+        if not stores(storage, replace(grid, group=finer)):
             raise
         recipe = override(recipe, code_group=finer)
         note = f"groups of {DEFAULT_GROUP} atoms are too coarse for this ratio: codes use groups of {finer}"
         return Plan(attempt(recipe), recipe, (note,))
-
-
-def _can_store(grid: Grid | None, group: int, storage: Storage) -> bool:
-    """Whether a format has groups of this size for the integers of a grid."""
-    if grid is None or grid.table:
-        return False
-    try:
-        storage.leaf_bytes(DEFAULT_GROUP, DEFAULT_GROUP, replace(grid, group=group))
-    except RecipeError:
-        return False
-    return True
 
 
 def _export(

@@ -311,20 +311,16 @@ def _measure(task: Task, weights: Mapping[str, Tensor], whitening: Whitening) ->
     def errors(form: Form, covered: Mapping[str, Tensor]) -> Mapping[str, float]:
         return realize(form, covered, whitening, task.search, quantizer=quantizer).errors
 
-    def tried(weight: Tensor) -> tuple[Form, ...]:
-        return forms(weight, whitening, task.storage, task.search)
-
+    tried = {name: forms(weight, whitening, task.storage, task.search) for name, weight in weights.items()}
     # An output of a plain grid is quantized for itself: matrices of one input are done side by side, in one pass.
-    first = next(iter(weights.values()))
-    grids = [form for form in tried(first) if isinstance(form, Plain)]
-    plain = {form: errors(form, weights) for form in grids}
+    plain = {form: errors(form, weights) for form in next(iter(tried.values())) if isinstance(form, Plain)}
     alone = {
         name: [
             (
                 form_to_data(form),
                 (plain[form] if isinstance(form, Plain) else errors(form, {name: weight}))[name],
             )
-            for form in tried(weight)
+            for form in tried[name]
         ]
         for name, weight in weights.items()
     }
@@ -332,7 +328,9 @@ def _measure(task: Task, weights: Mapping[str, Tensor], whitening: Whitening) ->
     if len(weights) > 1:
         whole = torch.cat(list(weights.values()), dim=1)
         together = [
-            (form_to_data(form), errors(form, weights)) for form in tried(whole) if isinstance(form, Joint)
+            (form_to_data(form), errors(form, weights))
+            for form in forms(whole, whitening, task.storage, task.search)
+            if isinstance(form, Joint)
         ]
     return {"alone": alone, "together": together}
 

@@ -165,10 +165,9 @@ def search_of(recipe: Recipe, checkpoint: Checkpoint) -> Search:
     def takes(grid: Grid) -> bool:
         try:
             exporter.check(checkpoint.architecture, checkpoint.config, {"dictionary": grid}, options)
-            storage.leaf_bytes(256, 1, grid)  # some formats refuse the grid only here
         except RecipeError:
             return False
-        return True
+        return stores(storage, grid)  # some formats refuse the grid only here
 
     groups = {
         bits: tuple(group for group in sizes if takes(Grid(bits, group))) for bits, sizes in _GROUPS.items()
@@ -189,6 +188,15 @@ def search_of(recipe: Recipe, checkpoint: Checkpoint) -> Search:
         patterns=(fixed,) if fixed is not None and packs(fixed) else (),
         unquantized=True,
     )
+
+
+def stores(storage: Storage, grid: Grid) -> bool:
+    """Whether a format has room for the integers of a grid, its groups included."""
+    try:
+        storage.leaf_bytes(256, 1, grid)
+    except RecipeError:
+        return False
+    return True
 
 
 def multiplies_out(storage: Storage) -> bool:
