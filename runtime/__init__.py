@@ -4,7 +4,7 @@ with LlamaModel("model.gguf", threads=2) as model:
     print(model.generate("Once upon a time", max_tokens=32).text)
 """
 
-from compot_deploy.llama.library import UnsupportedLlamaError
-from compot_deploy.llama.model import Generation, LlamaError, LlamaModel, generate
+from compot_deploy.llama.library import LlamaError, UnsupportedLlamaError
+from compot_deploy.llama.model import Generation, LlamaModel, generate
 
 __all__ = ["Generation", "LlamaError", "LlamaModel", "UnsupportedLlamaError", "generate"]

@@ -40,6 +40,10 @@ class UnsupportedLlamaError(CompotDeployError):
         )
 
 
+class LlamaError(CompotDeployError):
+    """llama.cpp refused a file or failed while it ran; the message repeats what it said."""
+
+
 class Parameters(C.Structure):
     """llama_model_params or llama_context_params: larger than any version, touched by offset."""
 

@@ -495,10 +495,10 @@ def leaves_of(path: Path) -> list[Any]:
     """Every leaf of a file that the plug-in computes with."""
     from compot_deploy.exporters import gguf_index
     from compot_deploy.exporters.gguf_reader import read_header
-    from compot_deploy.llama.model import _Parts
+    from compot_deploy.llama.parts import Parts
 
     file = read_header(path)
-    parts = _Parts(file, gguf_index.read_index(file))
+    parts = Parts(file, gguf_index.read_index(file))
     return [leaf for _, _, leaves, _ in parts.linears() for leaf in leaves]
 
 
