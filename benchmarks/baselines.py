@@ -28,7 +28,15 @@ import torch
 from cospadi import cospadi
 from torch import Tensor
 
-from compot_deploy.allocate import ALLOCATIONS, MatrixSize, PaperStorage, Precision, Sparsity
+from compot_deploy.allocate import (
+    ALLOCATIONS,
+    Allocator,
+    MatrixSize,
+    PaperStorage,
+    Precision,
+    Sparsity,
+    spectral,
+)
 from compot_deploy.exporters.ggml_types import GGML_TYPES
 from compot_deploy.factorize import METHODS, Alternation, Factors, singular_spectrum
 from compot_deploy.quant import gptq
@@ -39,6 +47,9 @@ from compot_deploy.whiten import Whitening
 VERSION: Final = 1
 """Of everything here that changes a figure; part of every key of a cache."""
 
+SPECTRAL_VERSION: Final = VERSION + 1
+"""Of what `spectral` allocates."""
+
 STORAGE: Final = PaperStorage()
 LLAMA_TYPES: Final = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "IQ4_NL",
@@ -46,6 +57,13 @@ LLAMA_TYPES: Final = (
 )  # fmt: skip
 LLAMA_FALLBACK: Final = ("Q2_K", "Q3_K", "Q4_K")
 """Types that are shown with llama.cpp's fallback as well; the others lie between them."""
+
+RULES: Final[Mapping[str, Allocator]] = {
+    "uniform": ALLOCATIONS["uniform"],
+    "spectral": ALLOCATIONS["spectral"],
+    "spectral by value": partial(spectral, per_byte=False),
+}
+"""How a ratio is spread without quantization; by value is the paper's rule to the letter."""
 
 _NF4_BLOCK: Final = 64
 _NF4_NESTED: Final = 256
@@ -87,12 +105,14 @@ class Baseline:
         method: for a table; unique.
         make: from the linears.
         seconds: it takes about so long on the encoder, for the time that is left.
+        version: of all that its figures depend on.
     """
 
     family: str
     method: str
     make: Callable[[Linears], Small]
     seconds: float = 5.0
+    version: int = VERSION
 
 
 def baselines(
@@ -272,7 +292,7 @@ def then_int4(linears: Linears, *, method: str, bits: float) -> Small:
 
 def floating(linears: Linears, *, method: str, rule: str, ratio: float, published: bool = True) -> Small:
     """Factorised in 16 bits, as the paper counts them; linears that do not gain stay as they are."""
-    allocation = ALLOCATIONS[rule](_sizes(linears), ratio=ratio, storage=STORAGE, sparsity=_sparsity(method))
+    allocation = RULES[rule](_sizes(linears), ratio=ratio, storage=STORAGE, sparsity=_sparsity(method))
     made = {}
     for name, choice in allocation.choices.items():
         weight = linears.weights[name]
@@ -289,7 +309,7 @@ def paper_row(ratios: Sequence[float], cospadi_ratios: Sequence[float]) -> tuple
     """The paper's comparison in kind: allocations and methods without quantization."""
     found = []
     for ratio in ratios:
-        for rule in ("uniform", "spectral"):
+        for rule in RULES:
             methods = [("svd-llm", "SVD-LLM", 15.0), ("compot", "COMPOT as published", 90.0)]
             if rule == "uniform" and ratio in cospadi_ratios:
                 methods.append(("cospadi", "CoSpaDi", 900.0))
@@ -300,6 +320,7 @@ def paper_row(ratios: Sequence[float], cospadi_ratios: Sequence[float]) -> tuple
                         f"{title}, {rule}, {ratio:.0%}",
                         partial(floating, method=method, rule=rule, ratio=ratio),
                         seconds,
+                        SPECTRAL_VERSION if rule == "spectral" else VERSION,
                     )
                 )
     return tuple(found)

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from baselines import VERSION, Baseline, Small, baselines, paper_row
+from baselines import Baseline, Small, baselines, paper_row
 from encoder_frontier import LARGEST, paper_claims
 from frontier import (
     MIXED,
@@ -144,7 +144,7 @@ class Laboratory:
                 dense = {name: Dense(weight) for name, weight in small.weights.items()}
                 return self.judge(dense, small.bytes * 8 / self.numbers)
 
-            key = (VERSION, "by window", entry.method, self.made_from)
+            key = (entry.version, "by window", entry.method, self.made_from)
             points.append(jobs.point(entry.family, entry.method, key, make))
         return points
 
@@ -255,7 +255,9 @@ scales, zero points and masks. Made by `benchmarks/decoder_frontier.py`; what ea
 are counted, is said in `benchmarks/baselines.py`. What is claimed is about the divergence, which is what the plan
 minimises and tells models apart with the least chance in it; perplexity stands beside it and does not always agree.
 *Rows padded*: llama.cpp wants rows of 256 and these models have shorter ones; only a part of a padded block is
-counted, so these points are smaller than any file could be.
+counted, so these points are smaller than any file could be. *Spectral* weighs singular values by the bytes that
+they cost; *spectral by value*, the paper's rule to the letter, does not: on the model that ships it gives narrow
+matrices too much and can be worse than uniform, so that is not claimed of it.
 """
 
 

@@ -209,11 +209,18 @@ def spectral(
     sparsity: Sparsity = Sparsity(),
     least: float = 0.1,
     most: float = 1.0,
+    per_byte: bool = True,
 ) -> Allocation:
-    """The paper's one-shot rule: pool all normalised singular values, one threshold meets the whole budget.
+    """One threshold for the singular values of all matrices, the one that meets the whole budget.
 
     A matrix gets as many atoms as it has singular values above the threshold, within guards; the lowest
     threshold whose total fits is taken. A matrix whose atoms would cost more than its plain form stays plain.
+
+    The paper pools the singular values of ``W / ‖W‖_F`` as they are. A matrix of few outputs has fewer of them
+    to share one norm, so they are larger, and the keys and values of grouped attention stay plain at the cost
+    of everything else. Here a value stands for its square, times the weights of the matrix, per byte of an
+    atom: the relative error that is left, summed over all weights, is then the least that truncation within
+    the guards can have for its bytes. Between matrices of one shape the two are the same.
 
     Args:
         matrices: sizes and spectra.
@@ -224,6 +231,7 @@ def spectral(
         least: guard, fewest atoms as a part of those at which a matrix costs as much as its plain form.
         most: guard, most atoms likewise. The paper has guards but does not publish them; these do not
             depend on the ratio, so a larger budget never takes an atom from any matrix.
+        per_byte: False pools the values as they are, as the paper does.
 
     Raises:
         RecipeError: a ratio outside (0, 1), a matrix without its spectrum, or a budget that cannot be met.
@@ -238,12 +246,16 @@ def spectral(
             )
     budget = _allowed(sum(sizing.plain(matrix) for matrix in matrices), ratio)
     guards = {matrix.name: _guard(sizing, matrix, least, most) for matrix in matrices}
-    pool = sorted({value for matrix in matrices for value in matrix.spectrum} | {math.inf}, reverse=True)
+    pooled = {
+        matrix.name: [value * (sizing.weight(matrix) if per_byte else 1.0) for value in matrix.spectrum]
+        for matrix in matrices
+    }
+    pool = sorted({value for values in pooled.values() for value in values} | {math.inf}, reverse=True)
 
     def choices_at(threshold: float) -> dict[str, Choice]:
         return {
             matrix.name: sizing.by_rank(
-                matrix, sum(value >= threshold for value in matrix.spectrum), guards[matrix.name]
+                matrix, sum(value >= threshold for value in pooled[matrix.name]), guards[matrix.name]
             )
             for matrix in matrices
         }
@@ -313,6 +325,14 @@ class _Sizing:
     def factorized(self, matrix: MatrixSize, atoms: int, pattern: Pattern) -> int:
         dictionary = self.storage.leaf_bytes(matrix.inputs, atoms, self.precision.dictionary)
         return dictionary + self.storage.leaf_bytes(atoms, matrix.outputs, self.precision.codes, pattern)
+
+    def weight(self, matrix: MatrixSize) -> float:
+        """Root of the weights of a matrix per byte of one of its atoms, on average over all it can have."""
+        atoms = self.cap(matrix)
+        if not atoms:
+            return 1.0  # it stays plain whatever its spectrum says
+        each = self.factorized(matrix, atoms, self.sparsity.of(atoms)) / atoms
+        return math.sqrt(matrix.inputs * matrix.outputs / each)
 
     def most_atoms(self, matrix: MatrixSize, allowed: int) -> int:
         """Most atoms within `allowed` bytes, 0 if not even one step fits."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 
 from compot_deploy.allocate import (
@@ -150,6 +152,78 @@ def test_spectral_leaves_a_matrix_plain_that_would_not_shrink() -> None:
     assert not plan.choices["flat"].factorized
     assert "its spectrum asks for" in plan.choices["flat"].reason
     assert plan.bytes <= plan.budget
+
+
+@pytest.mark.parametrize("per_byte", [True, False])
+@pytest.mark.parametrize("precision", [Precision(), INT4])
+def test_a_larger_budget_never_takes_an_atom_from_any_matrix(precision: Precision, per_byte: bool) -> None:
+    taken = {matrix.name: 0 for matrix in MODEL}
+    gained = 0
+    for ratio in (0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0.01):
+        plan = spectral(MODEL, ratio=ratio, storage=STORAGE, precision=precision, per_byte=per_byte)
+        for matrix in MODEL:
+            choice = plan.choices[matrix.name]
+            # The plain form is all of a matrix, more than any number of atoms.
+            atoms = choice.atoms if choice.factorized else max(matrix.inputs, matrix.outputs)
+            assert atoms >= taken[matrix.name]
+            gained += atoms > taken[matrix.name]
+            taken[matrix.name] = atoms
+    assert gained > 2 * len(MODEL)
+
+
+SMALL = (
+    MatrixSize("square", 40, 40, spectrum(40, 0.9)),
+    MatrixSize("narrow", 40, 10, spectrum(10, 0.7)),
+    MatrixSize("wide", 40, 160, spectrum(40, 0.92)),
+)
+
+
+def kept(atoms: tuple[int, ...]) -> float:
+    """What is left of the squared norms, each relative to its own, over all weights."""
+    return sum(
+        matrix.inputs * matrix.outputs * sum(value**2 for value in matrix.spectrum[:count])
+        for matrix, count in zip(SMALL, atoms, strict=True)
+    )
+
+
+def test_no_truncation_of_the_same_bytes_leaves_less_error() -> None:
+    # Dense codes of 16 bits: an atom weighs 2 (m + n) bytes, the first as much as the last.
+    dense = Sparsity(pattern=DENSE)
+    counts = [range(1, m.inputs * m.outputs // (m.inputs + m.outputs) + 1) for m in SMALL]
+    every = [
+        (sum(2 * k * (m.inputs + m.outputs) for k, m in zip(atoms, SMALL, strict=True)), kept(atoms))
+        for atoms in product(*counts)
+    ]
+    worse = 0
+    for ratio in (0.3, 0.34, 0.38, 0.42, 0.46, 0.5, 0.54, 0.58, 0.62, 0.66, 0.7):
+        plans = [
+            spectral(SMALL, ratio=ratio, storage=STORAGE, sparsity=dense, per_byte=per_byte)
+            for per_byte in (True, False)
+        ]
+        ours, by_value = (tuple(choice.atoms for choice in plan.choices.values()) for plan in plans)
+        assert min(ours) > 0
+        assert kept(ours) >= max(value for size, value in every if size <= plans[0].bytes) - 1e-9
+        worse += kept(by_value) < max(value for size, value in every if size <= plans[1].bytes) - 1e-9
+    assert worse
+
+
+def test_a_narrow_matrix_does_not_stay_plain_at_the_cost_of_the_others() -> None:
+    # Spectra of one shape, over 192 values and over 64 as in grouped attention.
+    square = MatrixSize("square", 192, 192, spectrum(192, 0.995))
+    narrow = MatrixSize("narrow", 192, 64, spectrum(64, 0.985))
+    plan = spectral([square, narrow], ratio=0.4, storage=STORAGE)
+    by_value = spectral([square, narrow], ratio=0.4, storage=STORAGE, per_byte=False)
+    assert plan.choices["narrow"].factorized
+    assert not by_value.choices["narrow"].factorized
+    assert plan.choices["square"].atoms > by_value.choices["square"].atoms
+
+
+def test_between_matrices_of_one_shape_bytes_do_not_matter() -> None:
+    alike = [MatrixSize(f"w{decay}", 64, 96, spectrum(64, decay)) for decay in (0.85, 0.9, 0.95, 0.98)]
+    for ratio in (0.1, 0.3, 0.5):
+        assert spectral(alike, ratio=ratio, storage=STORAGE) == spectral(
+            alike, ratio=ratio, storage=STORAGE, per_byte=False
+        )
 
 
 def test_impossible_ratios_name_what_is_possible() -> None:
