@@ -602,12 +602,12 @@ def _notes_of_plan(recipe: Recipe, checkpoint: Checkpoint, plan: KnapsackPlan) -
 
 
 def _may_be_planned(recipe: Recipe) -> tuple[str, ...]:
-    """Where the paper's rule was nobody's explicit choice: that forms could be chosen by what they cost."""
+    """Where spectral allocation was nobody's explicit choice: that forms could be chosen by what they cost."""
     integers = recipe.method == "compot" and recipe.quant != "none" and recipe.quantizer != "bnb"
     if recipe.allocation != "auto" or not integers or multiplies_out(storage_of(recipe)):
         return ()
     return (
-        f"a ratio is spread by the paper's rule, which counts atoms; --allocation knapsack chooses the form of each "
+        f"a ratio is spread by spectra, a rule that counts atoms; --allocation knapsack chooses the form of each "
         f"matrix by its measured cost within the same bytes, plain integers among them: try it with --ratio "
         f"{recipe.ratio:g}",
     )
