@@ -75,9 +75,23 @@ def test_a_batch_may_be_read_in_pieces(finished: Path) -> None:
     torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
 
 
-def test_a_ratio_spread_by_the_papers_rule_says_that_a_plan_is_possible(finished: Path) -> None:
+def test_a_ratio_spread_by_the_papers_rule_says_what_ruled_a_plan_out(finished: Path) -> None:
     facts = json.loads((finished / "compot" / "report.json").read_text())["facts"]
-    assert [fact for fact in facts if "--allocation knapsack" in fact]
+    (said,) = [fact for fact in facts if "the paper's rule" in fact]
+    assert said.startswith("--rounds settles the form")
+
+
+def test_a_ratio_alone_is_planned_within_its_bytes(text: Path, tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "small", "llama", num_hidden_layers=1, intermediate_size=96)
+    out = tmp_path / "out"
+    quick = QUICK[: QUICK.index("--rounds")]
+    command = [str(source), "--calibration", str(text), "--out", str(out), *quick, *NO_LIMIT]
+    assert cli.main([*command, "--ratio", "0.3"]) == EXIT_OK
+    report = from_json((out / "compot" / "report.json").read_text())
+    assert any("the plan spends" in fact for fact in report.facts) and report.frontier is not None
+    linears = [record for record in verify(out).matrices if ".layers." in record.name]
+    assert sum(record.bytes for record in linears) <= 0.7 * sum(record.plain_int4_bytes for record in linears)
+    assert {record.kind for record in linears} <= {"factorized", "quantized"}
 
 
 def test_nothing_but_the_folder_is_left(finished: Path) -> None:
