@@ -602,9 +602,15 @@ def _notes_of_plan(recipe: Recipe, checkpoint: Checkpoint, plan: KnapsackPlan) -
 
 
 def _why_not_planned(recipe: Recipe) -> tuple[str, ...]:
-    """Where the paper's rule was nobody's explicit choice: what ruled a plan out."""
-    integers = recipe.method == "compot" and recipe.quant != "none" and recipe.quantizer != "bnb"
-    if recipe.allocation != "auto" or not integers or multiplies_out(storage_of(recipe)):
+    """Where the paper's rule was nobody's explicit choice: what ruled a plan out, or what would be smaller."""
+    if recipe.allocation != "auto" or recipe.method != "compot":
+        return ()
+    if recipe.quant != "none" and multiplies_out(storage_of(recipe)):
+        return (
+            "a dense GGUF file stores the products of factors, which are no smaller for it: --gguf-layout sparse "
+            "stores the factors, and --method plain with --gguf-type Q4_K or IQ3_XXS is small in every llama.cpp",
+        )
+    if recipe.quant == "none" or recipe.quantizer == "bnb":
         return ()
     return (
         f"{recipe.why_one_form} settles the form of every factorised matrix, so the ratio was spread by the paper's "
