@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, Protocol
 
@@ -90,10 +90,12 @@ class Small:
     Attributes:
         weights: what the model computes with, by name, shape (in, out).
         bytes: that they need together.
+        file_bytes: of a file that can exist, where `bytes` flatters the method.
     """
 
     weights: Mapping[str, Tensor]
     bytes: float
+    file_bytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,9 @@ def baselines(
             Baseline(
                 f"llama.cpp, {way}",
                 f"llama.cpp {kind}, {way}",
-                partial(_each, partial(llama, kind=kind, padded=padded)),
+                partial(_padded, kind=kind)
+                if padded
+                else partial(_each, partial(llama, kind=kind, padded=False)),
             )
             for kind in kinds
             if kind in types
@@ -177,6 +181,19 @@ def _each(make: Callable[[Tensor, Whitening], tuple[Tensor, float]], linears: Li
         weights[name], size = make(weight, linears.whitening_of(name))
         total += size
     return Small(weights, total)
+
+
+def _padded(linears: Linears, *, kind: str) -> Small:
+    """A ggml type with rows filled up to whole blocks, and what a file of such rows takes."""
+    from compot_deploy.exporters.gguf_quantize import row_bytes
+
+    small = _each(partial(llama, kind=kind, padded=True), linears)
+    shapes = [weight.shape for weight in linears.weights.values()]
+    block = GGML_TYPES[kind].block
+    return replace(
+        small,
+        file_bytes=sum(outputs * row_bytes(kind, inputs + -inputs % block) for inputs, outputs in shapes),
+    )
 
 
 # -- one matrix: what it becomes, and its bytes ----------------------------------------------------------

@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from frontier import (
     Point,
     Score,
     as_data,
+    as_files,
     compare,
     compare_at_sizes,
     digest,
@@ -66,11 +68,17 @@ GRIDS = GridChoice({2: (32, 64, 128, 256), 3: (32, 64, 128, 256), 4: (32, 64, 12
 FLOATING = (0.4, 0.55, 0.7, 0.85)
 BUDGETS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.5)
 EVALUATION_TOKENS = 4096
+BY_WINDOW = "by window, perplexity too"
 
 DIVERGENCE = Score("divergence", "KL [nats per token]", higher=False, errors=2.0)
 """Two models that are two standard errors of their difference apart, paired by window of text, are not told apart."""
 
-SCORES = (DIVERGENCE, Score("perplexity_ratio", "perplexity ratio", ".3f", higher=False))
+PERPLEXITY = Score(
+    "perplexity_ratio", "perplexity ratio", ".3f", higher=False, errors=2.0, named=", in perplexity"
+)
+"""Claimed at the sizes of files that can exist: rows that do not fill their blocks count as they are stored."""
+
+SCORES = (DIVERGENCE, PERPLEXITY)
 
 
 class Judge:
@@ -96,7 +104,15 @@ class Judge:
         }
         # Windows of more tokens weigh more, so that the mean over windows is the mean over tokens.
         share = len(parts) / found.positions
-        samples = {"divergence": [float(part.divergence.sum()) * share for part in parts]}
+        ratio = found.perplexity_ratio.value
+        samples = {
+            "divergence": [float(part.divergence.sum()) * share for part in parts],
+            # A ratio of perplexities is exp of a mean: its windows to first order.
+            "perplexity_ratio": [
+                ratio * float((part.candidate_surprise - part.reference_surprise).sum()) * share
+                for part in parts
+            ],
+        }
         return Figures(bits, scores, samples)
 
     def _predict(self, window: Tensor) -> Prediction:
@@ -142,9 +158,11 @@ class Laboratory:
             def make(entry: Baseline = entry) -> Figures:
                 small = entry.make(self)
                 dense = {name: Dense(weight) for name, weight in small.weights.items()}
-                return self.judge(dense, small.bytes * 8 / self.numbers)
+                found = self.judge(dense, small.bytes * 8 / self.numbers)
+                in_file = small.file_bytes
+                return replace(found, file_bits=None if in_file is None else in_file * 8 / self.numbers)
 
-            key = (entry.version, "by window", entry.method, self.made_from)
+            key = (entry.version, BY_WINDOW, entry.method, self.made_from)
             points.append(jobs.point(entry.family, entry.method, key, make))
         return points
 
@@ -181,7 +199,7 @@ class Laboratory:
             best = carry_out(self.task, plans)
             return self.judge(StoredMatrices(best.files), best.plan.bytes * 8 / self.numbers)
 
-        return jobs.point(family, method, (candidates.VERSION, "by window", plans, self.made_from), make)
+        return jobs.point(family, method, (candidates.VERSION, BY_WINDOW, plans, self.made_from), make)
 
 
 def open_laboratory(model: str | None, search: Search, work: Path, samples: int, length: int) -> Laboratory:
@@ -214,10 +232,11 @@ def frontier(
     print(f"-- {quantized.label}", flush=True)
     points = quantized.measured(jobs, entries)
     points += quantized.planned(jobs, arguments.bits)
-    tried: set[float] = set()
-    while (size := unmatched(points, DIVERGENCE, LARGEST, tried)) is not None:
-        tried.add(size)
-        points += quantized.planned(jobs, [size])
+    for score, sized in ((DIVERGENCE, list), (PERPLEXITY, as_files)):
+        tried: set[float] = set()
+        while (size := unmatched(sized(points), score, LARGEST, tried)) is not None:
+            tried.add(size)
+            points += quantized.planned(jobs, [size])
     points = distinct(points)
     row = quantized.measured(jobs, row_entries)
     if arguments.ratios:
@@ -227,6 +246,8 @@ def frontier(
     comparisons = [
         *compare(points, DIVERGENCE, arguments.bits, {}),
         *compare_at_sizes(points, DIVERGENCE, LARGEST),
+        *compare(as_files(points), PERPLEXITY, arguments.bits, {}),
+        *compare_at_sizes(as_files(points), PERPLEXITY, LARGEST),
         *paper_claims(row, arguments.ratios, DIVERGENCE),
     ]
     return quantized.label, points, row, comparisons
@@ -252,12 +273,13 @@ _INTRODUCTION = """\
 
 Divergence and perplexity, relative to the original, on held-out text. Bits per weight of the linears count integers,
 scales, zero points and masks. Made by `benchmarks/decoder_frontier.py`; what each baseline is, and how its bytes
-are counted, is said in `benchmarks/baselines.py`. What is claimed is about the divergence, which is what the plan
-minimises and tells models apart with the least chance in it; perplexity stands beside it and does not always agree.
-*Rows padded*: llama.cpp wants rows of 256 and these models have shorter ones; only a part of a padded block is
-counted, so these points are smaller than any file could be. *Spectral* weighs singular values by the bytes that
-they cost; *spectral by value*, the paper's rule to the letter, does not: on the model that ships it gives narrow
-matrices too much and can be worse than uniform, so that is not claimed of it.
+are counted, is said in `benchmarks/baselines.py`. *Rows padded*: llama.cpp wants rows of 256 and these models have
+shorter ones; only a part of a padded block is counted, so these points are smaller than any file could be. Claims
+about the divergence, which is what the plan minimises, are made at those sizes all the same; claims about perplexity,
+in which chance has a larger part, at the sizes of real files. Figures that are two standard errors of their difference
+apart or less, paired by window of text, are not told apart. *Spectral* weighs singular values by the bytes that they
+cost; *spectral by value*, the paper's rule to the letter, does not: on the model that ships it gives narrow matrices
+too much and can be worse than uniform, so that is not claimed of it.
 """
 
 

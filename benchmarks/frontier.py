@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -30,7 +30,8 @@ class Point:
         method: one row of a table.
         bits: per weight of the linears, everything counted.
         scores: by name.
-        samples: of some scores, by name: a figure per window of text, whose mean the score is.
+        samples: of some scores, by name: a figure per window of text, as far as the score is their mean.
+        file_bits: as `bits`, of a file that can exist, where `bits` flatters the method.
     """
 
     family: str
@@ -38,6 +39,7 @@ class Point:
     bits: float
     scores: Mapping[str, float]
     samples: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    file_bits: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Figures:
     bits: float
     scores: Mapping[str, float]
     samples: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    file_bits: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Score:
         form: how a table prints it.
         higher: whether more is better.
         errors: a difference of so many of its standard errors, or fewer, is none.
+        named: behind a claim, where there are claims about another score as well.
     """
 
     key: str
@@ -66,6 +70,7 @@ class Score:
     form: str = ".4f"
     higher: bool = True
     errors: float = 0.0
+    named: str = ""
 
     def best(self, points: Iterable[Point]) -> Point:
         """The best of some points."""
@@ -145,13 +150,19 @@ class Jobs:
             started = time.perf_counter()
             figures = make()
             samples = {name: list(values) for name, values in figures.samples.items()}
-            facts = {"bits": figures.bits, "scores": dict(figures.scores), "samples": samples}
+            facts = {
+                "bits": figures.bits,
+                "scores": dict(figures.scores),
+                "samples": samples,
+                "file_bits": figures.file_bits,
+            }
             write_text(path, json.dumps(facts))
             self._spent += time.perf_counter() - started
             self._guessed += seconds
         self._passed += seconds
         found = json.loads(path.read_text(encoding="utf-8"))
-        point = Point(family, method, found["bits"], found["scores"], found.get("samples", {}))
+        more = {name: found[name] for name in ("samples", "file_bits") if name in found}
+        point = Point(family, method, found["bits"], found["scores"], **more)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in point.scores.items())
         print(
             f"{method:44s} {point.bits:7.3f} bits  {shown}  {self._left() if fresh else '(known)'}",
@@ -215,7 +226,7 @@ def compare(
             rival = score.best(below)
             found.append(
                 Comparison(
-                    f"no {kind} of the same or fewer bytes is better",
+                    f"no {kind} of the same or fewer bytes is better{score.named}",
                     budget,
                     all(score.at_least(plan, point) for point in below),
                     f"{value}; best of {len(below)}: {_named(rival, score)}",
@@ -247,7 +258,7 @@ def compare_at_sizes(points: Sequence[Point], score: Score, largest: float) -> l
         mine = format(plan.scores[score.key], score.form)
         found.append(
             Comparison(
-                f"no worse than {rival.method} at its size",
+                f"no worse than {rival.method} at its size{score.named}",
                 rival.bits,
                 score.at_least(plan, rival),
                 f"{mine} at {plan.bits:.3f}; {_named(rival, score)}{_level(plan, rival, score)}",
@@ -287,6 +298,11 @@ def distinct(points: Sequence[Point]) -> list[Point]:
     for point in points:
         found.setdefault((point.family, round(point.bits, 6), tuple(point.scores.items())), point)
     return list(found.values())
+
+
+def as_files(points: Sequence[Point]) -> list[Point]:
+    """Every point at the size of a file that can exist."""
+    return [point if point.file_bits is None else replace(point, bits=point.file_bits) for point in points]
 
 
 def next_larger(points: Sequence[Point], score: Score, budget: float) -> Point | None:

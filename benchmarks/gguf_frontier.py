@@ -235,7 +235,13 @@ class Laboratory:
         found = []
         for ratio in ratios:
             for layout, pattern in (("factorized", "column"), ("sparse", "2:4")):
-                recipe = override(self.recipe, gguf_layout=layout, code_pattern=pattern, ratio=ratio)
+                recipe = override(
+                    self.recipe,
+                    allocation="spectral",
+                    gguf_layout=layout,
+                    code_pattern=pattern,
+                    ratio=ratio,
+                )
                 label = f"--ratio {ratio:g}, {layout}{' 2:4' if pattern == '2:4' else ''}"
                 work = f"{layout}-{ratio:g}"
                 found.append(self._compressed(recipe, label, f"fixed ratio, {layout}", work))
@@ -420,6 +426,7 @@ def main() -> None:
         f"tokens; calibrated on {arguments.samples} windows. The embedding has 8 bits in all files. *Widened*: zeros "
         "appended to rows that do not split into blocks of 256, not counted as bytes; o_proj keeps its rows and falls "
         "back as llama.cpp does. Speeds: median of ratios in one process, quartiles in brackets. "
+        "Ratios are spread by the paper's rule (`--allocation spectral`). "
         "Made by `benchmarks/gguf_frontier.py`."
     )
     if laboratory.numbers < 20_000_000:

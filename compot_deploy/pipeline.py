@@ -232,7 +232,7 @@ def compress(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progr
         numbers = {block_file(work, layer): layer for layer in range(checkpoint.layers)}
         beside = {name: rival_file(work, numbers[path]) for name, path in files.items()}
         rival = StoredMatrices({**beside, **_compress_tables(recipe, checkpoint, work)})
-    notes = (*planned.notes, *_may_be_planned(recipe), *_notes(windows, facts))
+    notes = (*planned.notes, *_why_not_planned(recipe), *_notes(windows, facts))
     kept = _keeps_unquantized(checkpoint)
     return Compression(
         model,
@@ -601,15 +601,21 @@ def _notes_of_plan(recipe: Recipe, checkpoint: Checkpoint, plan: KnapsackPlan) -
     )
 
 
-def _may_be_planned(recipe: Recipe) -> tuple[str, ...]:
-    """Where spectral allocation was nobody's explicit choice: that forms could be chosen by what they cost."""
-    integers = recipe.method == "compot" and recipe.quant != "none" and recipe.quantizer != "bnb"
-    if recipe.allocation != "auto" or not integers or multiplies_out(storage_of(recipe)):
+def _why_not_planned(recipe: Recipe) -> tuple[str, ...]:
+    """Where the paper's rule was nobody's explicit choice: what ruled a plan out, or what would be smaller."""
+    if recipe.allocation != "auto" or recipe.method != "compot":
+        return ()
+    if recipe.quant != "none" and multiplies_out(storage_of(recipe)):
+        return (
+            "a dense GGUF file stores the products of factors, which are no smaller for it: --gguf-layout sparse "
+            "stores the factors, and --method plain with --gguf-type Q4_K or IQ3_XXS is small in every llama.cpp",
+        )
+    if recipe.quant == "none" or recipe.quantizer == "bnb":
         return ()
     return (
-        f"a ratio is spread by spectra, a rule that counts atoms; --allocation knapsack chooses the form of each "
-        f"matrix by its measured cost within the same bytes, plain integers among them: try it with --ratio "
-        f"{recipe.ratio:g}",
+        f"{recipe.why_one_form} settles the form of every factorised matrix, so the ratio was spread by the paper's "
+        "rule, which counts atoms; without it, forms are chosen by their measured cost within the same bytes, plain "
+        "integers among them",
     )
 
 

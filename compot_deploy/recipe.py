@@ -98,8 +98,9 @@ class Recipe:
     allocation: Literal["auto", "knapsack", "uniform", "spectral"] = _knob(
         "auto",
         "how the budget is spread over the matrices: knapsack weighs measured forms of each by what they cost "
-        "the model, for --bits, --size or --ratio, and is never worse than plain grids of the same bytes; spectral "
-        "and uniform count atoms, for --ratio; auto is knapsack with --bits or --size, else spectral",
+        "the model and is never worse than plain grids of the same bytes; spectral and uniform give every matrix "
+        "atoms of one form, for --ratio; auto is knapsack, and spectral where the form is settled by hand "
+        "(--method, --code-bits, --rounds and the like) or by the format",
     )
     quantizer: Literal["gptq", "rtn", "bnb"] = _knob(
         "gptq", "how factors are quantized; bnb is bitsandbytes, with --quant nf4, fp4 or int8"
@@ -204,8 +205,29 @@ class Recipe:
     @property
     def planned(self) -> bool:
         """Whether a knapsack over measured forms spreads the budget."""
-        by_bytes = self.bits is not None or self.size is not None
-        return self.allocation == "knapsack" or (self.allocation == "auto" and by_bytes)
+        return self.allocation == "knapsack" or (self.allocation == "auto" and not self.why_one_form)
+
+    @property
+    def why_one_form(self) -> str:
+        """What leaves a plan no forms to choose from, so that `auto` counts atoms; empty if nothing does."""
+        if self.bits is not None or self.size is not None:
+            return ""
+        if self.method != "compot":
+            return f"--method {self.method}"
+        if self.quantizer == "bnb":
+            return "--quantizer bnb"
+        if self.format[:1] == ("gguf",) and self.gguf_layout == "dense":
+            return "a dense GGUF file, which stores products,"
+        changed = [_flag(knob) for knob in fields(self) if knob.name in _ONE_FORM and self._changed(knob)]
+        return " and ".join(changed)
+
+    def counting_atoms(self) -> Recipe:
+        """The same where nothing can be planned: `auto` becomes spectral, what asks for a plan stays."""
+        by_ratio = self.bits is None and self.size is None
+        return replace(self, allocation="spectral") if self.allocation == "auto" and by_ratio else self
+
+    def _changed(self, knob: Field[Any]) -> bool:
+        return bool(getattr(self, knob.name) != knob.default)
 
     @property
     def allocator(self) -> str:
@@ -292,8 +314,7 @@ class Recipe:
                 f"--atoms-per-nonzero {self.atoms_per_nonzero:g}: a column cannot use more atoms than there are; "
                 "give 1 (dense codes) or more."
             )
-        if self.method == "plain" and self.planned:
-            raise RecipeError("--method plain has nothing to plan: leave --bits and --size out.")
+        self._check_plan()
         if self.code_pattern != "column" and (self.atoms_per_nonzero != 2 or self.method == "svd-llm"):
             other = "--method svd-llm" if self.method == "svd-llm" else "--atoms-per-nonzero"
             raise RecipeError(
@@ -319,8 +340,8 @@ class Recipe:
             raise RecipeError(
                 "--onnx-codes packed stores 4-bit codes of the pattern 2:4, and these are "
                 f"{'floating point' if grid is None else f'of {grid.bits} bits'} of the pattern "
-                f"{self.code_pattern}: add --code-pattern 2:4 and --code-bits 4, give a budget in --bits or --size "
-                "for 3-bit integers, or leave it out."
+                f"{self.code_pattern}: add --code-pattern 2:4 and --code-bits 4, leave --allocation to a plan for "
+                "3-bit integers, or leave it out."
             )
         for name in ("max_perplexity_ratio", "max_kl", "max_export_nmse"):
             limit = getattr(self, name)
@@ -332,6 +353,27 @@ class Recipe:
             raise RecipeError(f"--min-cosine {self.min_cosine}: give a number between -1 and 1.")
         if not self.format:
             raise RecipeError("--format: give at least one format.")
+
+    def _check_plan(self) -> None:
+        if not self.planned:
+            return
+        asked = next(
+            (f"--{name}" for name in ("bits", "size") if getattr(self, name) is not None),
+            "--allocation knapsack",
+        )
+        if self.method == "plain":
+            raise RecipeError(f"--method plain has nothing to plan: leave {asked} out.")
+        if self.method != "compot":
+            raise RecipeError(
+                f"--method {self.method}: a plan makes factors by COMPOT; leave it or {asked} out."
+            )
+        for knob in fields(self):
+            tried = knob.name == "code_pattern" or (knob.name == "atoms_per_nonzero" and self.quant == "none")
+            if knob.name in _ONE_FORM and not tried and self._changed(knob):
+                raise RecipeError(
+                    f"{_flag(knob)} settles the one form of all matrices, and with {asked} a plan chooses a form for "
+                    "each: leave one of them out."
+                )
 
     def _check_quantizer(self) -> None:
         table = self.quant in ("nf4", "fp4")
@@ -389,6 +431,18 @@ class Recipe:
             raise InputError(f"The recipe {path} cannot be read: {error}.") from None
         return recipe_from_mapping({**values, **overrides}, origin=str(path))
 
+
+_ONE_FORM: Final = (
+    "dictionary_bits",
+    "code_bits",
+    "dictionary_group",
+    "code_group",
+    "atoms_per_nonzero",
+    "code_pattern",
+    "rounds",
+    "paper_exact",
+)
+"""Knobs that say what every factorised matrix looks like or how it is made, which a plan decides by itself."""
 
 DEFAULT_GROUP: Final = 32
 """Inputs per scale: the finest that every runtime runs fast, 0.5 bit per weight."""

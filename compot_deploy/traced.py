@@ -138,6 +138,7 @@ def deploy_traced(recipe: Recipe, progress: Progress = silent) -> TracedDeployme
         InputError: a folder that transformers does not load, or too little text.
         UnsupportedModelError, MissingDependencyError: see `compot_deploy.exporters.onnx_traced.export`.
     """
+    recipe = recipe.counting_atoms()
     _check(recipe)
     source = Path(recipe.model or "")
     model, tokenizer = _load(source)

@@ -35,7 +35,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LANGUAGES = ("console", "python")
-SMALL = {"samples": 8, "length": 64, "rounds": 3, "evaluation_tokens": 512}
+SMALL = {"samples": 8, "length": 64, "evaluation_tokens": 512}
 """Knobs that make a run short, and its figures coarse."""
 
 LIMIT = 1800

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from compot_deploy.exporters.manifest import Manifest
 from compot_deploy.report import Report, to_markdown
 
@@ -38,7 +41,7 @@ def model_card(report: Report, manifest: Manifest) -> str:
         "---",
         "library_name: onnx" if manifest.exporter == "onnx" else f"library_name: {manifest.exporter}",
         "pipeline_tag: text-generation",
-        "tags: [compot, quantized, factorized]",
+        f"tags: [compot, quantized{', factorized' if factorized else ''}]",
         "---",
     ]
     body = f"""
@@ -46,7 +49,7 @@ def model_card(report: Report, manifest: Manifest) -> str:
 
 {manifest.model_type} model, made extremely small by compot-deploy {manifest.package}: {factorized} of \
 {len(manifest.matrices)} matrices are a dictionary times codes (COMPOT, arXiv 2602.15200), quantized as
-`--quant {recipe.get("quant")} --ratio {recipe.get("ratio")} --quantizer {recipe.get("quantizer")}`, in the format \
+`--quant {recipe.get("quant")} {_budget(recipe)} --quantizer {recipe.get("quantizer")}`, in the format \
 {manifest.exporter}.
 
 ## Accuracy and size
@@ -64,3 +67,9 @@ def model_card(report: Report, manifest: Manifest) -> str:
 * All figures: `compot/report.json`. Check it again with `compot-deploy check this-folder`.
 """
     return "\n".join(header) + "\n" + body
+
+
+def _budget(recipe: Mapping[str, Any]) -> str:
+    """The flag that decided the size."""
+    name = next((name for name in ("bits", "size") if recipe.get(name) is not None), "ratio")
+    return f"--{name} {recipe.get(name)}"

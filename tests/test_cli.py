@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from compot_deploy.errors import (
     EXIT_UNSUPPORTED_MODEL,
 )
 from compot_deploy.exporters.artifact import verify
+from compot_deploy.exporters.model_card import model_card
 from compot_deploy.report import from_json
 from compot_deploy.runners import onnx_runner
 
@@ -75,9 +77,34 @@ def test_a_batch_may_be_read_in_pieces(finished: Path) -> None:
     torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
 
 
-def test_a_ratio_spread_by_the_papers_rule_says_that_a_plan_is_possible(finished: Path) -> None:
+def test_a_ratio_spread_by_the_papers_rule_says_what_ruled_a_plan_out(finished: Path) -> None:
     facts = json.loads((finished / "compot" / "report.json").read_text())["facts"]
-    assert [fact for fact in facts if "--allocation knapsack" in fact]
+    (said,) = [fact for fact in facts if "the paper's rule" in fact]
+    assert said.startswith("--rounds settles the form")
+
+
+def test_the_card_names_the_budget_and_what_was_factorised(finished: Path) -> None:
+    card = (finished / "README.md").read_text()
+    assert "--ratio 0.2" in card and "tags: [compot, quantized, factorized]" in card
+    manifest = verify(finished)
+    others = {**manifest.recipe, "bits": 2.5}
+    plain = tuple(record for record in manifest.matrices if record.kind != "factorized")
+    report = from_json((finished / "compot" / "report.json").read_text())
+    card = model_card(report, replace(manifest, recipe=others, matrices=plain))
+    assert "--bits 2.5" in card and "--ratio" not in card and "tags: [compot, quantized]" in card
+
+
+def test_a_ratio_alone_is_planned_within_its_bytes(text: Path, tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "small", "llama", num_hidden_layers=1, intermediate_size=96)
+    out = tmp_path / "out"
+    quick = QUICK[: QUICK.index("--rounds")]
+    command = [str(source), "--calibration", str(text), "--out", str(out), *quick, *NO_LIMIT]
+    assert cli.main([*command, "--ratio", "0.3"]) == EXIT_OK
+    report = from_json((out / "compot" / "report.json").read_text())
+    assert any("the plan spends" in fact for fact in report.facts) and report.frontier is not None
+    linears = [record for record in verify(out).matrices if ".layers." in record.name]
+    assert sum(record.bytes for record in linears) <= 0.7 * sum(record.plain_int4_bytes for record in linears)
+    assert {record.kind for record in linears} <= {"factorized", "quantized"}
 
 
 def test_nothing_but_the_folder_is_left(finished: Path) -> None:

@@ -30,6 +30,7 @@ from tests.reference_gguf import compressed, shared_change
 pytest.importorskip("xllamacpp", reason="llama.cpp's library is the extra llama")
 
 QUICK = ["--samples", "4", "--length", "32", "--evaluation-tokens", "128", "--rounds", "3"]
+PLANNED = QUICK[: QUICK.index("--rounds")]
 NO_LIMIT = ["--max-perplexity-ratio", "1e9"]
 
 
@@ -75,6 +76,7 @@ def test_a_model_becomes_a_gguf_folder(
     assert report.accuracy.export_exact.comparison.nmse < 1e-9
     if layout == "factorized":
         assert any(record.kind == "factorized" for record in verify(out).matrices)
+    assert any("no smaller" in fact for fact in report.facts) == (layout == "dense")
     assert cli.main(["check", str(out)]) == EXIT_OK
     capsys.readouterr()
     assert cli.main(["run", str(out), "-p", "the quick", "-n", "4"]) == EXIT_OK
@@ -123,7 +125,7 @@ def test_a_plan_is_written_to_the_byte(
     out = tmp_path / "out"
     bits = "2.6" if layout == "sparse" else "5"
     command = [str(model), "--format", "gguf", "--gguf-layout", layout, "--calibration", str(text)]
-    assert cli.main([*command, "--bits", bits, "--out", str(out), *QUICK, *NO_LIMIT]) == EXIT_OK
+    assert cli.main([*command, "--bits", bits, "--out", str(out), *PLANNED, *NO_LIMIT]) == EXIT_OK
     manifest = verify(out)
     said = re.search(r"the plan spends (\d+) of (\d+) bytes", " ".join(manifest.facts["notes"]))
     assert said is not None
@@ -213,7 +215,8 @@ def test_what_a_layout_cannot_do_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     command = [str(model), "--format", "gguf", "--calibration", str(text), "--out", str(tmp_path / "out")]
-    assert cli.main([*command, *flags, *QUICK]) == EXIT_BAD_INPUT
+    quick = PLANNED if "--bits" in flags else QUICK
+    assert cli.main([*command, *flags, *quick]) == EXIT_BAD_INPUT
     said = " ".join(capsys.readouterr().err.split())
     assert message in said and "Traceback" not in said
     assert not (tmp_path / "out").exists()

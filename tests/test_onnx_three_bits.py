@@ -191,5 +191,5 @@ def test_three_bits_are_packed_or_refused(model: CompressedModel) -> None:
     with pytest.raises(RecipeError, match="not 3"):
         EXPORTER.check(model.architecture, model.config, {"embedding": Grid(3, 32)}, PACKED)
     with pytest.raises(RecipeError, match="for 3-bit integers"):
-        Recipe(onnx_codes="packed")
-    assert Recipe(onnx_codes="packed", bits=3.0).planned
+        Recipe(onnx_codes="packed", allocation="spectral")
+    assert Recipe(onnx_codes="packed", bits=3.0).planned and Recipe(onnx_codes="packed").planned

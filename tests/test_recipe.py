@@ -83,3 +83,57 @@ def test_bits_per_factor_override_the_common_precision() -> None:
     assert recipe.dictionary_grid == Grid(8, 32)
     assert recipe.code_grid == Grid(4, 64)
     assert Recipe(quant="none").code_grid is None
+
+
+_ONE_FORM: list[dict[str, Any]] = [
+    {"dictionary_bits": 8},
+    {"code_bits": 2},
+    {"dictionary_group": 64},
+    {"code_group": 64},
+    {"atoms_per_nonzero": 3.0},
+    {"rounds": 5},
+    {"paper_exact": True},
+]
+
+
+@pytest.mark.parametrize("given", [{}, {"ratio": 0.6}, {"bits": 2.2}, {"size": "1MB"}, {"quant": "none"}])
+def test_every_budget_is_planned_unless_a_rule_is_named(given: dict[str, Any]) -> None:
+    assert Recipe(**given).planned and Recipe(**given).allocator == "knapsack"
+    if "bits" not in given and "size" not in given:
+        assert Recipe(allocation="spectral", **given).allocator == "spectral"
+        assert Recipe(allocation="uniform", **given).allocator == "uniform"
+        assert Recipe(**given).counting_atoms() == Recipe(allocation="spectral", **given)
+    else:
+        assert Recipe(**given).counting_atoms().planned
+
+
+@pytest.mark.parametrize("settled", [*_ONE_FORM, {"code_pattern": "2:4"}, {"method": "svd-llm"}])
+def test_a_form_that_is_settled_by_hand_leaves_a_ratio_to_the_paper(settled: dict[str, Any]) -> None:
+    recipe = Recipe(**settled)
+    assert not recipe.planned and recipe.allocator == "spectral"
+    (knob,) = settled
+    assert knob.replace("_", "-") in recipe.why_one_form
+
+
+@pytest.mark.parametrize(
+    "settled", [*_ONE_FORM, {"method": "svd-llm"}, {"method": "plain"}], ids=lambda given: next(iter(given))
+)
+@pytest.mark.parametrize("asked", [{"bits": 2.2}, {"size": "1MB"}, {"allocation": "knapsack"}])
+def test_a_settled_form_beside_a_plan_is_refused_by_both_names(
+    settled: dict[str, Any], asked: dict[str, Any]
+) -> None:
+    (knob,), (budget,) = settled, asked
+    with pytest.raises(RecipeError, match=f"--{knob.replace('_', '-')}.*--{budget}"):
+        Recipe(**settled, **asked)
+
+
+def test_a_pattern_is_one_more_form_for_a_plan_and_without_quantization_so_is_k_over_s() -> None:
+    assert Recipe(bits=2.2, code_pattern="2:4").planned
+    assert Recipe(quant="none", allocation="knapsack", atoms_per_nonzero=3.0).planned
+
+
+def test_a_dense_gguf_file_is_not_planned_by_a_ratio_and_others_are() -> None:
+    assert not Recipe(format=("gguf",)).planned
+    assert Recipe(format=("gguf",), gguf_layout="sparse").planned
+    assert Recipe(format=("gguf",), bits=4.5).planned
+    assert Recipe(format=("onnx", "gguf")).planned

@@ -73,7 +73,7 @@ def factorize(
         InputError: no batches, or one in which a linear never ran.
         RecipeError: a knob out of range, or a ratio that cannot be met.
     """
-    recipe = recipe_from_mapping(knobs, origin="factorize()")
+    recipe = recipe_from_mapping(knobs, origin="factorize()").counting_atoms()
     if recipe.method == "plain":
         raise RecipeError("factorize() with --method plain would factorise nothing: use compot or svd-llm.")
     if recipe.planned:
