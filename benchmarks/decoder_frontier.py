@@ -68,7 +68,7 @@ GRIDS = GridChoice({2: (32, 64, 128, 256), 3: (32, 64, 128, 256), 4: (32, 64, 12
 FLOATING = (0.4, 0.55, 0.7, 0.85)
 BUDGETS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.5)
 EVALUATION_TOKENS = 4096
-BY_WINDOW = "by window, perplexity too"
+BY_WINDOW = "by window, perplexity too, last choice on 4096 positions"
 
 DIVERGENCE = Score("divergence", "KL [nats per token]", higher=False, errors=2.0)
 """Two models that are two standard errors of their difference apart, paired by window of text, are not told apart."""

@@ -55,6 +55,9 @@ _EFFECT_POSITIONS: Final = 1024
 _EFFECT_LOGITS: Final = 32_000_000
 """Logits of the original that are kept for it, at most: 128 MB."""
 
+_FINAL: Final = 4
+"""Times as much text for the last choice among finished plans: they are few, and come close to each other."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -262,7 +265,7 @@ def carry_out(task: Task, plans: Sequence[Plan]) -> Outcome:
     notes = list(plans[0].notes)
     best = 0
     if len(plans) > 1:
-        effect = _Effect(task)
+        effect = _Effect(task, _FINAL)
         effects = [effect(StoredMatrices(files)) for files, _ in made]
         best = min(range(len(plans)), key=effects.__getitem__)
         notes.append(verdict(plans, effects))
@@ -420,12 +423,12 @@ def _facts(name: str, form: Form, error: float, whitening: Whitening) -> LinearF
 class _Effect:
     """KL divergence of the model with some matrices replaced, on the first calibration windows."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, times: int = 1) -> None:
         pickled = any(path.suffix == ".bin" for path in task.checkpoint.files)
         self._runner: TorchRunner = torch_runner(
             task.checkpoint.folder, device=task.device, allow_pickle=pickled
         )
-        positions = min(_EFFECT_POSITIONS, max(64, _EFFECT_LOGITS // task.checkpoint.vocabulary))
+        positions = times * min(_EFFECT_POSITIONS, max(64, _EFFECT_LOGITS // task.checkpoint.vocabulary))
         self._windows = []
         for window in task.windows.windows:
             if positions <= 0:
