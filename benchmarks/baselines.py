@@ -30,12 +30,10 @@ from torch import Tensor
 
 from compot_deploy.allocate import (
     ALLOCATIONS,
-    Allocator,
     MatrixSize,
     PaperStorage,
     Precision,
     Sparsity,
-    spectral,
 )
 from compot_deploy.exporters.ggml_types import GGML_TYPES
 from compot_deploy.factorize import METHODS, Alternation, Factors, singular_spectrum
@@ -57,13 +55,6 @@ LLAMA_TYPES: Final = (
 )  # fmt: skip
 LLAMA_FALLBACK: Final = ("Q2_K", "Q3_K", "Q4_K")
 """Types that are shown with llama.cpp's fallback as well; the others lie between them."""
-
-RULES: Final[Mapping[str, Allocator]] = {
-    "uniform": ALLOCATIONS["uniform"],
-    "spectral": ALLOCATIONS["spectral"],
-    "spectral by value": partial(spectral, per_byte=False),
-}
-"""How a ratio is spread without quantization; by value is the paper's rule to the letter."""
 
 _NF4_BLOCK: Final = 64
 _NF4_NESTED: Final = 256
@@ -309,7 +300,7 @@ def then_int4(linears: Linears, *, method: str, bits: float) -> Small:
 
 def floating(linears: Linears, *, method: str, rule: str, ratio: float, published: bool = True) -> Small:
     """Factorised in 16 bits, as the paper counts them; linears that do not gain stay as they are."""
-    allocation = RULES[rule](_sizes(linears), ratio=ratio, storage=STORAGE, sparsity=_sparsity(method))
+    allocation = ALLOCATIONS[rule](_sizes(linears), ratio=ratio, storage=STORAGE, sparsity=_sparsity(method))
     made = {}
     for name, choice in allocation.choices.items():
         weight = linears.weights[name]
@@ -326,7 +317,7 @@ def paper_row(ratios: Sequence[float], cospadi_ratios: Sequence[float]) -> tuple
     """The paper's comparison in kind: allocations and methods without quantization."""
     found = []
     for ratio in ratios:
-        for rule in RULES:
+        for rule in ALLOCATIONS:
             methods = [("svd-llm", "SVD-LLM", 15.0), ("compot", "COMPOT as published", 90.0)]
             if rule == "uniform" and ratio in cospadi_ratios:
                 methods.append(("cospadi", "CoSpaDi", 900.0))

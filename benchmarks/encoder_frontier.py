@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from baselines import LLAMA_TYPES, RULES, Baseline, Small, baselines, paper_row
+from baselines import LLAMA_TYPES, Baseline, Small, baselines, paper_row
 from encoder import Encoder
 from frontier import (
     MIXED,
@@ -50,7 +50,7 @@ from frontier import (
 )
 from torch import Tensor
 
-from compot_deploy.allocate import PaperStorage
+from compot_deploy.allocate import ALLOCATIONS, PaperStorage
 from compot_deploy.candidates import Realized, Search, content_key, curve, forms, realize
 from compot_deploy.plan import (
     Curve,
@@ -313,11 +313,11 @@ def paper_claims(points: Sequence[Point], ratios: Sequence[float], score: Score)
                 found.append(Comparison(f"{ratio:.0%}: {text}", one.bits, holds, f"{first} against {second}"))
 
         compot, svd = "COMPOT as published", "SVD-LLM"
-        for rule in RULES:
+        for rule in ALLOCATIONS:
             claim(f"COMPOT beats SVD-LLM, {rule}", f"{compot}, {rule}", f"{svd}, {rule}")
         for title in (svd, compot):
             claim(f"spectral beats uniform, {title}", f"{title}, spectral", f"{title}, uniform")
-        for rule in reversed(RULES):
+        for rule in reversed(ALLOCATIONS):
             claim(f"the knapsack beats {rule} COMPOT", "compot-deploy, knapsack", f"{compot}, {rule}")
         claim("the knapsack beats uniform CoSpaDi", "compot-deploy, knapsack", "CoSpaDi, uniform")
     return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Final
 
@@ -279,7 +280,10 @@ def spectral(
     return Allocation(MappingProxyType(choices_at(pool[low])), budget)
 
 
-ALLOCATIONS: Final[Mapping[str, Allocator]] = MappingProxyType({"uniform": uniform, "spectral": spectral})
+ALLOCATIONS: Final[Mapping[str, Allocator]] = MappingProxyType(
+    {"uniform": uniform, "spectral": spectral, "spectral by value": partial(spectral, per_byte=False)}
+)
+"""By name; by value is the paper's rule to the letter."""
 
 
 @dataclass(frozen=True)

@@ -476,7 +476,7 @@ def allocate(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, progress:
         return Plan(
             Allocation(plain, sum(sized.values())), recipe, ("nothing was factorised: --method plain",)
         )
-    spectral = recipe.allocator == "spectral"
+    spectral = recipe.allocator != "uniform"
     sizes = []
     for number, name in enumerate(names):
         if spectral:
@@ -602,7 +602,7 @@ def _notes_of_plan(recipe: Recipe, checkpoint: Checkpoint, plan: KnapsackPlan) -
 
 
 def _why_not_planned(recipe: Recipe) -> tuple[str, ...]:
-    """Where the paper's rule was nobody's explicit choice: what ruled a plan out, or what would be smaller."""
+    """Where the spectral rule was nobody's explicit choice: what ruled a plan out, or what would be smaller."""
     if recipe.allocation != "auto" or recipe.method != "compot":
         return ()
     if recipe.quant != "none" and multiplies_out(storage_of(recipe)):
@@ -613,9 +613,9 @@ def _why_not_planned(recipe: Recipe) -> tuple[str, ...]:
     if recipe.quant == "none" or recipe.quantizer == "bnb":
         return ()
     return (
-        f"{recipe.why_one_form} settles the form of every factorised matrix, so the ratio was spread by the paper's "
-        "rule, which counts atoms; without it, forms are chosen by their measured cost within the same bytes, plain "
-        "integers among them",
+        f"{recipe.why_one_form} settles the form of every factorised matrix, so the ratio was spread by singular "
+        "values, as with --allocation spectral; without it, each matrix gets the form that costs the model least for "
+        "its bytes, plain integers among them",
     )
 
 

@@ -115,7 +115,9 @@ class Recipe:
     )
     rounds: int = _knob(20, "alternations of coding and dictionary update (paper: 20)", unit="rounds")
     paper_exact: bool = _knob(
-        False, "stop where the paper stops: no least-squares dictionary, no re-fit of the codes"
+        False,
+        "stop where the paper stops: no least-squares dictionary, no re-fit of the codes, and a spectral "
+        "allocation that pools singular values as they are, not per byte",
     )
 
     # Calibration
@@ -234,7 +236,8 @@ class Recipe:
         """The rule that spreads the budget, with `auto` decided."""
         if self.planned:
             return "knapsack"
-        return "spectral" if self.allocation == "auto" else self.allocation
+        rule = "spectral" if self.allocation == "auto" else self.allocation
+        return "spectral by value" if rule == "spectral" and self.paper_exact else rule
 
     @property
     def size_bytes(self) -> int | None:

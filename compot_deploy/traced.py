@@ -437,7 +437,7 @@ def _compress(
     progress(0, len(linears) + 1, "Calibrate")
     grams, shared = grams_by_input(model, linears, batches)
     first_of = {name: first for first, names in shared.items() for name in names}
-    spectral = recipe.allocator == "spectral"
+    spectral = recipe.allocator != "uniform"
     sizes = []
     for name, module in linears.items():
         weight = weight_of(module).float()

@@ -77,9 +77,9 @@ def test_a_batch_may_be_read_in_pieces(finished: Path) -> None:
     torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
 
 
-def test_a_ratio_spread_by_the_papers_rule_says_what_ruled_a_plan_out(finished: Path) -> None:
+def test_a_ratio_spread_by_singular_values_says_what_ruled_a_plan_out(finished: Path) -> None:
     facts = json.loads((finished / "compot" / "report.json").read_text())["facts"]
-    (said,) = [fact for fact in facts if "the paper's rule" in fact]
+    (said,) = [fact for fact in facts if "--allocation spectral" in fact]
     assert said.startswith("--rounds settles the form")
 
 

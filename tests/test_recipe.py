@@ -108,9 +108,10 @@ def test_every_budget_is_planned_unless_a_rule_is_named(given: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("settled", [*_ONE_FORM, {"code_pattern": "2:4"}, {"method": "svd-llm"}])
-def test_a_form_that_is_settled_by_hand_leaves_a_ratio_to_the_paper(settled: dict[str, Any]) -> None:
+def test_a_form_that_is_settled_by_hand_leaves_a_ratio_to_singular_values(settled: dict[str, Any]) -> None:
     recipe = Recipe(**settled)
-    assert not recipe.planned and recipe.allocator == "spectral"
+    assert not recipe.planned
+    assert recipe.allocator == ("spectral by value" if recipe.paper_exact else "spectral")
     (knob,) = settled
     assert knob.replace("_", "-") in recipe.why_one_form
 

@@ -191,7 +191,7 @@ def _same_inputs(seen: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
 
 
 def _allocate(linears: Mapping[str, nn.Module], recipe: Recipe, storage: PackedStorage) -> Any:
-    spectral = recipe.allocator == "spectral"
+    spectral = recipe.allocator != "uniform"
     sizes = []
     for name, module in linears.items():
         weight = weight_of(module).float()
