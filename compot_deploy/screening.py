@@ -120,7 +120,7 @@ def _plain_forms(
     if not tolerance:
         return {form: measure(form, names) for form in listed}
     found: dict[Form, Mapping[str, float]] = {
-        form: measure(form, names) for form in listed if not any(_coarser(listed, form))
+        form: measure(form, names) for form in _first_plain(listed, alone[names[0]])
     }
     rounded: dict[tuple[str, Grid], float] = {}
 
@@ -130,14 +130,14 @@ def _plain_forms(
         return rounded[name, grid]
 
     def promised(form: Plain) -> float:
-        below = min(_coarser(found, form), key=lambda grid: grid.group)
-        assert form.grid is not None
+        grid, below = form.grid, min(_coarser(found, form), key=lambda grid: grid.group)
+        assert grid is not None  # what is not quantized was measured to begin with
         best = -math.inf
         for name in names:
             hull = lower_hull((alone[name][one], errors[name]) for one, errors in found.items())
             size = alone[name][form]
             if promise(0.0, size, hull) >= tolerance:  # else no error at all would be too little
-                gain = by_rounding(name, form.grid) / by_rounding(name, below)
+                gain = by_rounding(name, grid) / by_rounding(name, below)
                 best = max(best, promise(gain * found[Plain(below)][name], size, hull))
         return best
 
@@ -150,13 +150,35 @@ def _plain_forms(
     return found
 
 
+def _first_plain(listed: Sequence[Plain], prices: Prices) -> Iterator[Plain]:
+    """Of each number of bits the coarsest grid, which other inputs have too, and the smallest, if that is another.
+
+    A format may fill up a last group; then the coarsest grid is not the smallest.
+    """
+    for form in listed:
+        alike = [form, *(other for other in listed if other != form and _alike(other, form))]
+        smallest = min(alike, key=lambda one: (prices[one], -_group(one)))
+        if form in (smallest, max(alike, key=_group)):
+            yield form
+
+
 def _coarser(forms: Iterable[Form], form: Plain) -> Iterator[Grid]:
     """Grids among some forms that differ from that of a form in larger groups only."""
     for other in forms:
-        if isinstance(other, Plain) and other.grid is not None and form.grid is not None:
-            alike = replace(other.grid, group=form.grid.group) == form.grid
-            if alike and other.grid.group > form.grid.group:
-                yield other.grid
+        if isinstance(other, Plain) and _alike(other, form) and _group(other) > _group(form):
+            assert other.grid is not None
+            yield other.grid
+
+
+def _alike(one: Plain, two: Plain) -> bool:
+    """Whether two forms differ in the size of their groups at most."""
+    if one.grid is None or two.grid is None:
+        return one == two
+    return replace(one.grid, group=two.grid.group) == two.grid
+
+
+def _group(form: Plain) -> int:
+    return 0 if form.grid is None else form.grid.group
 
 
 def _factorised_forms(
