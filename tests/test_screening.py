@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tiny
 
-from compot_deploy import planning, settings
+from compot_deploy import plan_report, planning, settings
 from compot_deploy.candidates import Search, realize
 from compot_deploy.checkpoint import open_checkpoint
 from compot_deploy.cli import main
@@ -279,7 +279,7 @@ def test_the_same_numbers_are_measured_in_the_same_order() -> None:
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Curve], list[Curve], dict[str, float], int]:
-    """Curves of two inputs of the shipped model, all forms and coarse to fine, and how many forms were made."""
+    """Curves of q, k and v of the shipped model, all forms and coarse to fine, and how many forms were made."""
     work = tmp_path_factory.mktemp("work")
     checkpoint = open_checkpoint(MODEL)
     recipe = Recipe(bits=2.2, samples=16, length=64, search="full")
@@ -297,7 +297,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Curve], list[Cu
             known[key] = replace(realize(form, weights, *args, **kwargs), matrices={})
         return known[key]
 
-    inputs = [entry for entry in full.inputs if entry[0] == 1 and entry[1].name.startswith("attention")]
+    inputs = [entry for entry in full.inputs if entry[0] == 1 and entry[1].name == "attention_input"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "realize", realize_once)
         everything = [planning._curve(full, *entry) for entry in inputs]
@@ -387,8 +387,8 @@ def knobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-def _curves(out: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in out.parent.glob(".out.work-*/curve-*.json")}
+def _curves(out: Path) -> set[str]:
+    return {path.name for path in out.parent.glob(".out.work-*/curve-*.json")}
 
 
 def test_what_is_measured_depends_on_no_budget_and_a_stopped_search_goes_on(
@@ -397,10 +397,8 @@ def test_what_is_measured_depends_on_no_budget_and_a_stopped_search_goes_on(
     monkeypatch.setattr(settings, "_GROUPS", {2: (32, 64), 4: (16, 32, 64), 8: (64,)})
     straight, stopped, made = tmp_path / "one" / "out", tmp_path / "two" / "out", [0]
 
-    def plan(out: Path, *more: str) -> str:
-        flags = [f"--{key.replace('_', '-')}={value}" for key, value in knobs.items() if key != "model"]
-        assert main(["plan", knobs["model"], *flags, "--out", str(out), *more]) == 0
-        return capsys.readouterr().out
+    def plan(out: Path, **changes: Any) -> plan_report.Planned:
+        return plan_report.Planned("tiny", plan_only(Recipe(**{**knobs, "out": str(out), **changes})))
 
     def realize_and_stop(*args: Any, **kwargs: Any) -> Any:
         made[0] += 1
@@ -408,27 +406,30 @@ def test_what_is_measured_depends_on_no_budget_and_a_stopped_search_goes_on(
             raise KeyboardInterrupt
         return realize(*args, **kwargs)
 
-    coarse = json.loads(plan(straight, "--bits=2.0", "--json"))
-    counts = coarse["forms"]
-    measured = _curves(straight)
-    assert f"{counts['measured']} of {counts['listed']} forms" in plan(straight, "--bits=3.3")
-    assert _curves(straight) == measured  # no budget is looked at
+    first = plan(straight, bits=2.0)
+    coarse = json.loads(plan_report.as_json(first))
+    counts, measured = coarse["forms"], _curves(straight)
+    told = f"{counts['measured']} of {counts['listed']} forms"
+    assert any(told in line for line in plan_report.overview(first).lines)
 
     with monkeypatch.context() as patch:
         patch.setattr(planning, "realize", realize_and_stop)
         with pytest.raises(InterruptedRunError):
-            plan_only(Recipe(**knobs, bits=3.3, out=str(stopped)))
+            plan(stopped, bits=3.3)
     assert 0 < len(_curves(stopped)) < len(measured)
-    assert json.loads(plan(stopped, "--bits=2.0", "--json")) == coarse
-    assert set(_curves(stopped)) == set(measured)
+    assert json.loads(plan_report.as_json(plan(stopped, bits=2.0))) == coarse  # begun for another budget
+    assert _curves(stopped) == measured
 
     # All forms of the same inputs are another measurement, beside it.
-    full = json.loads(plan(straight, "--bits=2.0", "--json", "--search=full"))
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in knobs.items() if key != "model"]
+    flags += ["--search=full", "--bits=2.0", "--json", "--out", str(straight)]
+    assert main(["plan", knobs["model"], *flags]) == 0
+    full = json.loads(capsys.readouterr().out)
     assert full["forms"] == {"measured": counts["listed"], "listed": counts["listed"]}
     assert counts["measured"] < counts["listed"]
-    assert full["notes"] == [] and "--search full" in coarse["notes"][0]
+    assert full["notes"] == [] and told in coarse["notes"][0] and "--search full" in coarse["notes"][0]
     assert full["predicted_loss"] <= coarse["predicted_loss"]
-    assert set(measured) < set(_curves(straight)) and len(_curves(straight)) == 2 * len(measured)
+    assert measured < _curves(straight) and len(_curves(straight)) == 2 * len(measured)
 
 
 def test_large_models_are_searched_coarse_to_fine_unless_told_otherwise(
