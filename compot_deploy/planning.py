@@ -345,7 +345,13 @@ def _measure(task: Task, weights: Mapping[str, Tensor], whitening: Whitening) ->
 
     def nearest(name: str, grid: Grid) -> float:
         some = weights[name][:, :: -(-weights[name].shape[1] // _ROUNDED_OUTPUTS)]
-        return whitening.error(some, rtn(some, None, grid).dequantize()) ** 2
+        inputs, columns = some.shape
+        # Nothing passes from group to group: they are laid side by side and rounded in one go.
+        shape = grid.groups(inputs), grid.group, columns
+        whole = torch.nn.functional.pad(some, (0, 0, 0, shape[0] * shape[1] - inputs)).view(shape)
+        beside = rtn(whole.transpose(0, 1).flatten(1), None, grid).dequantize()
+        rounded = beside.view(grid.group, shape[0], columns).transpose(0, 1).flatten(0, 1)
+        return whitening.error(some, rounded[:inputs]) ** 2
 
     alone = {name: listed(weight) for name, weight in weights.items()}
     together: dict[Form, int] = {}

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 
 from compot_deploy import plan_report, planning, settings
+from compot_deploy.allocate import PaperStorage
 from compot_deploy.candidates import Search, realize
 from compot_deploy.checkpoint import open_checkpoint
 from compot_deploy.cli import main
@@ -22,7 +24,8 @@ from compot_deploy.embedded import MODEL
 from compot_deploy.errors import InterruptedRunError
 from compot_deploy.joint import Level
 from compot_deploy.pipeline import plan_only
-from compot_deploy.plan import Curve, Form, Joint, Plain, knapsack, smallest_bytes
+from compot_deploy.plan import Curve, Form, GridChoice, Joint, Plain, knapsack, smallest_bytes
+from compot_deploy.quant import rtn
 from compot_deploy.recipe import Recipe
 from compot_deploy.screening import (
     Measured,
@@ -35,8 +38,9 @@ from compot_deploy.screening import (
 )
 from compot_deploy.settings import search_of, storage_of
 from compot_deploy.texts import calibration_windows
-from compot_deploy.tokens import load_tokenizer
+from compot_deploy.tokens import TokenWindows, load_tokenizer
 from compot_deploy.weights import Grid, Pattern
+from compot_deploy.whiten import whiten
 
 GRIDS = [Plain(Grid(bits, group)) for bits in (2, 3, 4, 8) for group in (16, 32, 64, 128)]
 GRID = Grid(4, 32)
@@ -116,6 +120,8 @@ def test_a_hull_is_below_every_point_and_made_of_them() -> None:
     assert all(height(hull, size) <= error + 1e-12 for size, error in points)
     assert hull == sorted(hull) and [error for _, error in hull] == sorted((e for _, e in hull), reverse=True)
     assert math.isinf(height(hull, hull[0][0] - 1)) and height(hull, 1000) == min(e for _, e in points)
+    slopes = [(after - before) / (high - low) for (low, before), (high, after) in pairwise(hull)]
+    assert slopes == sorted(slopes)
     for (low, before), (high, after) in pairwise(hull):
         assert height(hull, (low + high) / 2) == pytest.approx((before + after) / 2)
 
@@ -311,6 +317,36 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Curve], list[Cu
     return everything, some, effects, weights
 
 
+def test_the_error_of_rounding_to_nearest_is_that_of_the_quantizer_of_that_name(tmp_path: Path) -> None:
+    """For predictions all groups are rounded side by side, a short last one included, on some of the outputs."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(200, 300, generator=generator)
+    inputs = torch.randn(400, 200, generator=generator) @ torch.randn(200, 200, generator=generator)
+    whitening = whiten((inputs.T @ inputs).double())
+    search = Search(GridChoice({3: (16, 32, 128)}), rates=(), sparse=(), tolerance=0.01)
+    task = planning.Task(open_checkpoint(MODEL), TokenWindows((), "", ""), tmp_path, PaperStorage(), search)
+    seen: dict[Grid, float] = {}
+
+    def look(alone: Mapping[str, Mapping[Form, int]], *args: Any, nearest: Any, **kwargs: Any) -> Measured:
+        seen.update(
+            {
+                form.grid: nearest("w", form.grid)
+                for form in alone["w"]
+                if isinstance(form, Plain) and form.grid
+            }
+        )
+        return Measured({}, {})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "screen", look)
+        planning._measure(task, {"w": weight}, whitening)
+    some = weight[:, ::3]
+    assert len(seen) == 3
+    for grid, error in seen.items():
+        expected = whitening.error(some, rtn(some, None, grid).dequantize()) ** 2
+        assert error == pytest.approx(expected, rel=1e-6)
+
+
 def test_plans_of_a_coarse_search_lose_a_few_percent_at_most(
     real: tuple[list[Curve], list[Curve], dict[str, float], int],
 ) -> None:
@@ -429,6 +465,7 @@ def test_what_is_measured_depends_on_no_budget_and_a_stopped_search_goes_on(
     assert counts["measured"] < counts["listed"]
     assert full["notes"] == [] and told in coarse["notes"][0] and "--search full" in coarse["notes"][0]
     assert full["predicted_loss"] <= coarse["predicted_loss"]
+    assert len(list(straight.parent.glob(".out.work-*"))) == 1
     assert measured < _curves(straight) and len(_curves(straight)) == 2 * len(measured)
 
 
