@@ -112,9 +112,11 @@ class Bench:
 # -- curves as numbers ---------------------------------------------------------------------------------
 
 
-def test_a_hull_is_below_every_point_and_made_of_them() -> None:
-    chance = random.Random(1)
-    points = [(chance.randrange(100), chance.random()) for _ in range(60)]
+@pytest.mark.parametrize("seed", range(8))
+def test_a_hull_is_below_every_point_and_made_of_them(seed: int) -> None:
+    chance = random.Random(seed)
+    sizes = [chance.randrange(1, 100) for _ in range(60)]
+    points = [(size, chance.uniform(1.0, 1.3) / size) for size in sizes]
     hull = lower_hull(points)
     assert set(hull) <= set(points)
     assert all(height(hull, size) <= error + 1e-12 for size, error in points)
