@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import torch
@@ -43,6 +43,8 @@ class Search:
         unquantized: whether a matrix may stay as it is.
         floating: sizes of factorised forms in floating point, as parts of the unquantized matrix.
         floating_per_kept: k/s of those.
+        tolerance: by which part a form must promise to lie below the lower hull of the measured ones to be
+            measured as well, see `compot_deploy.screening`; 0 measures all.
     """
 
     grids: GridChoice
@@ -56,6 +58,7 @@ class Search:
     unquantized: bool = False
     floating: tuple[float, ...] = ()
     floating_per_kept: float = 2.0
+    tolerance: float = field(default=0.0, repr=False)  # not in names of what no tolerance has a say in
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,7 @@ def curve(
     together: Sequence[tuple[Form, Mapping[str, float]]],
     sizes: Mapping[str, tuple[int, int]],
     storage: Storage,
+    unmeasured: int = 0,
 ) -> Curve:
     """Priced candidates from measured errors.
 
@@ -202,6 +206,7 @@ def curve(
         together: shared form and the squared error of each.
         sizes: (in, out) of each.
         storage: what a leaf costs.
+        unmeasured: how many forms were listed and not measured.
     """
     inputs = sizes[names[0]][0]
     outputs = sum(sizes[name][1] for name in names)
@@ -215,6 +220,7 @@ def curve(
             Candidate(form, form.bytes(inputs, outputs, storage), tuple(errors[name] for name in names))
             for form, errors in together
         ),
+        unmeasured,
     )
 
 

@@ -41,7 +41,7 @@ from compot_deploy.exporters.staging import check_target, staged_folder
 from compot_deploy.factorize import singular_spectrum
 from compot_deploy.footprint import fit_size, predicted_bytes
 from compot_deploy.judging import Deployment, gate_of, judge_folder, write_report
-from compot_deploy.plan import InMemory, Joint, Plain, plain_plan, smallest_bytes
+from compot_deploy.plan import Curve, InMemory, Joint, Plain, plain_plan, smallest_bytes
 from compot_deploy.plan import Plan as KnapsackPlan
 from compot_deploy.plan_report import frontier_of
 from compot_deploy.planning import (
@@ -53,6 +53,7 @@ from compot_deploy.planning import (
     importances,
     measure_curves,
     measure_effects,
+    notes_on,
     verdict,
 )
 from compot_deploy.progress import Progress, silent
@@ -283,6 +284,7 @@ def _compress_as_planned(
     model = _model(recipe, checkpoint, outcome.files, work)
     notes = (
         *_notes_of_plan(recipe, checkpoint, outcome.plan),
+        *notes_on(drafted.curves),
         *outcome.notes,
         *_notes(drafted.task.windows, outcome.facts),
     )
@@ -323,10 +325,11 @@ def draft(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progress
     sizes = {name: shape_of(checkpoint, name) for name in names}
 
     def predict(plan: KnapsackPlan) -> int:
-        notes = _notes_of_plan(recipe, checkpoint, plan)
+        notes = (*_notes_of_plan(recipe, checkpoint, plan), *notes_on(curves))
         notes += (verdict((plan,) * 3, (0.12345,) * 3), *windows.notes) if plan.chosen else windows.notes
         return predicted_bytes(recipe, checkpoint, plan, windows, evaluation, notes)
 
+    curves: tuple[Curve, ...] = ()  # none measured yet
     plain = plain_plan(sizes, recipe.dictionary_grid, storage)
     budget = budget_of(recipe, checkpoint, task.storage, predict(plain) - plain.bytes)
     collect_grams(task)

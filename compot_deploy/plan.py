@@ -123,11 +123,13 @@ class Curve:
         names: of the matrices.
         alone: candidates of each matrix for itself, in the order of `names`.
         together: candidates that cover all of them with one dictionary; none for a single matrix.
+        unmeasured: how many forms were on the list and promised too little to be measured.
     """
 
     names: tuple[str, ...]
     alone: tuple[tuple[Candidate, ...], ...]
     together: tuple[Candidate, ...] = ()
+    unmeasured: int = 0
 
     def __post_init__(self) -> None:
         if len(self.alone) != len(self.names):

@@ -20,7 +20,7 @@ from compot_deploy.plan import (
     frontier,
     smallest_bytes,
 )
-from compot_deploy.planning import Draft, name_of
+from compot_deploy.planning import Draft, counted, name_of, notes_on
 from compot_deploy.report_facts import Frontier, FrontierPoint
 from compot_deploy.weights import Grid
 
@@ -108,7 +108,7 @@ def overview(planned: Planned) -> Overview:
             f"{name[0].upper()}{name[1:]} within the same budget takes {other.bytes:,} bytes and has a predicted "
             f"loss of {other.loss:.3g}; it is measured on the model beside the plan before one is exported."
         )
-    lines += [f"{note[0].upper()}{note[1:]}." for note in plan.notes]
+    lines += [f"{note[0].upper()}{note[1:]}." for note in (*notes_on(draft.curves), *plan.notes)]
     return Overview(
         title=f"Plan for {planned.model}",
         columns=("linears", "choice", "error", "loss", "bytes", "plain int4"),
@@ -128,7 +128,8 @@ def as_json(planned: Planned) -> str:
         "predicted_artifact_bytes": planned.artifact_bytes,
         "tensor_memory_bytes": planned.tensor_memory_bytes,
         "predicted_loss": plan.loss,
-        "notes": list(plan.notes),
+        "notes": [*notes_on(draft.curves), *plan.notes],
+        "forms": dict(zip(("measured", "listed"), counted(draft.curves), strict=True)),
         "chosen": [
             {
                 "linears": list(entry.names),

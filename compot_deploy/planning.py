@@ -42,11 +42,12 @@ from compot_deploy.plan import (
     smallest_bytes,
 )
 from compot_deploy.progress import Progress, silent
-from compot_deploy.quant import QUANTIZERS
+from compot_deploy.quant import QUANTIZERS, rtn
 from compot_deploy.runners import TorchRunner, torch_runner
+from compot_deploy.screening import screen
 from compot_deploy.store import StoredMatrices, block_weights, save_matrices, write_tensors, write_text
 from compot_deploy.tokens import TokenWindows
-from compot_deploy.weights import Matrix, Storage
+from compot_deploy.weights import Grid, Matrix, Storage
 from compot_deploy.whiten import Whitening, whiten
 
 _EFFECT_POSITIONS: Final = 1024
@@ -57,6 +58,9 @@ _EFFECT_LOGITS: Final = 32_000_000
 
 _FINAL: Final = 4
 """Times as much text for the last choice among finished plans: they are few, and come close to each other."""
+
+_ROUNDED_OUTPUTS: Final = 128
+"""Outputs that are rounded to nearest to predict what finer groups bring: evenly spread, at most so many."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,23 @@ def measure_curves(task: Task) -> tuple[Curve, ...]:
     return tuple(curves)
 
 
+def counted(curves: Sequence[Curve]) -> tuple[int, int]:
+    """How many forms of all matrices were measured, and how many were listed."""
+    measured = sum(sum(map(len, one.alone)) + len(one.together) for one in curves)
+    return measured, measured + sum(one.unmeasured for one in curves)
+
+
+def notes_on(curves: Sequence[Curve]) -> tuple[str, ...]:
+    """That not every form was measured, where it is so: a fact that a report must state."""
+    measured, listed = counted(curves)
+    if measured == listed:
+        return ()
+    return (
+        f"{measured} of {listed} forms of the linears were measured, from coarse to fine; the others promised too "
+        "little beside them. --search full measures all",
+    )
+
+
 def measure_effects(task: Task) -> dict[str, float]:
     """What a unit of squared relative error of each linear costs the model, in nats per token.
 
@@ -305,37 +326,55 @@ def _curve(task: Task, layer: int, shared: SharedInput) -> Curve:
         [(form_from_data(form), errors) for form, errors in stored["together"]],
         sizes,
         task.storage,
+        stored.get("unmeasured", 0),
     )
 
 
 def _measure(task: Task, weights: Mapping[str, Tensor], whitening: Whitening) -> dict[str, Any]:
-    quantizer = QUANTIZERS[task.quantizer]
+    outputs = sum(weight.shape[1] for weight in weights.values())
 
-    def errors(form: Form, covered: Mapping[str, Tensor]) -> Mapping[str, float]:
-        return realize(form, covered, whitening, task.search, quantizer=quantizer).errors
+    def listed(weight: Float[Tensor, "inputs outputs"]) -> dict[Form, int]:
+        inputs, columns = weight.shape
+        tried = forms(weight, whitening, task.storage, task.search)
+        return {form: form.bytes(inputs, columns, task.storage) for form in tried}
 
-    tried = {name: forms(weight, whitening, task.storage, task.search) for name, weight in weights.items()}
-    # An output of a plain grid is quantized for itself: matrices of one input are done side by side, in one pass.
-    plain = {form: errors(form, weights) for form in next(iter(tried.values())) if isinstance(form, Plain)}
-    alone = {
-        name: [
-            (
-                form_to_data(form),
-                (plain[form] if isinstance(form, Plain) else errors(form, {name: weight}))[name],
-            )
-            for form in tried[name]
-        ]
-        for name, weight in weights.items()
-    }
-    together = []
+    def errors(form: Form, names: Sequence[str]) -> Mapping[str, float]:
+        # An output of a plain grid is quantized for itself: matrices of one input are done side by side, in one pass.
+        covered = {name: weights[name] for name in names}
+        return realize(form, covered, whitening, task.search, quantizer=QUANTIZERS[task.quantizer]).errors
+
+    def nearest(name: str, grid: Grid) -> float:
+        some = weights[name][:, :: -(-weights[name].shape[1] // _ROUNDED_OUTPUTS)]
+        inputs, columns = some.shape
+        # Nothing passes from group to group: they are laid side by side and rounded in one go.
+        shape = grid.groups(inputs), grid.group, columns
+        whole = torch.nn.functional.pad(some, (0, 0, 0, shape[0] * shape[1] - inputs)).view(shape)
+        beside = rtn(whole.transpose(0, 1).flatten(1), None, grid).dequantize()
+        rounded = beside.view(grid.group, shape[0], columns).transpose(0, 1).flatten(0, 1)
+        return whitening.error(some, rounded[:inputs]) ** 2
+
+    alone = {name: listed(weight) for name, weight in weights.items()}
+    together: dict[Form, int] = {}
     if len(weights) > 1:
-        whole = torch.cat(list(weights.values()), dim=1)
-        together = [
-            (form_to_data(form), errors(form, weights))
-            for form in forms(whole, whitening, task.storage, task.search)
-            if isinstance(form, Joint)
-        ]
-    return {"alone": alone, "together": together}
+        everything = listed(torch.cat(list(weights.values()), dim=1))
+        together = {form: size for form, size in everything.items() if isinstance(form, Joint)}
+    measured = screen(
+        alone,
+        together,
+        {name: weight.shape[1] / outputs for name, weight in weights.items()},
+        tolerance=task.search.tolerance,
+        measure=errors,
+        nearest=nearest,
+    )
+    known = sum(map(len, measured.alone.values())) + len(measured.together)
+    return {
+        "alone": {
+            name: [(form_to_data(form), error) for form, error in found.items()]
+            for name, found in measured.alone.items()
+        },
+        "together": [(form_to_data(form), found) for form, found in measured.together.items()],
+        "unmeasured": sum(map(len, alone.values())) + len(together) - known,
+    }
 
 
 def _make(task: Task, plan: Plan) -> tuple[dict[str, Path], tuple[LinearFacts, ...]]:
@@ -466,7 +505,8 @@ def _coarseness(form: Plain) -> tuple[int, int]:
 
 
 def _content(task: Task, weights: Mapping[str, Tensor], whitening: Whitening) -> str:
-    digest = hashlib.sha256(repr((VERSION, task.search, task.storage, task.quantizer)).encode())
+    tolerance = (task.search.tolerance,) if task.search.tolerance else ()
+    digest = hashlib.sha256(repr((VERSION, task.search, task.storage, task.quantizer, *tolerance)).encode())
     for value in (*weights.values(), whitening.factor):
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

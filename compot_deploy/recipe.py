@@ -102,6 +102,11 @@ class Recipe:
         "atoms of one form, for --ratio; auto is knapsack, and spectral where the form is settled by hand "
         "(--method, --code-bits, --rounds and the like) or by the format",
     )
+    search: Literal["auto", "full", "coarse"] = _knob(
+        "auto",
+        "which forms a plan measures: full is all of them, coarse those that promise to lie 3 % below the error of "
+        "what was measured before; auto is coarse above 30 million weights in the linears",
+    )
     quantizer: Literal["gptq", "rtn", "bnb"] = _knob(
         "gptq", "how factors are quantized; bnb is bitsandbytes, with --quant nf4, fp4 or int8"
     )

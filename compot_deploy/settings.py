@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Final
 
 import torch
@@ -142,8 +142,28 @@ _GROUPS: Final = {
 """Groups that are tried, by bits. Scales of groups of 128 are 6 % of the bytes at 2 bits, half of that at 4."""
 
 
+_MEASURE_ALL: Final = 30_000_000
+"""Weights of all linears up to which every form is measured: it takes 20 minutes on one core of a CPU at most, and
+a plan of few matrices needs all sizes to fill its budget with."""
+
+_TOLERANCE: Final = 0.03
+"""Of larger models: a form is measured if it promises to lie 3 % below what was measured before. See LOG.md."""
+
+
 def search_of(recipe: Recipe, checkpoint: Checkpoint) -> Search:
-    """Which forms are tried: every grid that the format takes, or floating point without quantization.
+    """Which forms are listed, and by how much one must promise to be better to be measured."""
+    return replace(_listed(recipe, checkpoint), tolerance=_tolerance(recipe, checkpoint))
+
+
+def _tolerance(recipe: Recipe, checkpoint: Checkpoint) -> float:
+    if recipe.search != "auto":
+        return _TOLERANCE if recipe.search == "coarse" else 0.0
+    names = checkpoint.architecture.linear_names(checkpoint.layers)
+    return _TOLERANCE if sum(math.prod(shape_of(checkpoint, name)) for name in names) > _MEASURE_ALL else 0.0
+
+
+def _listed(recipe: Recipe, checkpoint: Checkpoint) -> Search:
+    """Which forms are listed: every grid that the format takes, or floating point without quantization.
 
     Forms with sparse codes are tried only where the format stores them in fewer bytes than dense ones: those
     of --code-pattern, and the strongest of a whole column.

@@ -63,7 +63,7 @@ def work_folder(recipe: Recipe, checkpoint: Checkpoint) -> Path:
     if recipe.planned:
         # Measurements serve every budget; what a plan makes of them is named after the plan.
         decisive = {key: value for key, value in decisive.items() if key not in _BUDGETS}
-        del decisive["sequential"]
+        del decisive["sequential"], decisive["search"]
         decisive["allocation"] = recipe.allocator  # asked for by name or not
     # Judging on a file instead of on the end of the calibration text leaves more to calibrate on.
     decisive["held out"] = recipe.evaluation is None

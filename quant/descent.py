@@ -48,7 +48,7 @@ def descend(
         # Anew in every sweep, so within one only the inputs that are still to come have to be kept up to date.
         spread = scales.repeat_interleave(grid.group, dim=0)[:inputs]
         gradient = symmetric @ (target - integers * spread)
-        changed = False
+        changed = torch.zeros((), dtype=torch.bool, device=integers.device)
         for position, first in enumerate(range(0, inputs, grid.group)):
             last = min(first + grid.group, inputs)
             rows = slice(first, last)
@@ -66,23 +66,25 @@ def descend(
             for start in range(first, last, block):
                 stop = min(start + block, last)
                 inside, rest = slice(start, stop), slice(stop, last)
-                earlier = integers[inside].clone() if stop < last else None
-                for row in range(start, stop):
+                earlier = integers[inside].clone()
+                held = earlier * fitted
+                # Few operations a row: on a GPU their number is what a sweep costs.
+                parts = (integers[inside], earlier, held, gradient[inside], curvature[inside])
+                rowwise = zip(*(part.unbind() for part in parts), strict=True)
+                for row, (now, was, value, pull, curved) in enumerate(rowwise, start):
                     if not free[row]:
                         continue
-                    ideal = integers[row] * fitted + gradient[row] / curvature[row]
-                    chosen = round_to_grid(ideal, fitted, grid)
+                    ideal = torch.addcdiv(value, pull, curved)
+                    chosen = round_to_grid(ideal, fitted, grid, out=now)
                     if support is not None:
-                        chosen = torch.where(support[row], chosen, 0.0)
-                    move = (chosen - integers[row]) * fitted
+                        chosen.mul_(support[row])
+                    move = (chosen - was).mul_(fitted)
                     gradient[row + 1 : stop] -= symmetric[row + 1 : stop, row, None] * move
-                    integers[row] = chosen
-                if earlier is not None:
+                if stop < last:
                     gradient[rest] -= symmetric[rest, inside] @ ((integers[inside] - earlier) * fitted)
             moves = integers[rows] * fitted - before
-            if bool(moves.any()):
-                changed = True
-                gradient[last:] -= symmetric[last:, rows] @ moves
-        if not changed:
+            changed |= moves.any()
+            gradient[last:] -= symmetric[last:, rows] @ moves
+        if not bool(changed):  # asked once a sweep: a GPU has to be waited for
             break
     return Quantized(integers.to(torch.int8), scales.half(), grid)

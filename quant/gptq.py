@@ -73,18 +73,20 @@ def gptq(
     scales = torch.empty((grid.groups(inputs), work.shape[1]), dtype=torch.float16, device=work.device)
     scale = torch.ones(work.shape[1], dtype=torch.float64, device=work.device)
     for start, stop in _blocks(inputs, grid.group, block):
-        errors = torch.empty_like(work[start:stop])
-        for row in range(start, stop):
+        errors, chosen = torch.empty_like(work[start:stop]), torch.empty_like(work[start:stop])
+        # Few operations a row: on a GPU their number is what it all costs.
+        parts = (work[start:stop], errors, chosen, upper.diagonal()[start:stop])
+        rowwise = zip(*(part.unbind() for part in parts), strict=True)
+        for row, (wanted, error, rounded, pivot) in enumerate(rowwise, start):
             if row % grid.group == 0:
                 # Everything in front is applied by now: a group begins with its block, or lies inside it.
                 group = slice(row, min(row + grid.group, inputs))
                 scale = search_scales(work[group], grid, cost[group])
                 scales[row // grid.group] = scale.half()
-            rounded = round_to_grid(work[row], scale, grid)
-            integers[row] = rounded.to(torch.int8)
-            error = (work[row] - rounded * scale) / upper[row, row]
-            errors[row - start] = error
+            round_to_grid(wanted, scale, grid, out=rounded)
+            torch.div(wanted - rounded * scale, pivot, out=error)
             work[row + 1 : stop] -= upper[row, row + 1 : stop, None] * error
+        integers[start:stop] = chosen
         work[stop:] -= upper[start:stop, stop:].T @ errors
     return descend(Quantized(integers, scales, grid), weight, gram, sweeps=sweeps, block=block)
 

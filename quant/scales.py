@@ -6,6 +6,7 @@ should point to the side of the larger weights: the sign of the scale turns it, 
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import torch
@@ -28,10 +29,21 @@ _LARGEST: Final = torch.finfo(torch.float16).max
 
 
 def round_to_grid(
-    weight: Float[Tensor, "*rows outputs"], scale: Float[Tensor, "*ones outputs"], grid: Grid
+    weight: Float[Tensor, "*rows outputs"],
+    scale: Float[Tensor, "*ones outputs"],
+    grid: Grid,
+    *,
+    out: Float[Tensor, "*rows outputs"] | None = None,
 ) -> Float[Tensor, "*rows outputs"]:
-    """The integers nearest to ``weight / scale``, still floating; ties go to the even one."""
-    return (weight / scale).round_().clamp_(grid.lowest, grid.highest)
+    """The integers nearest to ``weight / scale``, still floating; ties go to the even one.
+
+    Args:
+        weight: what to round.
+        scale: of each output.
+        grid: bits.
+        out: where to put them; None makes a new tensor.
+    """
+    return torch.div(weight, scale, out=out).round_().clamp_(grid.lowest, grid.highest)
 
 
 def search_scales(
@@ -64,16 +76,23 @@ def search_scales(
         )
     best = torch.ones_like(base)
     best_error = _error(group, torch.zeros_like(group), importance)  # what rounding all to zero costs
-    for factor in _FACTORS[grid.bits]:
-        for sign in (1.0, -1.0):
-            best, best_error = _better(group, base * (sign * factor), grid, importance, best, best_error)
+    factors = [sign * factor for factor in _FACTORS[grid.bits] for sign in (1.0, -1.0)]
+    tried = _stored(base * torch.tensor(factors, dtype=base.dtype, device=base.device)[:, None])
+    for scale in tried.unbind():
+        best, best_error = _better(group, scale, grid, importance, best, best_error)
     for _ in range(_REFITS):
         integers = round_to_grid(group, best, grid)
         weighted = integers if importance is None else integers * importance[:, None]
         energy = (weighted * integers).sum(0)
         fitted = torch.where(energy > 0, (weighted * group).sum(0) / energy.clamp_min(1e-300), best)
-        best, best_error = _better(group, fitted, grid, importance, best, best_error)
+        best, best_error = _better(group, _stored(fitted), grid, importance, best, best_error)
     return best
+
+
+def _stored(scale: Float[Tensor, "*scales outputs"]) -> Float[Tensor, "*scales outputs"]:
+    """As float16 holds them; NaN, which never wins, for those below the smallest."""
+    stored = scale.half().to(scale.dtype)
+    return stored.masked_fill_(stored == 0, math.nan)
 
 
 def _error(
@@ -87,14 +106,12 @@ def _error(
 
 def _better(
     group: Float[Tensor, "rows outputs"],
-    scale: Float[Tensor, " outputs"],
+    stored: Float[Tensor, " outputs"],
     grid: Grid,
     importance: Float[Tensor, " rows"] | None,
     best: Float[Tensor, " outputs"],
     best_error: Float[Tensor, " outputs"],
 ) -> tuple[Float[Tensor, " outputs"], Float[Tensor, " outputs"]]:
-    stored = scale.half().to(scale.dtype)
-    stored = torch.where(stored == 0, best, stored)  # below the smallest float16
     error = _error(group, round_to_grid(group, stored, grid).mul_(stored), importance)
     wins = error < best_error
     return torch.where(wins, stored, best), torch.where(wins, error, best_error)
