@@ -17,6 +17,7 @@ PURE = (
     "factorize",
     "quantize_factors",
     "allocate",
+    "screening",
     "measures",
     "architectures",
 )
