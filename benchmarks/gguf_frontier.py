@@ -426,7 +426,7 @@ def main() -> None:
         f"tokens; calibrated on {arguments.samples} windows. The embedding has 8 bits in all files. *Widened*: zeros "
         "appended to rows that do not split into blocks of 256, not counted as bytes; o_proj keeps its rows and falls "
         "back as llama.cpp does. Speeds: median of ratios in one process, quartiles in brackets. "
-        "Ratios are spread by the paper's rule (`--allocation spectral`). "
+        "Ratios are spread by singular values (`--allocation spectral`). "
         "Made by `benchmarks/gguf_frontier.py`."
     )
     if laboratory.numbers < 20_000_000:

@@ -48,6 +48,7 @@ from compot_deploy.planning import (
     Draft,
     Task,
     carry_out,
+    check_budget,
     choose,
     collect_grams,
     importances,
@@ -333,6 +334,8 @@ def draft(recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progress
     plain = plain_plan(sizes, recipe.dictionary_grid, storage)
     budget = budget_of(recipe, checkpoint, task.storage, predict(plain) - plain.bytes)
     collect_grams(task)
+    if recipe.size_bytes is None:
+        check_budget(task, budget)
     curves = measure_curves(task)
     effects = measure_effects(task)
     size = recipe.size_bytes

@@ -341,6 +341,14 @@ def knapsack(curves: Sequence[Curve], budget: int, weights: Mapping[str, float] 
     return _Problem.of(curves, weights).plans([budget])[0]
 
 
+def too_little(budget: int, smallest: int) -> RecipeError:
+    """What is said of a budget below what the smallest forms need."""
+    return RecipeError(
+        f"A budget of {budget} bytes for the linears cannot be met: the smallest forms of all of them need "
+        f"{smallest} bytes. Allow at least that."
+    )
+
+
 def plain_plan(sizes: Mapping[str, tuple[int, int]], grid: Grid | None, storage: Storage) -> Plan:
     """Every matrix on one grid, whatever that costs in accuracy."""
     form = Plain(grid)
@@ -415,10 +423,7 @@ class _Problem:
         """The plan of each budget; one table of the dynamic programming serves them all."""
         for budget in budgets:
             if budget < self.smallest:
-                raise RecipeError(
-                    f"A budget of {budget} bytes for the linears cannot be met: the smallest forms of all of "
-                    f"them need {self.smallest} bytes. Allow at least that."
-                )
+                raise too_little(budget, self.smallest)
         tight = [budget for budget in budgets if budget < self.most]
         table = _Table(self.items, max(tight) // self.unit, self.unit) if tight else None
         plans = []

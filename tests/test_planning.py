@@ -292,6 +292,31 @@ def test_a_ratio_is_a_budget_too_and_what_is_made_is_never_worse_than_plain_grid
     assert set(outcome.files) == set(drafted.sizes)
 
 
+@pytest.mark.parametrize("bits", [0.3, 1.9])
+def test_a_budget_that_is_too_small_is_refused_before_a_form_is_measured(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: float
+) -> None:
+    """And with the figure that measured forms would have given; one that is not too small goes on."""
+    recipe = Recipe(model=str(model), calibration=str(text), bits=bits, out=str(tmp_path / "out"), **SETTINGS)
+    listed: list[str] = []
+    listing = planning._listed
+    monkeypatch.setattr(
+        planning, "_listed", lambda task, *rest: (listed.append("1"), listing(task, *rest))[1]
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "realize", lambda *_, **__: pytest.fail("a form was made"))
+        if bits < 1.0:
+            with pytest.raises(RecipeError, match=r"cannot be met: .* need \d+ bytes") as said:
+                plan_only(recipe)
+        else:
+            with pytest.raises(pytest.fail.Exception, match="a form was made"):
+                plan_only(recipe)
+    assert listed
+    if bits < 1.0:
+        drafted = plan_only(Recipe(**{**vars(recipe), "bits": 2.6}))
+        assert f"need {planning.smallest_bytes(drafted.curves)} bytes" in str(said.value)
+
+
 def test_a_report_has_the_frontier_with_the_chosen_point_and_the_memory_figures(shared: Path) -> None:
     report = from_json((shared / "compot" / "report.json").read_text(encoding="utf-8"))
     planned = report.frontier
