@@ -16,7 +16,7 @@ curves alone, so a larger budget never gives a worse plan, and equal inputs give
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from types import MappingProxyType
@@ -72,6 +72,9 @@ class Joint:
 
 
 Form: TypeAlias = Plain | Joint
+
+Point: TypeAlias = tuple[int | float, float]
+"""Bytes and squared error."""
 
 
 @runtime_checkable
@@ -479,17 +482,25 @@ def _front(options: Sequence[_Option]) -> list[_Option]:
 
 
 def _hull(front: Sequence[_Option]) -> list[_Option]:
-    """The lower convex hull of a front."""
-    hull: list[_Option] = []
-    for option in front:
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], option):
+    """The options of a front on its lower convex hull."""
+    kept = set(lower_hull((option.bytes, option.loss) for option in front))
+    return [option for option in front if (option.bytes, option.loss) in kept]
+
+
+def lower_hull(points: Iterable[Point]) -> list[Point]:
+    """The lower convex hull of some points, from the smallest on, falling."""
+    hull: list[Point] = []
+    for size, error in sorted(points):
+        if hull and error >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], (size, error)):
             hull.pop()
-        hull.append(option)
+        hull.append((size, error))
     return hull
 
 
-def _slope(first: _Option, second: _Option) -> float:
-    return (second.loss - first.loss) / (second.bytes - first.bytes)
+def _slope(first: Point, second: Point) -> float:
+    return (second[1] - first[1]) / (second[0] - first[0])
 
 
 class _Table:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final, TypeAlias
 
-from compot_deploy.plan import Form, Joint, Plain
+from compot_deploy.plan import Form, Joint, Plain, Point, lower_hull
 from compot_deploy.weights import Grid
 
 Measure: TypeAlias = Callable[[Form, Sequence[str]], Mapping[str, float]]
@@ -37,9 +37,6 @@ Nearest: TypeAlias = Callable[[str, Grid], float]
 
 Prices: TypeAlias = Mapping[Form, int]
 """Bytes of every form on a list."""
-
-Point: TypeAlias = tuple[int | float, float]
-"""Bytes and squared error."""
 
 _NEGLIGIBLE: Final = 5e-4
 """Squared error below which nobody promises much: a sixtieth of what 2 bits cost, fifty times what 8 bits do."""
@@ -239,18 +236,6 @@ def _is_sparse(form: Form) -> bool:
 # -- curves as numbers --------------------------------------------------------------------------------
 
 
-def lower_hull(points: Iterable[Point]) -> list[Point]:
-    """The lower convex hull of some points, from the smallest on, falling."""
-    hull: list[Point] = []
-    for size, error in sorted(points):
-        if hull and error >= hull[-1][1]:
-            continue
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], (size, error)):
-            hull.pop()
-        hull.append((size, error))
-    return hull
-
-
 def height(hull: Sequence[Point], size: int | float) -> float:
     """What a hull has for so many bytes; infinite below its smallest point."""
     if not hull or size < hull[0][0]:
@@ -289,7 +274,3 @@ def promise(predicted: float, size: int | float, hull: Sequence[Point]) -> float
     """By which part of itself a form would lower the hull; 1 where it is smaller than everything on it."""
     now = height(hull, size)
     return 1.0 if math.isinf(now) else (now - predicted) / (now + _NEGLIGIBLE)
-
-
-def _slope(first: Point, second: Point) -> float:
-    return (second[1] - first[1]) / (second[0] - first[0])
