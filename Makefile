@@ -4,7 +4,7 @@
 #   make web    the page of `compot-deploy serve` (needs Node.js and npm); make web-test tries it in Chromium
 #   make dev    what `make test` needs, plus the git hooks
 #   make site   the documentation into out/site, warnings are errors
-#   make docs   the same, and runs every code block in it: a quarter of an hour
+#   make docs   the same, and runs every code block in it: half an hour
 #   make examples   runs the scripts of examples/
 
 PYTHON ?= python3
