@@ -22,12 +22,9 @@ from torch import Tensor
 from compot_deploy import __version__
 from compot_deploy.accuracy import Evaluation
 from compot_deploy.allocate import (
-    ALLOCATIONS,
     Allocation,
     Choice,
     MatrixSize,
-    Precision,
-    Sparsity,
 )
 from compot_deploy.calibrate import BlockStream, Gram, Replacements, importance
 from compot_deploy.checkpoint import Checkpoint, open_checkpoint
@@ -71,6 +68,7 @@ from compot_deploy.settings import (
     rival_of,
     search_of,
     shape_of,
+    spread,
     storage_of,
     stores,
     table_grid,
@@ -493,15 +491,7 @@ def allocate(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, progress:
         progress(len(names), len(names), "Read spectra")
 
     def attempt(recipe: Recipe) -> Allocation:
-        return ALLOCATIONS[recipe.allocator](
-            sizes,
-            ratio=recipe.ratio,
-            storage=storage,
-            precision=Precision(recipe.dictionary_grid, recipe.dictionary_grid, recipe.code_grid),
-            sparsity=Sparsity(
-                1.0 if recipe.method == "svd-llm" else recipe.atoms_per_nonzero, recipe.fixed_pattern
-            ),
-        )
+        return spread(recipe, sizes, storage)
 
     try:
         return Plan(attempt(recipe), recipe)

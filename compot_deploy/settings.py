@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Final
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from compot_deploy.allocate import PaperStorage
+from compot_deploy.allocate import ALLOCATIONS, Allocation, MatrixSize, PaperStorage, Precision, Sparsity
 from compot_deploy.candidates import Search
 from compot_deploy.checkpoint import Checkpoint, checkpoint_shape
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.gguf_storage import ProductStorage
+from compot_deploy.factorize import singular_spectrum
 from compot_deploy.plan import GridChoice, Plain
 from compot_deploy.quant import require_bitsandbytes
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe, override
@@ -243,6 +247,29 @@ def budget_of(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, other: i
         return size - other
     plain = Plain(recipe.dictionary_grid)
     return math.floor((1 - recipe.ratio) * sum(plain.bytes(*shape, storage) for shape in shapes))
+
+
+def size_of(recipe: Recipe, name: str, weight: Float[Tensor, "inputs outputs"]) -> MatrixSize:
+    """What a rule that counts atoms wants to know of a matrix; its singular values only where it looks at them."""
+    spectrum = singular_spectrum(weight) if recipe.allocator != "uniform" else ()
+    return MatrixSize(name, weight.shape[0], weight.shape[1], spectrum)
+
+
+def spread(recipe: Recipe, sizes: Sequence[MatrixSize], storage: Storage) -> Allocation:
+    """The ratio of a recipe, spread over matrices by its rule that counts atoms.
+
+    Raises:
+        RecipeError: a ratio that cannot be met, saying which can.
+    """
+    return ALLOCATIONS[recipe.allocator](
+        sizes,
+        ratio=recipe.ratio,
+        storage=storage,
+        precision=Precision(recipe.dictionary_grid, recipe.dictionary_grid, recipe.code_grid),
+        sparsity=Sparsity(
+            1.0 if recipe.method == "svd-llm" else recipe.atoms_per_nonzero, recipe.fixed_pattern
+        ),
+    )
 
 
 def shape_of(checkpoint: Checkpoint, name: str) -> tuple[int, int]:

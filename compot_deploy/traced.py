@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from compot_deploy import __version__
 from compot_deploy.accuracy import Criterion
-from compot_deploy.allocate import ALLOCATIONS, MatrixSize, Precision, Sparsity
 from compot_deploy.architectures import ARCHITECTURES
 from compot_deploy.compress import compress_linear
 from compot_deploy.embedded import HELD_OUT_TEXT, TRAINING_TEXT
@@ -42,7 +41,6 @@ from compot_deploy.exporters.onnx_losses import Losses, measure
 from compot_deploy.exporters.onnx_tensors import GRAPH
 from compot_deploy.exporters.onnx_traced import export
 from compot_deploy.exporters.staging import staged_folder
-from compot_deploy.factorize import singular_spectrum
 from compot_deploy.findings import Finding, errors
 from compot_deploy.huggingface.factorization import grams_by_input
 from compot_deploy.huggingface.modeling import linears_of, weight_of
@@ -50,7 +48,7 @@ from compot_deploy.inspection import Overview
 from compot_deploy.progress import Progress, silent
 from compot_deploy.quant import rtn
 from compot_deploy.recipe import Recipe, recipe_from_mapping
-from compot_deploy.settings import table_grid
+from compot_deploy.settings import size_of, spread, table_grid
 from compot_deploy.store import write_text
 from compot_deploy.tokens import read_text
 from compot_deploy.weights import Dense, Grid, Matrix, Storage, matrix_bytes
@@ -437,21 +435,8 @@ def _compress(
     progress(0, len(linears) + 1, "Calibrate")
     grams, shared = grams_by_input(model, linears, batches)
     first_of = {name: first for first, names in shared.items() for name in names}
-    spectral = recipe.allocator != "uniform"
-    sizes = []
-    for name, module in linears.items():
-        weight = weight_of(module).float()
-        spectrum = singular_spectrum(weight) if spectral else ()
-        sizes.append(MatrixSize(name, weight.shape[0], weight.shape[1], spectrum))
-    choices = ALLOCATIONS[recipe.allocator](
-        sizes,
-        ratio=recipe.ratio,
-        storage=storage,
-        precision=Precision(recipe.dictionary_grid, recipe.dictionary_grid, recipe.code_grid),
-        sparsity=Sparsity(
-            1.0 if recipe.method == "svd-llm" else recipe.atoms_per_nonzero, recipe.fixed_pattern
-        ),
-    ).choices
+    sizes = [size_of(recipe, name, weight_of(module).float()) for name, module in linears.items()]
+    choices = spread(recipe, sizes, storage).choices
     matrices: dict[str, Matrix] = {}
     reasons: dict[str, str] = {}
     whitenings: dict[str, Whitening] = {}

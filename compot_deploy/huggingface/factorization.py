@@ -15,17 +15,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from compot_deploy.allocate import ALLOCATIONS, MatrixSize, Precision, Sparsity
 from compot_deploy.compress import LinearFacts, compress_linear
 from compot_deploy.errors import InputError, RecipeError, UnsupportedModelError
-from compot_deploy.factorize import singular_spectrum
 from compot_deploy.huggingface.layout import AUTO_CLASSES, Entry, door_name, entry_of, to_json
 from compot_deploy.huggingface.modeling import compressed_class, linears_of, weight_of
 from compot_deploy.modules import CompotLinear
 from compot_deploy.packed import PackedStorage
 from compot_deploy.progress import Progress, silent
-from compot_deploy.recipe import Recipe, recipe_from_mapping
-from compot_deploy.settings import check_quantizer
+from compot_deploy.recipe import recipe_from_mapping
+from compot_deploy.settings import check_quantizer, size_of, spread
 from compot_deploy.weights import Dense, Matrix, matrix_bytes
 from compot_deploy.whiten import Whitening, whiten
 
@@ -87,7 +85,8 @@ def factorize(
         raise UnsupportedModelError(f"{base.__name__} has no linears to factorise.")
     grams, shared = grams_by_input(model, linears, calibration)
     storage = PackedStorage()
-    choices = _allocate(linears, recipe, storage).choices
+    sizes = [size_of(recipe, name, weight_of(module).float()) for name, module in linears.items()]
+    choices = spread(recipe, sizes, storage).choices
     matrices: dict[str, Matrix] = {}
     facts: list[LinearFacts] = []
     whitenings: dict[str, Whitening] = {}
@@ -188,24 +187,6 @@ def _same_inputs(seen: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
     for name, tensor in seen.items():
         groups.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
     return {names[0]: tuple(names) for names in groups.values()}
-
-
-def _allocate(linears: Mapping[str, nn.Module], recipe: Recipe, storage: PackedStorage) -> Any:
-    spectral = recipe.allocator != "uniform"
-    sizes = []
-    for name, module in linears.items():
-        weight = weight_of(module).float()
-        spectrum = singular_spectrum(weight) if spectral else ()
-        sizes.append(MatrixSize(name, weight.shape[0], weight.shape[1], spectrum))
-    return ALLOCATIONS[recipe.allocator](
-        sizes,
-        ratio=recipe.ratio,
-        storage=storage,
-        precision=Precision(recipe.dictionary_grid, recipe.dictionary_grid, recipe.code_grid),
-        sparsity=Sparsity(
-            1.0 if recipe.method == "svd-llm" else recipe.atoms_per_nonzero, recipe.fixed_pattern
-        ),
-    )
 
 
 def _install(model: Any, base: type, door: str, matrices: Mapping[str, Matrix]) -> None:
