@@ -40,13 +40,13 @@ compatibility: $(VENV)/dev.stamp
 	$(OLD)/bin/python -m pip install --quiet -e ".[onnx]" "transformers==4.57.6" "optimum-onnx==0.1.0" \
 		"onnxscript>=0.5" "pytest>=8" "hypothesis>=6" "beartype>=0.20"
 	COMPOT_DEPLOY_OPTIMUM_PYTHON=$(OLD)/bin/python $(OLD)/bin/python -m pytest -q \
-		tests/test_calibrate.py tests/test_checkpoint.py tests/test_cli.py tests/test_onnx_folder.py \
-		tests/test_onnx_graph.py tests/test_onnx_traced.py tests/test_runners.py tests/test_tokens.py
+		tests/models/test_calibrate.py tests/models/test_checkpoint.py tests/cli/test_cli.py tests/exporters/onnx/test_onnx_folder.py \
+		tests/exporters/onnx/test_onnx_graph.py tests/exporters/onnx/test_onnx_traced.py tests/accuracy/test_runners.py tests/models/test_tokens.py
 	COMPOT_DEPLOY_OPTIMUM_PYTHON=$(OLD)/bin/python $(BIN)/python -m pytest -q \
-		tests/test_onnx_folder.py tests/test_onnx_traced.py tests/test_traced.py -k optimum
+		tests/exporters/onnx/test_onnx_folder.py tests/exporters/onnx/test_onnx_traced.py tests/pipeline/test_traced.py -k optimum
 	$(PYTHON) -m venv $(GENAI)
 	$(GENAI)/bin/python -m pip install --quiet "onnxruntime-genai==0.18.0" numpy
-	COMPOT_DEPLOY_GENAI_PYTHON=$(GENAI)/bin/python $(BIN)/python -m pytest -q tests/test_onnx_folder.py -k genai_generates
+	COMPOT_DEPLOY_GENAI_PYTHON=$(GENAI)/bin/python $(BIN)/python -m pytest -q tests/exporters/onnx/test_onnx_folder.py -k genai_generates
 
 site: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
@@ -68,7 +68,7 @@ web/node_modules/.package-lock.json: web/package.json web/package-lock.json web/
 	@touch $@
 
 web-test: $(VENV)/dev.stamp $(PAGE)
-	$(BIN)/python -m pytest -q tests/test_serve.py tests/test_browser.py
+	$(BIN)/python -m pytest -q tests/cli/test_serve.py tests/cli/test_browser.py
 
 # A CPU build of torch is preferred where there is none; a torch that is already there (CUDA, say) stays.
 # An interpreter that has torch is shared with the environment, so that nothing is downloaded twice.
@@ -90,8 +90,6 @@ $(VENV)/dev.stamp: pyproject.toml | $(VENV)/bin/python
 	@# The type checker finds the folders that are mapped into the package through links.
 	@ln -sfn ../exporters compot_deploy/exporters
 	@ln -sfn ../quant compot_deploy/quant
-	@ln -sfn ../runtime compot_deploy/llama
-	@ln -sfn ../examples/embedded compot_deploy/embedded
 	@touch $@ $(VENV)/demo.stamp
 
 $(VENV)/docs.stamp: $(VENV)/dev.stamp
@@ -99,4 +97,4 @@ $(VENV)/docs.stamp: $(VENV)/dev.stamp
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-* out build dist *.egg-info web/node_modules compot_deploy/web-bundle compot_deploy/exporters compot_deploy/quant compot_deploy/llama compot_deploy/embedded
+	rm -rf $(VENV) .venv-* out build dist *.egg-info web/node_modules compot_deploy/web-bundle compot_deploy/exporters compot_deploy/quant

@@ -14,13 +14,17 @@ setup(
     ext_modules=[
         Extension(
             "compot_deploy.llama._plugin",
-            sources=["runtime/module.c", "runtime/plugin.c", "runtime/kernels.c"],
+            sources=[
+                "compot_deploy/llama/module.c",
+                "compot_deploy/llama/plugin.c",
+                "compot_deploy/llama/kernels.c",
+            ],
             depends=[
-                "runtime/kernels.h",
-                "runtime/kernels_avx2.h",
-                "runtime/kernels_avx512.h",
-                "runtime/kernels_neon.h",
-                "runtime/kernels_tiles.h",
+                "compot_deploy/llama/kernels.h",
+                "compot_deploy/llama/kernels_avx2.h",
+                "compot_deploy/llama/kernels_avx512.h",
+                "compot_deploy/llama/kernels_neon.h",
+                "compot_deploy/llama/kernels_tiles.h",
             ],
             extra_compile_args=FLAGS,
             py_limited_api=True,

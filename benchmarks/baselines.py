@@ -28,19 +28,13 @@ import torch
 from cospadi import cospadi
 from torch import Tensor
 
-from compot_deploy.allocate import (
-    ALLOCATIONS,
-    MatrixSize,
-    PaperStorage,
-    Precision,
-    Sparsity,
-)
-from compot_deploy.exporters.ggml_types import GGML_TYPES
-from compot_deploy.factorize import METHODS, Alternation, Factors, singular_spectrum
+from compot_deploy.core.grid import DENSE, Grid, Pattern
+from compot_deploy.exporters.gguf.ggml_types import GGML_TYPES
+from compot_deploy.numerics.compot import METHODS, Alternation, Factors, singular_spectrum
+from compot_deploy.numerics.quantize_factors import quantize_factors
+from compot_deploy.numerics.whiten import Whitening
+from compot_deploy.planning.spectral import ALLOCATIONS, MatrixSize, PaperStorage, Precision, Sparsity
 from compot_deploy.quant import gptq
-from compot_deploy.quantize_factors import quantize_factors
-from compot_deploy.weights import DENSE, Grid, Pattern
-from compot_deploy.whiten import Whitening
 
 VERSION: Final = 1
 """Of everything here that changes a figure; part of every key of a cache."""
@@ -176,7 +170,7 @@ def _each(make: Callable[[Tensor, Whitening], tuple[Tensor, float]], linears: Li
 
 def _padded(linears: Linears, *, kind: str) -> Small:
     """A ggml type with rows filled up to whole blocks, and what a file of such rows takes."""
-    from compot_deploy.exporters.gguf_quantize import row_bytes
+    from compot_deploy.exporters.gguf.quantize import row_bytes
 
     small = _each(partial(llama, kind=kind, padded=True), linears)
     shapes = [weight.shape for weight in linears.weights.values()]
@@ -236,7 +230,7 @@ def nf4_bytes(numbers: int, *, double: bool) -> float:
 
 def llama(weight: Tensor, whitening: Whitening, *, kind: str, padded: bool) -> tuple[Tensor, float]:
     """A ggml type by llama.cpp's own code; see the module for rows that do not fit its blocks."""
-    from compot_deploy.exporters.gguf_quantize import dequantize, fitting_type, quantize, row_bytes
+    from compot_deploy.exporters.gguf.quantize import dequantize, fitting_type, quantize, row_bytes
 
     rows = weight.float().T.contiguous().numpy()
     importance = whitening.gram.diagonal().float().numpy()

@@ -16,9 +16,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from compot_deploy.factorize import Factors, principal_directions
-from compot_deploy.weights import DENSE, Pattern
-from compot_deploy.whiten import Whitening, relative_error
+from compot_deploy.core.grid import DENSE, Pattern
+from compot_deploy.numerics.compot import Factors, principal_directions
+from compot_deploy.numerics.whiten import Whitening, relative_error
 
 ROUNDS: Final = 10
 """Of {pursuit, every atom once}. After that a round gains less than 1 % of the squared error."""

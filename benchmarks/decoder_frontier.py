@@ -44,22 +44,31 @@ from frontier import (
 )
 from torch import Tensor
 
-from compot_deploy import candidates
-from compot_deploy.allocate import PaperStorage
-from compot_deploy.candidates import Search, realize
-from compot_deploy.checkpoint import open_checkpoint
+from compot_deploy.accuracy.metrics import Prediction, concatenate, predict, summarize
+from compot_deploy.accuracy.metrics import compare as compare_predictions
+from compot_deploy.accuracy.runners import TorchRunner, torch_runner
+from compot_deploy.core.grid import Grid
+from compot_deploy.core.matrix import Dense, Matrix
+from compot_deploy.core.storage import matrix_bytes
+from compot_deploy.core.store import StoredMatrices, write_text
 from compot_deploy.embedded import MODEL
-from compot_deploy.measures import Prediction, concatenate, predict, summarize
-from compot_deploy.measures import compare as compare_predictions
-from compot_deploy.plan import GridChoice, Plain, Plan, knapsack, smallest_bytes
-from compot_deploy.planning import Task, carry_out, choose, collect_grams, measure_curves, measure_effects
+from compot_deploy.models.checkpoint import open_checkpoint
+from compot_deploy.models.tokens import TokenWindows, load_tokenizer
+from compot_deploy.numerics.whiten import Whitening
+from compot_deploy.pipeline.texts import calibration_windows, evaluation_windows
+from compot_deploy.planning import candidates
+from compot_deploy.planning.candidates import Search, realize
+from compot_deploy.planning.carry_out import (
+    Task,
+    carry_out,
+    choose,
+    collect_grams,
+    measure_curves,
+    measure_effects,
+)
+from compot_deploy.planning.knapsack import GridChoice, Plain, Plan, knapsack, smallest_bytes
+from compot_deploy.planning.spectral import PaperStorage
 from compot_deploy.recipe import Recipe
-from compot_deploy.runners import TorchRunner, torch_runner
-from compot_deploy.store import StoredMatrices, write_text
-from compot_deploy.texts import calibration_windows, evaluation_windows
-from compot_deploy.tokens import TokenWindows, load_tokenizer
-from compot_deploy.weights import Dense, Grid, Matrix, matrix_bytes
-from compot_deploy.whiten import Whitening
 
 STORAGE = PaperStorage()
 GRIDS = GridChoice({2: (32, 64, 128, 256), 3: (32, 64, 128, 256), 4: (32, 64, 128), 8: (128,)})

@@ -23,11 +23,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compot_deploy.allocate import ALLOCATIONS, Allocation, MatrixSize, PaperStorage, Sparsity
-from compot_deploy.factorize import METHODS, Alternation, singular_spectrum
-from compot_deploy.store import write_tensors
-from compot_deploy.weights import DENSE
-from compot_deploy.whiten import Whitening, whiten
+from compot_deploy.core.grid import DENSE
+from compot_deploy.core.store import write_tensors
+from compot_deploy.numerics.compot import METHODS, Alternation, singular_spectrum
+from compot_deploy.numerics.whiten import Whitening, whiten
+from compot_deploy.planning.spectral import ALLOCATIONS, Allocation, MatrixSize, PaperStorage, Sparsity
 
 LINES, TOKENS, BATCH, SHORTEST = 256, 128, 16, 200
 EFFECT_LINES = 64

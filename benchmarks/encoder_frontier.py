@@ -6,7 +6,7 @@ command writes `encoder_frontier.md`, `.json` and `.png`:
     python benchmarks/encoder_frontier.py --calibration valid.txt --test test.txt --cache DIR --out docs
 
 Whatever was measured is kept in the cache, named after what it was made from: a run that was stopped goes on,
-and a change of the numerics (`compot_deploy.candidates.VERSION`, `baselines.VERSION`) measures anew. The
+and a change of the numerics (`compot_deploy.planning.candidates.VERSION`, `baselines.VERSION`) measures anew. The
 program ends with 1 if a baseline of the same or fewer bytes is better than the plan, or the nearest of no fewer
 bytes is, or a floor is missed.
 """
@@ -50,9 +50,12 @@ from frontier import (
 )
 from torch import Tensor
 
-from compot_deploy.allocate import ALLOCATIONS, PaperStorage
-from compot_deploy.candidates import Realized, Search, content_key, curve, forms, realize
-from compot_deploy.plan import (
+from compot_deploy.core.grid import Grid
+from compot_deploy.core.storage import matrix_bytes
+from compot_deploy.core.store import load_matrices, save_matrices, write_text
+from compot_deploy.numerics.whiten import Whitening
+from compot_deploy.planning.candidates import Realized, Search, content_key, curve, forms, realize
+from compot_deploy.planning.knapsack import (
     Curve,
     Form,
     GridChoice,
@@ -64,10 +67,8 @@ from compot_deploy.plan import (
     knapsack,
     smallest_bytes,
 )
+from compot_deploy.planning.spectral import ALLOCATIONS, PaperStorage
 from compot_deploy.quant import gptq
-from compot_deploy.store import load_matrices, save_matrices, write_text
-from compot_deploy.weights import Grid, matrix_bytes
-from compot_deploy.whiten import Whitening
 
 STORAGE = PaperStorage()
 SEARCH = Search(GridChoice({2: (32, 64, 128), 3: (32, 64, 128), 4: (32, 64, 128), 8: (128,)}))

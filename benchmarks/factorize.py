@@ -29,9 +29,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from compot_deploy.factorize import Alternation, compot, principal_directions
-from compot_deploy.weights import Pattern
-from compot_deploy.whiten import Whitening, whiten
+from compot_deploy.core.grid import Pattern
+from compot_deploy.numerics.compot import Alternation, compot, principal_directions
+from compot_deploy.numerics.whiten import Whitening, whiten
 
 
 def textbook(

@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from compot_deploy.store import write_text
+from compot_deploy.core.store import write_text
 
 PLANNED: Final = "compot-deploy, planned"
 MIXED: Final = "GPTQ, mixed grids, planned"

@@ -28,22 +28,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compot_deploy.checkpoint import Checkpoint, open_checkpoint
+from compot_deploy.accuracy.metrics import Prediction, compare, concatenate, predict, summarize
+from compot_deploy.accuracy.runners import torch_runner
+from compot_deploy.core.matrix import Dense, Matrix
+from compot_deploy.core.store import write_text
 from compot_deploy.embedded import MODEL
-from compot_deploy.exporters.gguf import GgufOptions, write
-from compot_deploy.exporters.gguf_quantize import row_bytes
-from compot_deploy.exporters.gguf_reader import read_header
+from compot_deploy.exporters.gguf.exporter import GgufOptions, write
+from compot_deploy.exporters.gguf.quantize import row_bytes
+from compot_deploy.exporters.gguf.reader import read_header
 from compot_deploy.llama import LlamaModel
-from compot_deploy.measures import Prediction, compare, concatenate, predict, summarize
-from compot_deploy.pipeline import compress
-from compot_deploy.planning import Task, collect_grams, importances
+from compot_deploy.models.checkpoint import Checkpoint, open_checkpoint
+from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.tokens import TokenWindows, load_tokenizer
+from compot_deploy.pipeline.deploy import compress
+from compot_deploy.pipeline.texts import calibration_windows, evaluation_windows
+from compot_deploy.planning.carry_out import Task, collect_grams, importances
+from compot_deploy.planning.settings import search_of, storage_of
 from compot_deploy.recipe import Recipe, override
-from compot_deploy.runners import torch_runner
-from compot_deploy.settings import search_of, storage_of
-from compot_deploy.store import write_text
-from compot_deploy.texts import calibration_windows, evaluation_windows
-from compot_deploy.tokens import TokenWindows, load_tokenizer
-from compot_deploy.weights import CompressedModel, Dense, Matrix
 
 BLOCK = 256
 PLAIN = ("Q8_0", "Q5_0", "Q4_0", "IQ4_NL")

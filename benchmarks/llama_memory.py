@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+from compot_deploy.exporters.gguf.library import Library, load_library
 from compot_deploy.llama import LlamaModel
-from compot_deploy.llama.library import Library, load_library
 
 STEPS = 32
 FIELDS = ("anonymous", "file", "libraries")

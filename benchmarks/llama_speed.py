@@ -30,20 +30,13 @@ import numpy as np
 import torch
 
 from compot_deploy import embedded
-from compot_deploy.architectures import find_architecture
-from compot_deploy.exporters import gguf, gguf_quantize
+from compot_deploy.core.grid import DENSE, Grid, Pattern
+from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
+from compot_deploy.exporters.gguf import exporter as gguf
+from compot_deploy.exporters.gguf import quantize as gguf_quantize
 from compot_deploy.llama import LlamaModel
-from compot_deploy.weights import (
-    DENSE,
-    CompressedModel,
-    Dense,
-    Factorized,
-    Grid,
-    Matrix,
-    Pair,
-    Pattern,
-    Quantized,
-)
+from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.hints import find_architecture
 
 EMBEDDED = Path(embedded.__file__).parent / "model"
 CODES, DICTIONARY = Grid(4, 64), Grid(4, 64)

@@ -22,24 +22,16 @@ from typing import Any
 import onnxruntime
 import torch
 
-from compot_deploy.architectures import find_architecture
+from compot_deploy.core.grid import Grid, Pattern
+from compot_deploy.core.matrix import Factorized, Matrix, Pair, Quantized, leaves
+from compot_deploy.core.storage import Storage, matrix_bytes
 from compot_deploy.exporters import EXPORTERS
-from compot_deploy.exporters.onnx import OnnxOptions
-from compot_deploy.exporters.onnx_expansion import unfolded_nodes
-from compot_deploy.exporters.onnx_session import open_session
-from compot_deploy.exporters.onnx_tensors import GRAPH
-from compot_deploy.weights import (
-    CompressedModel,
-    Factorized,
-    Grid,
-    Matrix,
-    Pair,
-    Pattern,
-    Quantized,
-    Storage,
-    leaves,
-    matrix_bytes,
-)
+from compot_deploy.exporters.onnx.expansion import unfolded_nodes
+from compot_deploy.exporters.onnx.exporter import OnnxOptions
+from compot_deploy.exporters.onnx.session import open_session
+from compot_deploy.exporters.onnx.tensors import GRAPH
+from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.hints import find_architecture
 
 CONFIG = {
     "model_type": "llama",

@@ -13,8 +13,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
+from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.errors import InputError, RecipeError
-from compot_deploy.weights import Grid, Pattern
 
 if sys.version_info >= (3, 11):
     import tomllib

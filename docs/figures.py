@@ -19,16 +19,16 @@ matplotlib.rcParams["svg.hashsalt"] = "compot-deploy"  # the same file every tim
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch  # noqa: E402
 
-from compot_deploy.calibrate import BlockStream  # noqa: E402
-from compot_deploy.checkpoint import open_checkpoint  # noqa: E402
+from compot_deploy.core.grid import DENSE, Grid, Pattern  # noqa: E402
 from compot_deploy.embedded import MODEL  # noqa: E402
-from compot_deploy.factorize import Alternation, compot, svd_llm  # noqa: E402
+from compot_deploy.models.calibrate import BlockStream  # noqa: E402
+from compot_deploy.models.checkpoint import open_checkpoint  # noqa: E402
+from compot_deploy.models.tokens import load_tokenizer  # noqa: E402
+from compot_deploy.numerics.compot import Alternation, compot, svd_llm  # noqa: E402
+from compot_deploy.numerics.whiten import Whitening, whiten  # noqa: E402
+from compot_deploy.pipeline.texts import calibration_windows  # noqa: E402
 from compot_deploy.quant import gptq, rtn  # noqa: E402
 from compot_deploy.recipe import Recipe  # noqa: E402
-from compot_deploy.texts import calibration_windows  # noqa: E402
-from compot_deploy.tokens import load_tokenizer  # noqa: E402
-from compot_deploy.weights import DENSE, Grid, Pattern  # noqa: E402
-from compot_deploy.whiten import Whitening, whiten  # noqa: E402
 
 HERE = Path(__file__).parent
 IMAGES = HERE / "img"

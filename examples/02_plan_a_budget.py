@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compot_deploy.embedded import MODEL
-from compot_deploy.pipeline import plan_only
+from compot_deploy.pipeline.deploy import plan_only
 from compot_deploy.recipe import Recipe
 
 BITS = 2.2

@@ -9,8 +9,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from compot_deploy.generate import generate
-from compot_deploy.pipeline import deploy
+from compot_deploy.pipeline.deploy import deploy
+from compot_deploy.pipeline.generate import generate
 
 PROMPT = "Return a"
 

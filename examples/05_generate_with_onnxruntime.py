@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
-from compot_deploy.pipeline import deploy
+from compot_deploy.pipeline.deploy import deploy
 
 
 def make(folder: Path) -> None:

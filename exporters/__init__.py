@@ -14,9 +14,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from compot_deploy.architectures import Architecture
-    from compot_deploy.findings import Finding
-    from compot_deploy.weights import CompressedModel, Grid, Matrix, Storage
+    from compot_deploy.core.diagnostics import Finding
+    from compot_deploy.core.grid import Grid
+    from compot_deploy.core.matrix import Matrix
+    from compot_deploy.core.storage import Storage
+    from compot_deploy.models.compressed import CompressedModel
+    from compot_deploy.models.hints import Architecture
 
 
 @runtime_checkable
@@ -80,9 +83,9 @@ class _Exporters(Mapping[str, Exporter]):
 
     _PLACES: Final = MappingProxyType(
         {
-            "onnx": ("compot_deploy.exporters.onnx", "OnnxExporter"),
-            "gguf": ("compot_deploy.exporters.gguf_folder", "GgufExporter"),
-            "huggingface": ("compot_deploy.exporters.huggingface", "HuggingFaceExporter"),
+            "onnx": ("compot_deploy.exporters.onnx.exporter", "OnnxExporter"),
+            "gguf": ("compot_deploy.exporters.gguf.folder", "GgufExporter"),
+            "huggingface": ("compot_deploy.exporters.huggingface.exporter", "HuggingFaceExporter"),
         }
     )
 

@@ -24,6 +24,9 @@ import torch
 from torch import Tensor
 
 from compot_deploy import __version__
+from compot_deploy.core.grid import DENSE, Grid
+from compot_deploy.core.matrix import Factorized, Leaf, Matrix, Quantized, leaves
+from compot_deploy.core.storage import Storage, matrix_bytes
 from compot_deploy.errors import ArtifactError
 from compot_deploy.exporters.manifest import (
     MANIFEST,
@@ -37,18 +40,7 @@ from compot_deploy.exporters.manifest import (
     read_manifest,
 )
 from compot_deploy.exporters.staging import disk_errors
-from compot_deploy.weights import (
-    DENSE,
-    CompressedModel,
-    Factorized,
-    Grid,
-    Leaf,
-    Matrix,
-    Quantized,
-    Storage,
-    leaves,
-    matrix_bytes,
-)
+from compot_deploy.models.compressed import CompressedModel
 
 PLAIN_INT4: Final = Grid(bits=4, group=32)
 """What every size is compared with: the same matrix in plain 4-bit integers, groups of 32."""

@@ -49,7 +49,7 @@ class LeafRecord:
         group: inputs that share a scale; None for floating point.
         nonzeros: entries that are not zero.
         bytes: what it takes in the file, its scales included.
-        codebook: what an integer stands for, see `compot_deploy.weights.Codebook`.
+        codebook: what an integer stands for, see `compot_deploy.core.grid.Codebook`.
     """
 
     inputs: int

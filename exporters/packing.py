@@ -49,7 +49,9 @@ import torch
 from jaxtyping import Float16, Int8, UInt8
 from torch import Tensor
 
-from compot_deploy.weights import DENSE, SCALE_BITS, Grid, Pattern, Quantized
+from compot_deploy.core.grid import DENSE, Grid, Pattern
+from compot_deploy.core.matrix import Quantized
+from compot_deploy.core.storage import SCALE_BITS
 
 OnnxOps: TypeAlias = Literal["matmulnbits", "qdq"]
 """How a quantized linear is written: one contrib operator, or two standard ones."""
@@ -437,7 +439,7 @@ def _check_range(matrix: Quantized) -> None:
 
 @dataclass(frozen=True)
 class OnnxStorage:
-    """Bytes of a leaf in the ONNX file, as `compot_deploy.weights.Storage` asks for them.
+    """Bytes of a leaf in the ONNX file, as `compot_deploy.core.storage.Storage` asks for them.
 
     The figures are those of the tensors themselves; between tensors the file has up to 63 bytes (4095 before
     large ones) so that each can be mapped into memory.
@@ -454,7 +456,7 @@ class OnnxStorage:
     codes: OnnxCodes = "dense"
 
     def leaf_bytes(self, rows: int, columns: int, grid: Grid | None, pattern: Pattern = DENSE) -> int:
-        """See `compot_deploy.weights.Storage.leaf_bytes`."""
+        """See `compot_deploy.core.storage.Storage.leaf_bytes`."""
         if grid is None:
             return rows * columns * self.float_bytes
         scales = grid.groups(rows) * columns * SCALE_BITS // 8

@@ -9,10 +9,11 @@ from typing import Final, Protocol, runtime_checkable
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from compot_deploy.core.grid import Grid
+from compot_deploy.core.matrix import Quantized
 from compot_deploy.quant.bnb import bnb, require_bitsandbytes
 from compot_deploy.quant.gptq import gptq
 from compot_deploy.quant.rtn import rtn
-from compot_deploy.weights import Grid, Quantized
 
 
 @runtime_checkable

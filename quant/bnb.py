@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from compot_deploy.core.grid import Grid
+from compot_deploy.core.matrix import Quantized
 from compot_deploy.errors import InputError, MissingDependencyError, RecipeError
-from compot_deploy.weights import Grid, Quantized
 
 BLOCKS: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Block sizes that the library has for 4 bits."""

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from compot_deploy.core.matrix import Quantized
 from compot_deploy.quant.scales import round_to_grid
-from compot_deploy.weights import Quantized
 
 
 def descend(

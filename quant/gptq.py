@@ -5,7 +5,7 @@ of its inverse (``H⁻¹ = UᵀU``), ``e`` the error of one input divided by ``U
 searched when a group is reached, from the weights as updated so far, weighing each input by what its error
 will cost (``1 / U_ii²``); afterwards coordinate descent goes over the result (see `descent`; `sweeps=0` is
 GPTQ as published); there is no reordering here, because the order of inputs is the caller's (a dictionary's
-atoms can be permuted for nothing, see `compot_deploy.quantize_factors`).
+atoms can be permuted for nothing, see `compot_deploy.numerics.quantize_factors`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from compot_deploy.core.grid import Grid
+from compot_deploy.core.matrix import Quantized
 from compot_deploy.errors import InputError
 from compot_deploy.quant.descent import descend
 from compot_deploy.quant.rtn import rtn
 from compot_deploy.quant.scales import round_to_grid, search_scales
-from compot_deploy.weights import Grid, Quantized
 
 DAMPING: Final = 1e-2
 """Relative to the mean of the diagonal, the paper's value: keeps the feedback of unseen inputs bounded."""

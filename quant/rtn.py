@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from compot_deploy.core.grid import Grid
+from compot_deploy.core.matrix import Quantized
 from compot_deploy.quant.scales import round_to_grid, search_scales
-from compot_deploy.weights import Grid, Quantized
 
 
 def rtn(

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from compot_deploy.core.grid import Grid
 from compot_deploy.errors import InputError
-from compot_deploy.weights import Grid
 
 # The largest weight of the group falls on `factor` times the longer side of the grid. Few bits gain from
 # clipping hard; many bits lose by any. Beyond 1 the shorter side takes the largest weight.

@@ -1,0 +1,168 @@
+"""Matrices on disk, exactly: the work folder's file of one block, and a lazy mapping over many of them.
+
+Each file is safetensors, written under a temporary name and renamed, so a file that exists is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from typing_extensions import assert_never
+
+from compot_deploy.core.grid import Grid, Pattern
+from compot_deploy.core.matrix import Dense, Factorized, Leaf, Matrix, Pair, Quantized
+
+
+def save_matrices(path: Path, matrices: Mapping[str, Matrix]) -> None:
+    """Write matrices to one file, atomically; `load_matrices` returns them bit for bit.
+
+    A dictionary that several matrices share is written once.
+    """
+    tensors: dict[str, Tensor] = {}
+    layout: dict[str, Any] = {}
+    for name, matrix in matrices.items():
+        layout[name] = _put(name, matrix, tensors)
+    write_tensors(path, tensors, {"matrices": json.dumps(layout)})
+
+
+def load_matrices(path: Path) -> dict[str, Matrix]:
+    """Read what `save_matrices` wrote."""
+    with safe_open(path, framework="pt") as reader:
+        layout = json.loads(reader.metadata()["matrices"])
+        return {name: _get(entry, reader) for name, entry in layout.items()}
+
+
+def block_weights(path: Path, block: str) -> dict[str, Tensor]:
+    """The weights that a file of `save_matrices` stands for, (in, out), by path inside a block."""
+    return {
+        name.removeprefix(f"{block}."): matrix.dequantize() for name, matrix in load_matrices(path).items()
+    }
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors as safetensors under a temporary name, then rename."""
+    temporary = path.with_name(path.name + ".part")
+    save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata=dict(metadata))
+    temporary.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file under a temporary name, then rename."""
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class StoredMatrices(Mapping[str, Matrix]):
+    """Matrices over several files, in the order given; reads a file when one of its matrices is asked for.
+
+    Keeps only the file read last, so going through the mapping in order holds one block in memory.
+    """
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = files
+        self._open: Path | None = None
+        self._block: dict[str, Matrix] = {}
+
+    def __getitem__(self, name: str) -> Matrix:
+        path = self._files[name]
+        if path != self._open:
+            self._block, self._open = load_matrices(path), path
+        return self._block[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+class Without(Mapping[str, Tensor]):
+    """A mapping less some keys, still lazy."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], without: set[str]) -> None:
+        self._tensors = tensors
+        self._names = [name for name in tensors if name not in without]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _put(name: str, matrix: Matrix, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    match matrix:
+        case Dense() | Quantized():
+            return _put_leaf(name, matrix, tensors)
+        case Factorized():
+            pairs = []
+            for position, pair in enumerate(matrix.pairs):
+                pairs.append(
+                    {
+                        "dictionary": _put_leaf(
+                            f"{pair.dictionary_name}|dictionary{position}", pair.dictionary, tensors
+                        ),
+                        "codes": _put_leaf(f"{name}|codes{position}", pair.codes, tensors),
+                        "name": pair.dictionary_name,
+                        "pattern": [pair.pattern.kept, pair.pattern.of],
+                    }
+                )
+            return {"kind": "factorized", "pairs": pairs}
+        case _:
+            assert_never(matrix)
+
+
+def _put_leaf(key: str, leaf: Leaf, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    match leaf:
+        case Dense():
+            tensors[key] = leaf.weight
+            return {"kind": "dense", "key": key}
+        case Quantized():
+            tensors[f"{key}|integers"], tensors[f"{key}|scales"] = leaf.integers, leaf.scales
+            grid = leaf.grid
+            stored = {"kind": "quantized", "key": key, "bits": grid.bits, "group": grid.group}
+            return stored if grid.codebook == "integer" else {**stored, "codebook": grid.codebook}
+        case _:
+            assert_never(leaf)
+
+
+def _get(entry: Mapping[str, Any], reader: Any) -> Matrix:
+    if entry["kind"] != "factorized":
+        return _get_leaf(entry, reader)
+    return Factorized(
+        tuple(
+            Pair(
+                dictionary=_get_leaf(pair["dictionary"], reader),
+                codes=_get_leaf(pair["codes"], reader),
+                dictionary_name=pair["name"],
+                pattern=Pattern(*pair["pattern"]),
+            )
+            for pair in entry["pairs"]
+        )
+    )
+
+
+def _get_leaf(entry: Mapping[str, Any], reader: Any) -> Leaf:
+    if entry["kind"] == "dense":
+        return Dense(reader.get_tensor(entry["key"]))
+    return Quantized(
+        integers=reader.get_tensor(f"{entry['key']}|integers"),
+        scales=reader.get_tensor(f"{entry['key']}|scales"),
+        grid=Grid(entry["bits"], entry["group"], entry.get("codebook", "integer")),
+    )

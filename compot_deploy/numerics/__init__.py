@@ -1,0 +1,1 @@
+"""Whitening, factorization, joint quantization: pure functions of tensors."""

@@ -1,0 +1,77 @@
+"""Text from an exported folder, greedily, through the runtime that its format is made for."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from compot_deploy.accuracy.runners import Runner, huggingface_runner, onnx_runner
+from compot_deploy.errors import ArtifactError, InputError
+from compot_deploy.models.tokens import load_tokenizer
+from compot_deploy.pipeline.traced import is_traced_folder
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Text, and how fast it came.
+
+    Attributes:
+        text: what was added to the prompt.
+        tokens: its ids.
+        tokens_per_second: decoding speed, reading the prompt left out.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    tokens_per_second: float
+
+
+def generate(path: Path, prompt: str, *, tokens: int = 64, threads: int = 1) -> Generated:
+    """Continue a prompt greedily.
+
+    Args:
+        path: an exported ONNX, GGUF or Hugging Face folder, or a GGUF file.
+        prompt: text.
+        tokens: most tokens to add.
+        threads: of the runtime.
+
+    Raises:
+        ArtifactError: nothing that can be run lies there.
+        InputError: a prompt without tokens, or one longer than the context; or a model that writes no text.
+        MissingDependencyError: the runtime is not installed.
+    """
+    if path.suffix == ".gguf" or (path.is_dir() and list(path.glob("*.gguf"))):
+        from compot_deploy.llama.model import find_gguf
+        from compot_deploy.llama.model import generate as generate_in_llama
+
+        made = generate_in_llama(find_gguf(path), prompt, max_tokens=tokens, threads=threads)
+        return Generated(made.text, made.tokens, made.tokens_per_second)
+    onnx = (path / "onnx" / "model.onnx").is_file()
+    if not onnx and not list(path.glob("model*.safetensors")):
+        raise ArtifactError(
+            f"{path} holds neither onnx/model.onnx nor a GGUF file nor model.safetensors: export a model there "
+            "first."
+        )
+    if is_traced_folder(path) and not (path / "generation_config.json").is_file():
+        raise InputError(
+            f"{path} holds a model that gives embeddings or scores and writes no text: read it with onnxruntime or "
+            "optimum."
+        )
+    tokenizer = load_tokenizer(path)
+    ids = [*tokenizer.first, *tokenizer.encode(prompt)]
+    runner: Runner = onnx_runner(path, threads=threads) if onnx else huggingface_runner(path)
+    if not ids:
+        raise InputError("The prompt has no tokens: give at least one word.")
+    if runner.context is not None and len(ids) + tokens > runner.context:
+        raise InputError(
+            f"{len(ids)} tokens of prompt and {tokens} new ones are more than the model's context of "
+            f"{runner.context}. Give a shorter prompt or fewer --tokens."
+        )
+    runner.generate(ids, 1)  # the first call of a session pays for its memory
+    begin = time.perf_counter()
+    runner.generate(ids, 1)
+    first = time.perf_counter()
+    added = runner.generate(ids, tokens)
+    seconds = max(1e-9, (time.perf_counter() - first) - (first - begin))
+    return Generated(tokenizer.decode(added), added, (len(added) - 1) / seconds)

@@ -1,0 +1,1 @@
+"""Which scheme each matrix gets for its bytes, and making what was chosen."""

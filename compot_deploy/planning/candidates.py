@@ -1,0 +1,244 @@
+"""The forms that are tried for the matrices of one input, and what each is really worth.
+
+A candidate is measured on its quantized values, never on a model of them. Matrices that read one input share
+a Gram; for them every factorised form is tried twice, with one dictionary for all and with one for each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import assert_never
+
+from compot_deploy.core.grid import DENSE, Grid, Pattern
+from compot_deploy.core.matrix import Dense, Matrix, Quantized
+from compot_deploy.core.storage import Storage
+from compot_deploy.numerics.compot import Alternation
+from compot_deploy.numerics.joint import SHORT_ALTERNATION, Level, joint, split
+from compot_deploy.numerics.whiten import Whitening
+from compot_deploy.planning.knapsack import Candidate, Curve, Form, GridChoice, Joint, Plain, water_levels
+from compot_deploy.quant import Quantizer, gptq
+
+VERSION: Final = 1
+"""Of the numerics that measure a candidate; part of every key, so that stale measurements are not used."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """Which forms are tried.
+
+    Attributes:
+        grids: what the format holds.
+        rates: bits per weight at which a factorised form is made by water-filling.
+        sparse: (k/min(m, n), k/s) of COMPOT forms with a head of `head` atoms in 8 bits.
+        unstructured: whether those forms are tried with the strongest codes of a whole column.
+        patterns: fixed patterns of neighbouring atoms that they are tried with, such as 2:4.
+        head: strongest atoms that sparse forms keep in 8 bits.
+        rounds: of joint quantization.
+        alternation: of the factorization of sparse levels.
+        unquantized: whether a matrix may stay as it is.
+        floating: sizes of factorised forms in floating point, as parts of the unquantized matrix.
+        floating_per_kept: k/s of those.
+        tolerance: by which part a form must promise to lie below the lower hull of the measured ones to be
+            measured as well, see `compot_deploy.planning.screening`; 0 measures all.
+    """
+
+    grids: GridChoice
+    rates: tuple[float, ...] = (0.7, 1.0, 1.3, 1.6, 1.9)
+    sparse: tuple[tuple[float, float], ...] = ((0.15, 2.0), (0.3, 2.0))
+    unstructured: bool = True
+    patterns: tuple[Pattern, ...] = ()
+    head: int = 8
+    rounds: int = 2
+    alternation: Alternation = SHORT_ALTERNATION
+    unquantized: bool = False
+    floating: tuple[float, ...] = ()
+    floating_per_kept: float = 2.0
+    tolerance: float = field(default=0.0, repr=False)  # not in names of what no tolerance has a say in
+
+
+@dataclass(frozen=True)
+class Realized:
+    """A form as matrices.
+
+    Attributes:
+        matrices: by name.
+        errors: relative squared whitened error of each.
+    """
+
+    matrices: Mapping[str, Matrix]
+    errors: Mapping[str, float]
+
+
+def forms(
+    weight: Float[Tensor, "inputs outputs"], whitening: Whitening, storage: Storage, search: Search
+) -> tuple[Form, ...]:
+    """What to try for a weight, or for several side by side: plain grids, then factorised forms."""
+    inputs, outputs = weight.shape
+    found: list[Form] = [Plain(grid) for grid in search.grids.grids]
+    if search.unquantized:
+        found.append(Plain(None))
+    whitened = whitening.apply(weight)
+    gram = whitened @ whitened.T if inputs <= outputs else whitened.T @ whitened
+    energies = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0).tolist()
+    for rate in search.rates if search.grids.groups else ():
+        levels = water_levels(
+            energies,
+            inputs,
+            outputs,
+            budget=int(rate * inputs * outputs / 8),
+            storage=storage,
+            grids=search.grids,
+        )
+        if levels:
+            found.append(Joint(levels))
+    found += _sparse_forms(inputs, outputs, search)
+    found += _floating_forms(inputs, outputs, storage, search)
+    return tuple(dict.fromkeys(found))
+
+
+def _sparse_forms(inputs: int, outputs: int, search: Search) -> list[Form]:
+    groups = search.grids.groups
+    if 4 not in groups or 8 not in groups:
+        return []
+    found: list[Form] = []
+    rank = min(inputs, outputs)
+    for share, per_kept in search.sparse:
+        atoms = int(share * rank) // search.grids.step * search.grids.step
+        if atoms < search.grids.step or atoms + search.head > rank:
+            continue
+        kept = [Pattern(max(1, int(atoms / per_kept)), atoms)] if search.unstructured else []
+        kept += [pattern for pattern in search.patterns if atoms % pattern.of == 0]
+        code_group = max(groups[4])
+        dictionary_group = 64 if 64 in groups[4] else max(groups[4])
+        head = Level(search.head, Grid(8, max(groups[8])), Grid(8, min(groups[8])))
+        for pattern in kept:
+            tail = Level(atoms, Grid(4, dictionary_group), Grid(4, code_group), pattern)
+            found.append(Joint((head, tail) if search.head else (tail,)))
+    return found
+
+
+def _floating_forms(inputs: int, outputs: int, storage: Storage, search: Search) -> list[Form]:
+    found: list[Form] = []
+    plain = Plain(None).bytes(inputs, outputs, storage)
+
+    def at(atoms: int) -> Joint:
+        kept = max(1, int(atoms / search.floating_per_kept))
+        pattern = DENSE if kept == atoms else Pattern(kept, atoms)
+        return Joint((Level(atoms, None, None, pattern),))
+
+    for share in search.floating:
+        low, high = 0, min(inputs, outputs)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if at(middle).bytes(inputs, outputs, storage) <= share * plain:
+                low = middle
+            else:
+                high = middle - 1
+        if low:
+            found.append(at(low))
+    return found
+
+
+def realize(
+    form: Form,
+    weights: Mapping[str, Float[Tensor, "inputs outputs"]],
+    whitening: Whitening,
+    search: Search,
+    *,
+    dictionary_name: str | None = None,
+    quantizer: Quantizer = gptq,
+) -> Realized:
+    """Make the matrices of a form; a factorised form gives all of `weights` one dictionary.
+
+    Args:
+        form: what to make.
+        weights: by name, of one input.
+        whitening: of that input.
+        search: rounds and alternation.
+        dictionary_name: for several matrices; None takes the name of the only one.
+        quantizer: of plain grids.
+    """
+    weight = torch.cat([value.double() for value in weights.values()], dim=1)
+    matrices: dict[str, Matrix] = {}
+    match form:
+        case Plain():
+            if form.grid is None:
+                matrices.update({name: Dense(value.float()) for name, value in weights.items()})
+            else:
+                # Every output is quantized for itself: side by side they take one pass.
+                whole = quantizer(weight, whitening.gram, form.grid)
+                sizes = [value.shape[1] for value in weights.values()]
+                parts = zip(whole.integers.split(sizes, 1), whole.scales.split(sizes, 1), strict=True)
+                for name, (integers, scales) in zip(weights, parts, strict=True):
+                    matrices[name] = Quantized(integers.contiguous(), scales.contiguous(), form.grid)
+        case Joint():
+            factors = joint(
+                weight, whitening, form.levels, rounds=search.rounds, alternation=search.alternation
+            )
+            shared = dictionary_name or "+".join(weights)
+            matrices.update(split(factors, {name: value.shape[1] for name, value in weights.items()}, shared))
+        case _:
+            assert_never(form)
+    errors = {
+        name: whitening.error(weights[name], matrix.dequantize()) ** 2 for name, matrix in matrices.items()
+    }
+    return Realized(matrices, errors)
+
+
+def curve(
+    names: Sequence[str],
+    alone: Mapping[str, Sequence[tuple[Form, float]]],
+    together: Sequence[tuple[Form, Mapping[str, float]]],
+    sizes: Mapping[str, tuple[int, int]],
+    storage: Storage,
+    unmeasured: int = 0,
+) -> Curve:
+    """Priced candidates from measured errors.
+
+    Args:
+        names: matrices of one input.
+        alone: form and squared error, for each.
+        together: shared form and the squared error of each.
+        sizes: (in, out) of each.
+        storage: what a leaf costs.
+        unmeasured: how many forms were listed and not measured.
+    """
+    inputs = sizes[names[0]][0]
+    outputs = sum(sizes[name][1] for name in names)
+    return Curve(
+        tuple(names),
+        tuple(
+            tuple(Candidate(form, form.bytes(*sizes[name], storage), (error,)) for form, error in alone[name])
+            for name in names
+        ),
+        tuple(
+            Candidate(form, form.bytes(inputs, outputs, storage), tuple(errors[name] for name in names))
+            for form, errors in together
+        ),
+        unmeasured,
+    )
+
+
+def content_key(
+    form: Form, weights: Mapping[str, Tensor], whitening: Whitening, search: Search, quantizer: str = "gptq"
+) -> str:
+    """A name for the measurement of a form on exactly these numbers.
+
+    Only what the form depends on is part of it: plain grids know no rounds, dense codes no alternation.
+    """
+    settings: tuple[object, ...] = (quantizer,)
+    if isinstance(form, Joint):
+        sparse = not all(level.pattern.is_dense for level in form.levels)
+        settings = (search.rounds, search.alternation if sparse else None)
+    digest = hashlib.sha256()
+    digest.update(repr((VERSION, form, tuple(weights), *settings)).encode())
+    for value in (*weights.values(), whitening.factor):
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:24]

@@ -1,0 +1,228 @@
+"""A plan for people: a table, JSON, and a plot of predicted loss against bytes. Nothing is exported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from compot_deploy.core.grid import Grid
+from compot_deploy.errors import MissingDependencyError
+from compot_deploy.planning.carry_out import Draft, counted, name_of, notes_on
+from compot_deploy.planning.knapsack import (
+    Curve,
+    InMemory,
+    Plain,
+    Plan,
+    describe,
+    form_to_data,
+    frontier,
+    smallest_bytes,
+)
+from compot_deploy.report.facts import Frontier, FrontierPoint
+from compot_deploy.report.inspection import Overview
+
+_PLAIN_INT4: Final = Plain(Grid(4, 32))
+_POINTS: Final = 32
+REPORT_POINTS: Final = 20
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A draft, and what its numbers are measured against.
+
+    Attributes:
+        model: what it is for, as the user called it.
+        draft: curves, effects and plans.
+    """
+
+    model: str
+    draft: Draft
+
+    @property
+    def plan(self) -> Plan:
+        """The plan, before the plain mix is compared with it on the model."""
+        return self.draft.plans[0]
+
+    @property
+    def weights(self) -> int:
+        """Weights of all linears."""
+        return sum(rows * columns for rows, columns in self.draft.sizes.values())
+
+    @property
+    def tensor_memory_bytes(self) -> int:
+        """What the tensors of the linears take in a loaded graph; runtimes keep more beside them."""
+        storage = self.draft.task.storage
+        loaded = storage if isinstance(storage, InMemory) else InMemory(storage)
+        total = 0
+        for entry in self.plan.chosen:
+            sizes = [self.draft.sizes[name] for name in entry.names]
+            total += entry.candidate.form.bytes(sizes[0][0], sum(columns for _, columns in sizes), loaded)
+        return total
+
+    @property
+    def artifact_bytes(self) -> int:
+        """Predicted size of the whole output."""
+        return self.plan.bytes + self.draft.other_bytes
+
+
+def overview(planned: Planned) -> Overview:
+    """One row per choice, then the totals."""
+    draft, plan = planned.draft, planned.plan
+    rows = []
+    total_plain = 0
+    for entry in plan.chosen:
+        plain = sum(_PLAIN_INT4.bytes(*draft.sizes[name], draft.task.storage) for name in entry.names)
+        total_plain += plain
+        errors = " ".join(f"{error**0.5:.3f}" for error in entry.candidate.errors)
+        loss = sum(
+            draft.effects[name] * error
+            for name, error in zip(entry.names, entry.candidate.errors, strict=True)
+        )
+        rows.append(
+            (
+                _label(entry.names),
+                describe(entry.candidate.form),
+                errors,
+                f"{loss:.2g}",
+                f"{entry.candidate.bytes:,}",
+                f"{plain:,}",
+            )
+        )
+    bits = plan.bytes * 8 / planned.weights
+    rows.append(
+        ("all linears", f"{bits:.3f} bits", "", f"{plan.loss:.3g}", f"{plan.bytes:,}", f"{total_plain:,}")
+    )
+    lines = [
+        f"Budget {plan.budget:,} bytes for the linears; everything else takes {draft.other_bytes:,}: "
+        f"predicted output {planned.artifact_bytes:,} bytes.",
+        f"Loaded, the tensors of the linears take {planned.tensor_memory_bytes:,} bytes; what a runtime keeps "
+        "beside them (scales once more, packing buffers) is not counted.",
+        "Error is the relative error of a matrix's output on calibration text; loss is predicted, in nats per token.",
+    ]
+    for other in draft.plans[1:]:
+        name = name_of(other)
+        lines.append(
+            f"{name[0].upper()}{name[1:]} within the same budget takes {other.bytes:,} bytes and has a predicted "
+            f"loss of {other.loss:.3g}; it is measured on the model beside the plan before one is exported."
+        )
+    lines += [f"{note[0].upper()}{note[1:]}." for note in (*notes_on(draft.curves), *plan.notes)]
+    return Overview(
+        title=f"Plan for {planned.model}",
+        columns=("linears", "choice", "error", "loss", "bytes", "plain int4"),
+        rows=tuple(rows),
+        lines=tuple(lines),
+    )
+
+
+def as_json(planned: Planned) -> str:
+    """Everything in the table, and the predicted frontier."""
+    draft, plan = planned.draft, planned.plan
+    value: dict[str, Any] = {
+        "model": planned.model,
+        "budget": plan.budget,
+        "bytes": plan.bytes,
+        "bits_per_weight": plan.bytes * 8 / planned.weights,
+        "predicted_artifact_bytes": planned.artifact_bytes,
+        "tensor_memory_bytes": planned.tensor_memory_bytes,
+        "predicted_loss": plan.loss,
+        "notes": [*notes_on(draft.curves), *plan.notes],
+        "forms": dict(zip(("measured", "listed"), counted(draft.curves), strict=True)),
+        "chosen": [
+            {
+                "linears": list(entry.names),
+                "form": form_to_data(entry.candidate.form),
+                "bytes": entry.candidate.bytes,
+                "squared_errors": list(entry.candidate.errors),
+            }
+            for entry in plan.chosen
+        ],
+        "effects": dict(draft.effects),
+        "frontier": [
+            {"bytes": one.bytes, "predicted_loss": one.loss} for one in _frontier(planned, draft.curves)
+        ],
+    }
+    return json.dumps(value)
+
+
+def plot(planned: Planned, path: Path) -> None:
+    """Predicted loss against bytes, of the plan and of plain grids alone, with the chosen point.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise MissingDependencyError("matplotlib", "report", "Drawing a plan") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    plain = [curve.only(lambda form: isinstance(form, Plain)) for curve in planned.draft.curves]
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), dpi=150)
+    for label, curves in (("all forms", planned.draft.curves), ("plain grids alone", plain)):
+        if all(all(curve.alone) for curve in curves):
+            points = [one for one in _frontier(planned, curves) if one.loss > 0.0]
+            bits = [one.bytes * 8 / planned.weights for one in points]
+            axes.plot(bits, [one.loss for one in points], ".-", label=label)
+    chosen = planned.plan.bytes * 8 / planned.weights
+    axes.plot([chosen], [max(planned.plan.loss, 1e-12)], "o", markersize=9, label="chosen")
+    axes.set(
+        xlabel="bits per weight of the linears, everything counted",
+        ylabel="predicted loss [nats per token]",
+        yscale="log",
+        title=planned.model,
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    temporary = path.with_name(path.name + ".part")
+    figure.savefig(temporary, format=path.suffix.removeprefix(".") or "png")
+    pyplot.close(figure)
+    temporary.replace(path)
+
+
+def frontier_of(draft: Draft, taken: Plan, counts: str) -> Frontier:
+    """The figures of the plot, for a report: predicted loss against bytes, and the plan that was taken.
+
+    Args:
+        draft: curves and effects.
+        taken: the plan that was carried out.
+        counts: ``file`` or ``memory``, what the bytes are.
+    """
+    planned = Planned("", draft)
+
+    def point(plan: Plan) -> FrontierPoint:
+        return FrontierPoint(plan.bytes, plan.bytes * 8 / planned.weights, plan.loss)
+
+    def points(curves: Sequence[Curve]) -> tuple[FrontierPoint, ...]:
+        if not all(all(curve.alone) for curve in curves):
+            return ()
+        return tuple(point(plan) for plan in _frontier(planned, curves, REPORT_POINTS))
+
+    return Frontier(
+        counts=counts,
+        budget=draft.plans[0].budget,
+        weights=planned.weights,
+        chosen=point(taken),
+        all_forms=points(draft.curves),
+        plain=points([curve.only(lambda form: isinstance(form, Plain)) for curve in draft.curves]),
+    )
+
+
+def _frontier(planned: Planned, curves: Sequence[Curve], count: int = _POINTS) -> tuple[Plan, ...]:
+    """Plans from the smallest size to twice the chosen one."""
+    low = smallest_bytes(curves)
+    high = max(2 * planned.plan.bytes, low + 1)
+    budgets = [low + (high - low) * step // (count - 1) for step in range(count)]
+    return frontier(curves, planned.draft.effects, budgets)
+
+
+def _label(names: Sequence[str]) -> str:
+    """Names of one block with their path once: layers.0.self_attn.q_proj + k_proj + v_proj."""
+    first = names[0].removeprefix("model.")
+    if len(names) == 1:
+        return first
+    return first + "".join(f" + {name.rsplit('.', 1)[-1]}" for name in names[1:])

@@ -1,0 +1,294 @@
+"""Compressed matrices as torch modules: what a transformers model is built of after factorisation.
+
+A `CompotLinear` is an ``nn.Linear`` to everybody who looks (peft wraps it, hooks find it), but its weight is
+one leaf or pairs of leaves, packed (see `compot_deploy.core.packed`) and dequantized when they are used. Each leaf
+is a module of its own and is *called*, so that whatever follows modules around (device maps, offloading,
+hooks) works. A dictionary that several linears share belongs to the first; the others refer to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+from typing_extensions import assert_never
+
+from compot_deploy.core.grid import DENSE, Pattern
+from compot_deploy.core.matrix import Dense, Factorized, Leaf, Matrix, Pair, Quantized
+from compot_deploy.core.packed import LeafForm, dequantize_rows, pack, unpack
+from compot_deploy.errors import InputError
+
+
+class LeafModule(nn.Module):
+    """One leaf: ``x @ weight``.
+
+    Integers are buffers; dense floating-point values are a parameter, as in ``nn.Linear``. Made empty; see
+    `fill`.
+
+    Attributes:
+        form: shape, grid and pattern.
+    """
+
+    def __init__(self, form: LeafForm) -> None:
+        super().__init__()
+        self.form = form
+        for name, (shape, dtype) in form.tensors.items():
+            tensor = torch.zeros(shape, dtype=dtype)
+            if name == "weight":
+                self.weight = nn.Parameter(tensor)
+            else:
+                self.register_buffer(name, tensor)
+        self._kept: Tensor | None = None
+        self._is_hf_initialized = True  # nothing here is ever drawn at random
+
+    def keep(self) -> None:
+        """Dequantize once and keep the result beside the packed values, until they move or change."""
+        self._kept = self.rows()
+
+    def fill(self, leaf: Leaf) -> None:
+        """Take the numbers of a leaf of this form."""
+        form = self.form
+        if LeafForm.of(leaf, form.pattern) != form:
+            raise ValueError(f"A leaf of {leaf.shape} does not fit the form {form}.")
+        self._kept = None
+        with torch.no_grad():
+            for name, tensor in pack(leaf, form.pattern).items():
+                getattr(self, name).copy_(tensor)
+
+    def leaf(self) -> Leaf:
+        """The leaf, bit for bit."""
+        return unpack(self._tensors(), self.form)
+
+    def rows(self) -> Float[Tensor, "outputs inputs"]:
+        """The values, transposed as ``nn.Linear`` keeps them; float32 for integers."""
+        return dequantize_rows(self._tensors(), self.form) if self._kept is None else self._kept
+
+    def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
+        """``x @ weight``, in the type of x."""
+        return functional.linear(x, self.rows().to(x.dtype))
+
+    def extra_repr(self) -> str:
+        """For printing."""
+        form = self.form
+        pattern = "" if form.pattern.is_dense else f", {form.pattern}"
+        return f"{form.inputs}, {form.outputs}, {form.grid or 'float'}{pattern}"
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.form.tensors}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LeafModule:
+        super()._apply(fn, recurse)
+        self._kept = None
+        form = self.form
+        if form.grid is None:  # model.half()
+            dtype = getattr(self, "values" if form.sparse else "weight").dtype
+            self.form = LeafForm(form.inputs, form.outputs, None, form.pattern, dtype)
+        return self
+
+
+class _FrozenWeight(Tensor):
+    """A dequantized weight to look at; there is nothing behind it that could be written."""
+
+    @property
+    def data(self) -> NoReturn:
+        """Refuses: whoever takes the data of a weight is about to change it."""
+        raise InputError(
+            "The weight of a compressed linear is the product of packed factors and cannot be changed in place; "
+            "keep the adapter beside it instead of merging it."
+        )
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise InputError(
+            "The weight of a compressed linear is the product of packed factors and cannot be replaced."
+        )
+
+
+class CompotLinear(nn.Linear):
+    """``y = Σ x · dictionary · codes + bias``, or ``y = x · matrix + bias``.
+
+    Modules are named ``dictionary0``, ``codes0``, ``dictionary1`` … for a factorized matrix, ``matrix`` for a
+    plain one.
+
+    Args:
+        forms: of the leaves: one for a plain matrix, otherwise dictionary, codes, dictionary, codes …
+        bias: whether there is one.
+        owner: the linear (or embedding) whose leaves are shared: the dictionaries of a factorized matrix, all
+            of a plain one.
+    """
+
+    def __init__(
+        self, forms: Sequence[LeafForm], *, bias: bool, owner: CompotLinear | CompotEmbedding | None = None
+    ) -> None:
+        nn.Module.__init__(self)
+        self.factorized = len(forms) > 1
+        self.in_features, self.out_features = forms[0].inputs, forms[-1].outputs
+        self.register_parameter("bias", nn.Parameter(torch.zeros(self.out_features)) if bias else None)
+        # Lists hide modules from torch: a leaf is registered where it is owned, and nowhere else.
+        self._chain: list[list[LeafModule]] = []
+        if not self.factorized:
+            leaf = LeafModule(forms[0]) if owner is None else owner.leaves[0]
+            if owner is None:
+                self.add_module("matrix", leaf)
+            self._chain = [[leaf]]
+        for number in range(len(forms) // 2):
+            codes = LeafModule(forms[2 * number + 1])
+            if owner is None:
+                dictionary = LeafModule(forms[2 * number])
+                self.add_module(f"dictionary{number}", dictionary)
+            else:
+                assert isinstance(owner, CompotLinear)
+                dictionary = owner._chain[number][0]
+            self.add_module(f"codes{number}", codes)
+            self._chain.append([dictionary, codes])
+        self._is_hf_initialized = True
+
+    @classmethod
+    def of(
+        cls,
+        matrix: Matrix,
+        bias: Tensor | None = None,
+        *,
+        owner: CompotLinear | CompotEmbedding | None = None,
+    ) -> CompotLinear:
+        """A linear that holds a matrix, packed.
+
+        Args:
+            matrix: what to hold.
+            bias: shape (out,).
+            owner: see the class.
+        """
+        made = cls(forms_of(matrix), bias=bias is not None, owner=owner)
+        made.fill(matrix)
+        if bias is not None:
+            made.bias = nn.Parameter(bias.detach().clone())
+        return made
+
+    @property
+    def leaves(self) -> tuple[LeafModule, ...]:
+        """All leaves, in the order of `compot_deploy.core.matrix.leaves`, shared ones included."""
+        return tuple(leaf for chain in self._chain for leaf in chain)
+
+    @property
+    def weight(self) -> Float[Tensor, "outputs inputs"]:  # type: ignore[override]
+        """The product, multiplied out; computed at each access, and not to be changed."""
+        total: Tensor | None = None
+        for chain in self._chain:
+            rows = chain[-1].rows()
+            if len(chain) == 2:
+                rows = rows @ chain[0].rows().to(rows.dtype)
+            total = rows if total is None else total + rows
+        assert total is not None
+        dtype = total.dtype if self.bias is None else self.bias.dtype
+        return total.detach().to(dtype).as_subclass(_FrozenWeight)
+
+    def fill(self, matrix: Matrix) -> None:
+        """Take the numbers of a matrix; shared leaves are left to their owner."""
+        own = {id(leaf) for leaf in self.children()}
+        for module, leaf in zip(self.leaves, _leaves(matrix), strict=True):
+            if id(module) in own:
+                module.fill(leaf)
+
+    def matrix_of(self, dictionary_name: str) -> Matrix:
+        """The matrix, bit for bit.
+
+        Args:
+            dictionary_name: for `Pair.dictionary_name`.
+        """
+        if not self.factorized:
+            return self._chain[0][0].leaf()
+        return Factorized(
+            tuple(
+                Pair(dictionary.leaf(), codes.leaf(), dictionary_name, codes.form.pattern)
+                for dictionary, codes in self._chain
+            )
+        )
+
+    def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
+        """``x @ weight + bias``, factor by factor."""
+        total: Tensor | None = None
+        for chain in self._chain:
+            y = x
+            for leaf in chain:
+                y = leaf(y)
+            total = y if total is None else total + y
+        assert total is not None
+        return total if self.bias is None else total + self.bias.to(total.dtype)
+
+    def extra_repr(self) -> str:
+        """For printing."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
+
+
+class CompotEmbedding(nn.Embedding):
+    """A token table (hidden, vocabulary), packed; only the rows that are asked for are dequantized.
+
+    Args:
+        form: of the table; it cannot be sparse.
+        padding_idx: as in ``nn.Embedding``; kept for whoever asks.
+        dtype: of what comes out.
+    """
+
+    def __init__(
+        self, form: LeafForm, padding_idx: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = form.outputs, form.inputs
+        self.padding_idx = padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self.matrix = LeafModule(form)
+        # Holds no number, only follows the model's type and device.
+        self._like: Tensor
+        self.register_buffer("_like", torch.zeros(0, dtype=dtype), persistent=False)
+        self._is_hf_initialized = True
+
+    @property
+    def leaves(self) -> tuple[LeafModule, ...]:
+        """The table."""
+        return (self.matrix,)
+
+    @property
+    def weight(self) -> Float[Tensor, "vocabulary hidden"]:  # type: ignore[override]
+        """The whole table, dequantized; not to be changed."""
+        return self.matrix.rows().detach().to(self._like.dtype).as_subclass(_FrozenWeight)
+
+    def forward(self, input: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch hidden"]:
+        """Rows of the table."""
+        form = self.matrix.form
+        flat = input.reshape(-1)
+        rows = {name: getattr(self.matrix, name)[flat] for name in form.tensors}
+        values = dequantize_rows(rows, form)
+        return values.to(self._like.dtype).view(*input.shape, form.inputs)
+
+    def extra_repr(self) -> str:
+        """For printing."""
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+def forms_of(matrix: Matrix) -> tuple[LeafForm, ...]:
+    """Forms of the leaves of a matrix, patterns included."""
+    match matrix:
+        case Dense() | Quantized():
+            return (LeafForm.of(matrix),)
+        case Factorized():
+            return tuple(
+                LeafForm.of(leaf, pattern) for pair in matrix.pairs for leaf, pattern in _with_patterns(pair)
+            )
+        case _:
+            assert_never(matrix)
+
+
+def _with_patterns(pair: Pair) -> tuple[tuple[Leaf, Pattern], ...]:
+    return ((pair.dictionary, DENSE), (pair.codes, pair.pattern))
+
+
+def _leaves(matrix: Matrix) -> tuple[Leaf, ...]:
+    if isinstance(matrix, Factorized):
+        return tuple(leaf for pair in matrix.pairs for leaf in (pair.dictionary, pair.codes))
+    return (matrix,)

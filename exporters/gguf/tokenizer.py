@@ -1,0 +1,248 @@
+"""A Hugging Face tokenizer as GGUF keys, for both kinds that decoders use.
+
+llama.cpp tokenizes with code of its own and picks it by ``tokenizer.ggml.model`` and ``tokenizer.ggml.pre``.
+A wrong choice splits text differently and says nothing, so the pre-tokenizer is recognized by what it does
+(its expression), and an unknown one is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from compot_deploy.errors import UnsupportedModelError
+from compot_deploy.exporters.gguf.metadata import Value
+
+_CONTRACTIONS: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORD: Final = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
+_SUFFIX: Final = rf"{_CONTRACTIONS}?"
+_MARKS: Final = r" ?[^\s\p{L}\p{N}]+"
+_TAIL: Final = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_LOWER: Final = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+_UPPER: Final = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+
+_EXPRESSIONS: Final[Mapping[str, str]] = {
+    rf"{_WORD}|\p{{N}}{{1,3}}|{_MARKS}[\r\n]*|{_TAIL}": "llama-bpe",
+    rf"{_WORD}|\p{{N}}|{_MARKS}[\r\n]*|{_TAIL}": "qwen2",
+    rf"{_LOWER}|{_UPPER}|\p{{N}}|{_MARKS}[\r\n/]*|{_TAIL}": "tekken",
+    rf"{_LOWER}{_SUFFIX}|{_UPPER}{_SUFFIX}|\p{{N}}{{1,3}}|{_MARKS}[\r\n/]*|{_TAIL}": "gpt-4o",
+}
+"""Expression of the pre-tokenizer to llama.cpp's name for it, as in llama-vocab.cpp."""
+
+_IGNORES_MERGES: Final = ("llama-bpe", "tekken")
+"""Pre-tokenizers for which llama.cpp takes a whole word from the vocabulary before it merges."""
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+"""Token types of ``tokenizer.ggml.token_type``."""
+
+
+@dataclass(frozen=True)
+class TokenizerKeys:
+    """Keys to write, and what the reader of the file should know.
+
+    Attributes:
+        keys: full key names and values.
+        facts: differences between the two tokenizers that no key expresses.
+    """
+
+    keys: Mapping[str, Value]
+    facts: tuple[str, ...]
+
+
+def tokenizer_keys(source: str | Path, config: Mapping[str, Any]) -> TokenizerKeys:
+    """The tokenizer of a model folder.
+
+    Args:
+        source: folder with tokenizer.json, or whatever transformers reads as a fast tokenizer.
+        config: the model's configuration; gives the vocabulary size and the end of a sequence.
+
+    Raises:
+        UnsupportedModelError: a kind of tokenizer that llama.cpp has no code for, or that is not known here.
+    """
+    folder = Path(source)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return TokenizerKeys(
+            {"tokenizer.ggml.model": "none"}, ("The model folder has no tokenizer, so the file has none.",)
+        )
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UnsupportedModelError(
+            f"{folder}: the tokenizer has no fast version, so it cannot go into GGUF."
+        )
+    state = json.loads(backend.to_str())
+    model = state["model"]
+    if model.get("type") != "BPE":
+        raise UnsupportedModelError(
+            f"A {model.get('type')} tokenizer cannot be written for this architecture; a BPE one can."
+        )
+    keys: dict[str, Value] = {}
+    facts: list[str] = []
+    tokens, types = _vocabulary(state, int(config["vocab_size"]), facts)
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
+    if not merges:
+        raise UnsupportedModelError("A tokenizer without merges cannot be written: GGUF has no empty arrays.")
+    if model.get("byte_fallback"):
+        keys["tokenizer.ggml.model"] = "llama"
+        keys["tokenizer.ggml.pre"] = "default"
+        keys["tokenizer.ggml.scores"] = _scores(tokens, types, merges)
+        keys["tokenizer.ggml.add_space_prefix"] = _adds_space(state)
+    else:
+        pre = detect_pre_tokenizer(state)
+        keys["tokenizer.ggml.model"] = "gpt2"
+        keys["tokenizer.ggml.pre"] = pre
+        keys["tokenizer.ggml.merges"] = merges
+        if bool(model.get("ignore_merges")) != (pre in _IGNORES_MERGES):
+            facts.append(
+                f"ignore_merges is {bool(model.get('ignore_merges'))} in the tokenizer, "
+                f"llama.cpp's {pre} has it {pre in _IGNORES_MERGES}: a rare word may split differently."
+            )
+        if state.get("normalizer"):
+            facts.append(
+                f"llama.cpp skips the normalizer {state['normalizer'].get('type')}: "
+                f"text in another Unicode form gets other tokens."
+            )
+    keys["tokenizer.ggml.tokens"] = tokens
+    keys["tokenizer.ggml.token_type"] = types
+    keys.update(_special_tokens(tokenizer, config, folder))
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if isinstance(template, str) and template:
+        keys["tokenizer.chat_template"] = template
+    return TokenizerKeys(keys, tuple(facts))
+
+
+def detect_pre_tokenizer(state: Mapping[str, Any]) -> str:
+    """llama.cpp's name of the pre-tokenizer in a tokenizer.json.
+
+    Raises:
+        UnsupportedModelError: no known name splits text this way.
+    """
+    pre = state.get("pre_tokenizer") or {}
+    steps = pre.get("pretokenizers", [pre]) if pre.get("type") == "Sequence" else [pre]
+    kinds = [step.get("type") for step in steps]
+    byte_level = steps[-1]
+    if kinds[-1] == "ByteLevel" and not byte_level.get("add_prefix_space"):
+        if kinds == ["ByteLevel"] and byte_level.get("use_regex", True):
+            return "gpt-2"
+        if (
+            kinds == ["Digits", "ByteLevel"]
+            and steps[0].get("individual_digits")
+            and byte_level.get("use_regex", True)
+        ):
+            return "smollm"
+        if kinds == ["Split", "ByteLevel"] and not byte_level.get("use_regex", True):
+            expression = steps[0].get("pattern", {}).get("Regex")
+            if (
+                expression in _EXPRESSIONS
+                and steps[0].get("behavior") == "Isolated"
+                and not steps[0].get("invert")
+            ):
+                return _EXPRESSIONS[expression]
+    raise UnsupportedModelError(
+        f"The pre-tokenizer {json.dumps(pre)[:300]} is not one that llama.cpp is known to "
+        f"have; known are gpt-2, smollm, {', '.join(_EXPRESSIONS.values())}."
+    )
+
+
+def _vocabulary(state: Mapping[str, Any], size: int, facts: list[str]) -> tuple[list[str], list[int]]:
+    """Text and type of every id; ids without a token are filled, as the embedding has a row for them."""
+    model = state["model"]
+    added = {int(entry["id"]): entry for entry in state.get("added_tokens", [])}
+    known: dict[int, str] = {int(index): text for text, index in model["vocab"].items()}
+    known.update({index: entry["content"] for index, entry in added.items()})
+    beyond = [index for index in known if index >= size]
+    if any(index not in added for index in beyond):
+        raise UnsupportedModelError(
+            f"The tokenizer has ids up to {max(known)}, the embedding only {size} rows."
+        )
+    if beyond:
+        # transformers adds special tokens of its own to some tokenizers; the model cannot read them either.
+        facts.append(
+            f"{len(beyond)} added tokens without an embedding row are left out: {known[beyond[0]]!r}."
+        )
+        known = {index: text for index, text in known.items() if index < size}
+    if len(known) < size:
+        facts.append(f"{size - len(known)} of {size} embedding rows have no token and are named [PADn].")
+    tokens: list[str] = []
+    types: list[int] = []
+    for index in range(size):
+        text = known.get(index)
+        if text is None:
+            tokens.append(f"[PAD{index}]")
+            types.append(UNUSED)
+            continue
+        tokens.append(text)
+        if text == model.get("unk_token"):
+            types.append(UNKNOWN)
+        elif index in added:
+            types.append(CONTROL if added[index].get("special") else USER_DEFINED)
+        elif model.get("byte_fallback") and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            types.append(BYTE)
+        else:
+            types.append(NORMAL)
+    return tokens, types
+
+
+def _scores(tokens: list[str], types: list[int], merges: list[str]) -> list[float]:
+    """Minus the rank of the merge that makes a token: llama.cpp merges the best score first.
+
+    Some sentencepiece conversions list several merges for one token; the earliest decides.
+    """
+    rank: dict[str, int] = {}
+    for position, merge in enumerate(merges):
+        rank.setdefault(merge.replace(" ", ""), position)
+    last = len(merges)
+    return [
+        -float(rank.get(text, last + index)) if kind == NORMAL else 0.0
+        for index, (text, kind) in enumerate(zip(tokens, types, strict=True))
+    ]
+
+
+def _adds_space(state: Mapping[str, Any]) -> bool:
+    """Whether text gets a leading space: a Prepend normalizer, or a Metaspace that prepends."""
+    normalizer = state.get("normalizer") or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    if any(step.get("type") == "Prepend" for step in steps):
+        return True
+    pre = state.get("pre_tokenizer") or {}
+    steps = pre.get("pretokenizers", [pre])
+    return any(
+        step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never" for step in steps
+    )
+
+
+def _special_tokens(tokenizer: Any, config: Mapping[str, Any], folder: Path) -> dict[str, Value]:
+    """Ids of special tokens, and whether the tokenizer adds them, found by asking it."""
+    keys: dict[str, Value] = {}
+    generation: Mapping[str, Any] = {}
+    if (folder / "generation_config.json").is_file():
+        generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    ends: list[int] = []
+    for value in (tokenizer.eos_token_id, config.get("eos_token_id"), generation.get("eos_token_id")):
+        for index in value if isinstance(value, list) else [value]:
+            if index is not None and index not in ends:
+                ends.append(int(index))
+    begin = tokenizer.bos_token_id
+    if begin is None:
+        begin = config.get("bos_token_id")
+    named = {
+        "bos_token_id": begin,
+        "eos_token_id": ends[0] if ends else None,
+        "eot_token_id": ends[1] if len(ends) > 1 else None,
+        "unknown_token_id": tokenizer.unk_token_id,
+        "padding_token_id": tokenizer.pad_token_id,
+    }
+    for name, index in named.items():
+        if index is not None and 0 <= int(index) < int(config["vocab_size"]):
+            keys[f"tokenizer.ggml.{name}"] = int(index)
+    ids = list(tokenizer("a")["input_ids"])
+    keys["tokenizer.ggml.add_bos_token"] = bool(ids) and begin is not None and ids[0] == begin
+    keys["tokenizer.ggml.add_eos_token"] = bool(ids) and bool(ends) and ids[-1] == ends[0]
+    return keys

@@ -1,0 +1,1 @@
+"""ONNX folders that onnxruntime, onnxruntime-genai, optimum and transformers.js read."""

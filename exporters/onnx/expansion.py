@@ -1,0 +1,191 @@
+"""Packed codes in an ONNX graph: the nodes that expand them, how they are found, whether a runtime folds them.
+
+ONNX Runtime folds the five nodes (Cast, Concat, MatMulInteger, Gather, Reshape) when it loads a graph; where it
+does not, every run expands the codes again, 20 to 100 times slower. A test pins it, and `lint_folding` looks.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import onnx
+import torch
+from onnx import NodeProto
+from torch import Tensor
+
+from compot_deploy.core.diagnostics import Finding
+from compot_deploy.errors import ArtifactError, MissingDependencyError
+from compot_deploy.exporters.onnx.tensors import GRAPH
+from compot_deploy.exporters.packing import POSITIONS, expansion_table, three_bit_table
+
+EXPANSION_TABLE: Final = "/constants/two_of_four/table"
+EXPANSION_WEIGHTS: Final = "/constants/two_of_four/weights"
+THREE_BITS_TABLE: Final = "/constants/three_bits/table"
+THREE_BITS_WEIGHTS: Final = "/constants/three_bits/weights"
+
+
+@dataclass(frozen=True)
+class ExpansionKind:
+    """What all packed integers of one layout share in a graph.
+
+    Attributes:
+        table: name of the tensor with MatMulNBits' bytes by row.
+        weights: name of the tensor (1, factor), which makes ``half + factor·value`` of a row as a product,
+            because no standard operator adds two bytes.
+        factor: see `weights`.
+        half: suffix of the tensor of half bytes.
+        rows: makes the table.
+    """
+
+    table: str
+    weights: str
+    factor: int
+    half: str
+    rows: Callable[[], Tensor]
+
+
+EXPANSIONS: Final = {
+    kind.table: kind
+    for kind in (
+        ExpansionKind(EXPANSION_TABLE, EXPANSION_WEIGHTS, len(POSITIONS), "patterns", expansion_table),
+        ExpansionKind(THREE_BITS_TABLE, THREE_BITS_WEIGHTS, 16, "nibbles", three_bit_table),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """The nodes that make MatMulNBits' bytes of packed codes, and the tensors that they read.
+
+    Attributes:
+        nodes: Cast, Concat, MatMulInteger, Gather and Reshape, as they run.
+        values: two codes of every four.
+        patterns: their positions.
+        weights: what turns both into a row of the table.
+        table: the bytes.
+    """
+
+    nodes: tuple[NodeProto, ...]
+    values: str
+    patterns: str
+    weights: str
+    table: str
+
+
+def expansion_of(value: str, producers: Mapping[str, NodeProto]) -> Expansion | None:
+    """The expansion that makes `value`, as `GraphBuilder.expanded` writes it; None if it is made in another way.
+
+    Args:
+        value: what a MatMulNBits multiplies with.
+        producers: node by output.
+    """
+    nodes: list[NodeProto] = []
+    for operator, follow in (("Reshape", 0), ("Gather", 1), ("MatMulInteger", 0), ("Concat", 0), ("Cast", 0)):
+        node = producers.get(value)
+        if node is None or node.op_type != operator or len(node.input) != (1 if operator == "Cast" else 2):
+            return None
+        nodes.append(node)
+        value = node.input[follow]
+    _, gather, product, concat, cast = nodes
+    return Expansion(
+        nodes=tuple(reversed(nodes)),
+        values=str(concat.input[1]),
+        patterns=str(cast.input[0]),
+        weights=str(product.input[1]),
+        table=str(gather.input[0]),
+    )
+
+
+def unfolded_nodes(folder: Path, disabled_optimizers: Sequence[str] = ()) -> tuple[str, ...]:
+    """Nodes for the expansion of packed codes that are still there when onnxruntime has loaded a folder.
+
+    Each of them would run for every token: a graph with all of them decodes 20 to 100 times slower. The
+    folder is loaded as an application would, and the profiler tells what is executed for one token; nothing
+    as large as the weights is written.
+
+    Args:
+        folder: an ONNX folder.
+        disabled_optimizers: of onnxruntime, to see what happens without them.
+
+    Returns:
+        Names of nodes in the order of the graph; none for a folder without packed codes.
+
+    Raises:
+        MissingDependencyError: onnxruntime is not installed.
+        ArtifactError: onnxruntime refuses the file.
+    """
+    expansion = expansion_nodes(folder)
+    if not expansion:
+        return ()
+    executed = _executed_nodes(folder, disabled_optimizers)
+    return tuple(name for name in expansion if name in executed)
+
+
+def expansion_nodes(folder: Path) -> tuple[str, ...]:
+    """Names of all nodes that expand packed codes, in the order of the graph; none for a folder without any."""
+    model = onnx.load(folder / GRAPH, load_external_data=False)
+    producers = {output: node for node in model.graph.node for output in node.output if output}
+    found = (
+        expansion_of(node.input[1], producers) for node in model.graph.node if node.op_type == "MatMulNBits"
+    )
+    return tuple(node.name for expansion in found if expansion is not None for node in expansion.nodes)
+
+
+def _executed_nodes(folder: Path, disabled_optimizers: Sequence[str]) -> frozenset[str]:
+    """Names of the nodes that onnxruntime executes for one token without a past."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingDependencyError("onnxruntime", "onnx", "Loading an ONNX folder") from None
+    with tempfile.TemporaryDirectory() as scratch:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(scratch) / "profile")
+        try:
+            session = onnxruntime.InferenceSession(
+                str(folder / GRAPH),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=list(disabled_optimizers),
+            )
+            feeds = {
+                entry.name: torch.zeros(1, entry.shape[1], 0, entry.shape[3]).numpy()
+                if entry.name.startswith("past_key_values.")
+                else torch.ones(1, 1, dtype=torch.int64).numpy()
+                for entry in session.get_inputs()
+            }
+            session.run(["logits"], feeds)
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        except Exception as error:  # the runtime's exceptions share no base class but this
+            raise ArtifactError(f"onnxruntime cannot run {folder / GRAPH}: {error}") from error
+    return frozenset(
+        event["name"].removesuffix("_kernel_time") for event in events if event.get("cat") == "Node"
+    )
+
+
+def lint_folding(folder: Path) -> Iterator[Finding]:
+    """An error if onnxruntime does not fold the expansion; a note where it is not installed to tell."""
+    try:
+        left = unfolded_nodes(folder)
+    except MissingDependencyError:
+        yield Finding(
+            "note",
+            GRAPH,
+            "onnxruntime is not installed, so it was not checked that the expansion of packed codes is folded.",
+        )
+    except ArtifactError as error:
+        yield Finding("error", GRAPH, str(error))
+    else:
+        if left:
+            yield Finding(
+                "error",
+                f"{GRAPH}: {left[0]}",
+                f"The expansion nodes were not folded, {len(left)} are left after loading: decoding would be "
+                "up to 100x slower; use another onnxruntime, or export with --onnx-codes dense.",
+            )

@@ -1,0 +1,114 @@
+"""An ONNX folder in ONNX Runtime: as it is shipped, or with its products computed at another accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from compot_deploy.errors import ArtifactError, MissingDependencyError
+from compot_deploy.exporters.onnx.tensors import GRAPH
+
+
+@dataclass(frozen=True)
+class LeveledGraph:
+    """A graph whose matrix products run at a chosen accuracy, its tensors still in their file.
+
+    Attributes:
+        graph: the serialized graph, to be given to an inference session.
+        entries: session options without which the session would not find the tensors, or would fuse
+            DequantizeLinear and MatMul at another accuracy.
+    """
+
+    graph: bytes
+    entries: Mapping[str, str]
+
+
+def with_accuracy_level(path: Path, level: int) -> LeveledGraph:
+    """The graph at `path` with the accuracy level of every MatMulNBits replaced; nothing is written.
+
+    Level 0 computes in float32 with the exact integers and scales: the oracle that tells whether a file holds
+    what it should. The file itself is shipped at level 4.
+
+    Args:
+        path: ``onnx/model.onnx`` of a folder.
+        level: 0 to 4, as documented for MatMulNBits.
+
+    Raises:
+        ArtifactError: the file is no ONNX graph.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError, or OSError
+        raise ArtifactError(f"{path} is not an ONNX file, or it is damaged: {_first_line(error)}") from error
+    for graph_or_function in (model.graph, *model.functions):
+        _set_accuracy_level(graph_or_function, level)
+    return LeveledGraph(
+        graph=model.SerializeToString(deterministic=True),
+        entries={
+            "session.model_external_initializers_file_folder_path": str(path.resolve().parent),
+            "session.qdq_matmulnbits_accuracy_level": str(level),
+        },
+    )
+
+
+def _set_accuracy_level(graph: onnx.GraphProto | onnx.FunctionProto, level: int) -> None:
+    """Change the attributes where they are, so that nothing else about the bytes changes."""
+    for node in graph.node:
+        if node.op_type == "MatMulNBits":
+            found = [attribute for attribute in node.attribute if attribute.name == "accuracy_level"]
+            if not found:
+                node.attribute.append(onnx.helper.make_attribute("accuracy_level", level))
+            for attribute in found:
+                attribute.i = level
+        for attribute in node.attribute:
+            for subgraph in (attribute.g, *attribute.graphs):
+                _set_accuracy_level(subgraph, level)
+
+
+def open_session(folder: Path, accuracy_level: int | None = None, threads: int = 0) -> Any:
+    """An onnxruntime session of a folder, on the CPU.
+
+    Args:
+        folder: an ONNX folder.
+        accuracy_level: None loads the file as shipped; 0 runs the same integers and scales in float32, the
+            oracle for what the file holds.
+        threads: of one operator; 0 leaves it to onnxruntime.
+
+    Raises:
+        MissingDependencyError: onnxruntime is not installed.
+        ArtifactError: the folder lacks the graph, or onnxruntime refuses it.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingDependencyError("onnxruntime", "onnx", "Running an exported ONNX folder") from None
+    path = folder / GRAPH
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist: {folder} is not an exported ONNX folder.")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    # Several sessions and torch take turns; a pool that spins while it waits steals the others' time.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    model: str | bytes = str(path)
+    if accuracy_level is not None:
+        leveled = with_accuracy_level(path, accuracy_level)
+        for key, value in leveled.entries.items():
+            options.add_session_config_entry(key, value)
+        model = leveled.graph
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's exceptions share no base class but this
+        raise ArtifactError(
+            f"{path} does not load in ONNX Runtime {onnxruntime.__version__}: {_first_line(error)}. A file that "
+            "onnxruntime cannot load is damaged, or needs a newer onnxruntime: export the model again."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

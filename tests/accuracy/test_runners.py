@@ -1,0 +1,374 @@
+from __future__ import annotations
+
+import builtins
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from toy_models import VOCABULARY, ToyRunner, save_toy_onnx, toy_weights
+
+from compot_deploy.accuracy.runners import (
+    RUNNERS,
+    OnnxRunner,
+    Runner,
+    TorchRunner,
+    compressed_runner,
+    onnx_runner,
+    torch_runner,
+)
+from compot_deploy.core.grid import Grid
+from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
+from compot_deploy.errors import ArtifactError, InputError, MissingDependencyError, UnsupportedModelError
+from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.hints import ARCHITECTURES
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    # Thousands of tiny operations: a second thread only waits, for long where the machine is busy.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# A window of 8 is shorter than the test's texts, so that it matters.
+MODELS: list[tuple[str, dict[str, Any]]] = [
+    *((kind, {}) for kind in tiny.KINDS),
+    ("mistral", {"sliding_window": 8}),
+]
+
+
+def save_tiny(folder: Path, kind: str = "llama", **changes: Any) -> Any:
+    """Save a tiny model as a folder; the model."""
+    model = tiny.model(kind, **changes)
+    model.set_attn_implementation("sdpa")  # what loading the folder chooses; eager differs in the last bit
+    model.save_pretrained(folder)
+    return model
+
+
+def all_logits(runner: Runner, tokens: torch.Tensor, chunk: int) -> torch.Tensor:
+    return torch.cat(list(runner.logits(tokens, chunk)), dim=1)
+
+
+def windows(batch: int = 3, length: int = 20, vocabulary: int = 320) -> torch.Tensor:
+    return torch.randint(vocabulary, (batch, length))
+
+
+def full_recompute_greedy(runner: Runner, prompt: list[int], new_tokens: int) -> tuple[int, ...]:
+    text = list(prompt)
+    for _ in range(new_tokens):
+        logits = all_logits(runner, torch.tensor([text]), len(text))
+        text.append(int(logits[0, -1].argmax()))
+    return tuple(text[len(prompt) :])
+
+
+# torch
+
+
+@pytest.mark.parametrize("kind, changes", MODELS)
+def test_torch_logits_do_not_depend_on_the_chunk(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    model = save_tiny(tmp_path, kind, **changes)
+    tokens = windows()
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+    runner = torch_runner(tmp_path)
+    assert runner.vocabulary == 320 and runner.context == 256
+    for chunk in (1, 7, 20, 50):
+        pieces = list(runner.logits(tokens, chunk))
+        assert [piece.shape[1] for piece in pieces[:-1]] == [chunk] * (len(pieces) - 1)
+        torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=0, atol=1e-5)
+
+
+def test_torch_greedy_equals_full_recompute(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    runner = torch_runner(tmp_path)
+    assert runner.generate([3, 1, 4], 12) == full_recompute_greedy(runner, [3, 1, 4], 12)
+
+
+def random_matrix(rows: int, columns: int, kind: int) -> Matrix:
+    if kind == 0:
+        return Dense(torch.randn(rows, columns) / rows**0.5)
+    grid = Grid(4, 16)
+
+    def leaf(inputs: int, outputs: int) -> Quantized:
+        integers = torch.randint(-8, 8, (inputs, outputs), dtype=torch.int8)
+        return Quantized(integers, torch.full((grid.groups(inputs), outputs), 0.05).half(), grid)
+
+    if kind == 1:
+        return leaf(rows, columns)
+    return Factorized((Pair(leaf(rows, 16), leaf(16, columns), "shared"),))
+
+
+def matrices_of(model: Any) -> dict[str, Matrix]:
+    """A fresh matrix of some form for every linear, the embedding and an untied head."""
+    architecture = ARCHITECTURES[model.config.model_type]
+    names = [architecture.embedding, *architecture.linear_names(2)]
+    if not model.config.tie_word_embeddings:
+        names.append(architecture.head)
+    shapes = {name: model.get_submodule(name).weight.shape for name in names}
+    return {
+        name: random_matrix(shape[1], shape[0], position % 3)
+        for position, (name, shape) in enumerate(shapes.items())
+    }
+
+
+@pytest.mark.parametrize("kind, changes", MODELS)
+def test_replaced_matrices_give_the_model_with_replaced_weights(
+    tmp_path: Path, kind: str, changes: dict[str, Any]
+) -> None:
+    model = save_tiny(tmp_path, kind, **changes)
+    matrices = matrices_of(model)
+    before = load_file(tmp_path / "model.safetensors")
+    runner = torch_runner(tmp_path, matrices)
+    with torch.no_grad():
+        for name, matrix in matrices.items():
+            model.get_submodule(name).weight.copy_(matrix.dequantize().T)
+    tokens = windows()
+    expected = all_logits(TorchRunner(model), tokens, 20)
+    assert torch.equal(all_logits(runner, tokens, 20), expected)
+    assert not torch.allclose(all_logits(torch_runner(tmp_path), tokens, 20), expected, atol=0.1)
+
+    # The same from the compressed model alone, without the original checkpoint.
+    others = {
+        name: tensor
+        for name, tensor in before.items()
+        if name.removesuffix(".weight") not in matrices and name != "lm_head.weight"
+    }
+    config = json.loads((tmp_path / "config.json").read_text())
+    compressed = CompressedModel(
+        ARCHITECTURES[model.config.model_type],
+        config,
+        matrices,
+        others,
+        model.config.tie_word_embeddings,
+        "nowhere",
+    )
+    assert torch.equal(all_logits(compressed_runner(compressed), tokens, 20), expected)
+
+
+def compressed_tiny(tmp_path: Path, tied: bool) -> tuple[CompressedModel, dict[str, Matrix]]:
+    model = save_tiny(tmp_path, tie_word_embeddings=tied)
+    matrices = matrices_of(model)
+    others = {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.ndim == 1}
+    config = json.loads((tmp_path / "config.json").read_text())
+    return CompressedModel(ARCHITECTURES["llama"], config, matrices, others, tied, ""), matrices
+
+
+@pytest.mark.parametrize("missing", ["model.norm.weight", "model.layers.1.mlp.up_proj"])
+def test_a_compressed_model_that_lacks_a_weight_is_refused(tmp_path: Path, missing: str) -> None:
+    model, matrices = compressed_tiny(tmp_path, tied=True)
+    tensors = {name: tensor for name, tensor in model.tensors.items() if name != missing}
+    rest = {name: matrix for name, matrix in matrices.items() if name != missing}
+    broken = CompressedModel(model.architecture, model.config, rest, tensors, True, "")
+    with pytest.raises(InputError, match=f"lacks {missing}"):
+        compressed_runner(broken)
+
+
+def test_a_compressed_model_may_store_the_head_apart_where_the_original_tied_it(tmp_path: Path) -> None:
+    model, matrices = compressed_tiny(tmp_path, tied=False)
+    claims_tied = {**model.config, "tie_word_embeddings": True}
+    runner = compressed_runner(
+        CompressedModel(model.architecture, claims_tied, matrices, model.tensors, False, "")
+    )
+    tokens = windows()
+    expected = all_logits(compressed_runner(model), tokens, 20)
+    assert torch.equal(all_logits(runner, tokens, 20), expected)
+
+
+def test_replacements_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path, tie_word_embeddings=True)
+    linear = "model.layers.0.mlp.up_proj"
+    with pytest.raises(InputError, match=r"shape \(160, 64\) in the model, not \(64, 160\)"):
+        torch_runner(tmp_path, {linear: Dense(torch.zeros(160, 64))})
+    with pytest.raises(InputError, match=r"no weight model.layers.9.mlp.up_proj.weight"):
+        torch_runner(tmp_path, {"model.layers.9.mlp.up_proj": Dense(torch.zeros(64, 160))})
+    with pytest.raises(UnsupportedModelError, match=r"model.norm is a LlamaRMSNorm"):
+        torch_runner(tmp_path, {"model.norm": Dense(torch.zeros(1, 64))})
+    table = Dense(torch.zeros(64, 320))
+    with pytest.raises(InputError, match=r"lm_head and model.embed_tokens are tied"):
+        torch_runner(tmp_path, {"model.embed_tokens": table, "lm_head": table})
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (
+            lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"),
+            "lacks the weights model.layers.1",
+        ),
+        (lambda tensors: tensors.update({"extra.bias": torch.zeros(3)}), "does not know: extra.bias"),
+        (
+            lambda tensors: tensors.update({"lm_head.weight": torch.zeros(319, 64)}),
+            "another shape|does not load",
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_match_its_configuration_is_refused(
+    tmp_path: Path, damage: Any, message: str
+) -> None:
+    save_tiny(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=message):
+        torch_runner(tmp_path)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no config.json"):
+        torch_runner(tmp_path / "missing")
+    tiny.config("llama").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="does not load in transformers"):
+        torch_runner(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x10" * 20)
+    with pytest.raises(InputError, match="does not load in transformers"):
+        torch_runner(tmp_path)
+
+
+def test_pickled_weights_are_read_only_on_request(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="safetensors"):
+        torch_runner(tmp_path)
+    tokens = windows()
+    runner = torch_runner(tmp_path, allow_pickle=True)
+    assert torch.equal(all_logits(runner, tokens, 20), all_logits(TorchRunner(model), tokens, 20))
+
+
+# ONNX Runtime
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> tuple[Path, ToyRunner]:
+    embedding, output = toy_weights()
+    folder = save_toy_onnx(tmp_path / "toy", embedding, output)
+    return folder, ToyRunner(embedding, output.dequantize())
+
+
+@pytest.mark.parametrize("form", ["nbits", "qdq", "none"])
+@pytest.mark.parametrize("position_ids", [False, True])
+@pytest.mark.parametrize("chunk", [1, 6, 20])
+def test_onnx_logits_equal_torch_at_level_0(
+    tmp_path: Path, form: str, position_ids: bool, chunk: int
+) -> None:
+    embedding, output = toy_weights()
+    folder = save_toy_onnx(tmp_path / "toy", embedding, output, form=form, position_ids=position_ids)
+    tokens = windows(vocabulary=VOCABULARY)
+    expected = all_logits(ToyRunner(embedding, output.dequantize()), tokens, 20)
+    assert float(expected.std()) > 0.5
+    exact = all_logits(OnnxRunner(folder, 0), tokens, chunk)
+    torch.testing.assert_close(exact, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["nbits", "qdq"])
+def test_level_0_is_exact_where_the_shipped_setting_rounds_activations(tmp_path: Path, form: str) -> None:
+    embedding, output = toy_weights()
+    folder = save_toy_onnx(tmp_path / "toy", embedding, output, form=form)
+    tokens = windows(vocabulary=VOCABULARY)
+    expected = all_logits(ToyRunner(embedding, output.dequantize()), tokens, 20)
+    shipped = (all_logits(onnx_runner(folder), tokens, 20) - expected).abs().max()
+    exact = (all_logits(onnx_runner(folder, exact=True), tokens, 20) - expected).abs().max()
+    assert exact < 2e-5 and shipped > 100 * exact
+
+
+def test_onnx_greedy_equals_full_recompute(toy: tuple[Path, ToyRunner]) -> None:
+    folder, reference = toy
+    prompt = [5, 7, 11]
+    runner = OnnxRunner(folder, 0, threads=1)
+    assert runner.generate(prompt, 16) == full_recompute_greedy(runner, prompt, 16)
+    assert runner.generate(prompt, 16) == reference.generate(prompt, 16)
+    assert len(set(runner.generate(prompt, 16))) > 3
+    shipped = OnnxRunner(folder, threads=1)
+    assert shipped.generate(prompt, 16) == full_recompute_greedy(shipped, prompt, 16)
+
+
+def test_running_an_artifact_leaves_its_folder_as_it_was(toy: tuple[Path, ToyRunner]) -> None:
+    folder, _ = toy
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for exact in (False, True):
+        onnx_runner(folder, exact=exact).generate([1], 2)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_vocabulary_and_context_come_from_the_folder(toy: tuple[Path, ToyRunner]) -> None:
+    folder, _ = toy
+    assert OnnxRunner(folder).vocabulary == VOCABULARY and OnnxRunner(folder).context is None
+    (folder / "config.json").write_text('{"max_position_embeddings": 77}')
+    assert OnnxRunner(folder).context == 77
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"config.json is not valid JSON"):
+        OnnxRunner(folder)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_damaged_artifact_is_refused_in_one_sentence(toy: tuple[Path, ToyRunner], exact: bool) -> None:
+    folder, _ = toy
+    data = folder / "onnx" / "model.onnx_data"
+    content = data.read_bytes()
+    data.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ArtifactError, match=r"model.onnx does not load in ONNX Runtime") as caught:
+        onnx_runner(folder, exact=exact)
+    assert "\n" not in str(caught.value)
+    data.unlink()
+    with pytest.raises(ArtifactError, match=r"model.onnx does not load in ONNX Runtime"):
+        onnx_runner(folder, exact=exact)
+    graph = folder / "onnx" / "model.onnx"
+    graph.write_bytes(b"not a graph at all")
+    with pytest.raises(ArtifactError, match=r"model.onnx"):
+        onnx_runner(folder, exact=exact)
+    graph.unlink()
+    with pytest.raises(ArtifactError, match=r"model.onnx does not exist"):
+        onnx_runner(folder, exact=exact)
+
+
+@pytest.mark.parametrize(
+    "rename, message",
+    [
+        ({"attention_mask": "mask"}, "lacks the inputs attention_mask"),
+        ({"logits": "scores"}, "lacks the outputs logits"),
+        ({"present.0.key": "cache.0.key"}, "lacks the outputs present.0.key"),
+        ({"past_key_values.0.value": "past.0.value"}, "not understood: past.0.value"),
+        (
+            {"past_key_values.0.key": "position_ids", "past_key_values.0.value": "attention_mask"},
+            "model.onnx",
+        ),
+    ],
+)
+def test_other_names_of_inputs_and_outputs_are_refused(
+    tmp_path: Path, rename: dict[str, str], message: str
+) -> None:
+    folder = save_toy_onnx(tmp_path / "toy", *toy_weights(), rename=rename)
+    with pytest.raises(ArtifactError, match=message):
+        OnnxRunner(folder)
+
+
+def test_a_missing_runtime_names_its_extra(
+    toy: tuple[Path, ToyRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def without_runtime(name: str, *arguments: Any, **keywords: Any) -> Any:
+        if name == "onnxruntime":
+            raise ImportError(name)
+        return real(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", without_runtime)
+    with pytest.raises(MissingDependencyError, match=r"compot-deploy\[onnx\]"):
+        onnx_runner(toy[0])
+
+
+def test_an_empty_prompt_is_refused(toy: tuple[Path, ToyRunner]) -> None:
+    with pytest.raises(InputError, match="A prompt without tokens"):
+        OnnxRunner(toy[0]).generate([], 4)
+
+
+def test_every_artifact_kind_opens_through_the_same_seam(toy: tuple[Path, ToyRunner]) -> None:
+    runner = RUNNERS["onnx"](toy[0], exact=True, threads=1)
+    assert "accuracy level 0" in runner.name and runner.vocabulary == VOCABULARY

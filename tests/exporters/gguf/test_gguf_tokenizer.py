@@ -1,0 +1,180 @@
+"""Tokenizers in GGUF: llama.cpp gives the same ids as Hugging Face, and what it cannot do is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from reference_gguf import compressed
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from compot_deploy.errors import UnsupportedModelError
+from compot_deploy.exporters.gguf import exporter as gguf
+from compot_deploy.exporters.gguf.tokenizer import _EXPRESSIONS, detect_pre_tokenizer, tokenizer_keys
+
+SPLITS = {name: expression for expression, name in _EXPRESSIONS.items()}
+VOCABULARY = 700
+
+
+def lines(count: int) -> list[str]:
+    """Ordinary and awkward text: numbers, marks, runs of spaces, newlines, other scripts, emoji, contractions."""
+    rng = random.Random(0)
+    words = [
+        *tiny.WORDS.split(),
+        "I'll", "WE'VE", "don't", "3.14159", "2026", "100000", "x=y+1;", "(a)[b]{c}", "café", "naïve", "Straße",
+        "привет", "мир", "日本語", "🙂", "👩‍🚀", "  ", "   ", "\t", "\n", "\n\n", " \n ", "...", "!?", "--", "_id_",
+        "http://a.b/c?d=e", "CamelCaseWord", "über", "١٢٣", "a\u00a0b", "'s", "'", "S'il",
+    ]  # fmt: skip
+    return ["".join(rng.choice(words) + rng.choice(["", " ", " ", " "]) for _ in range(rng.randint(1, 12)))
+            for _ in range(count)]  # fmt: skip
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer, begin: bool) -> None:
+    if begin:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+        "model_max_length": 256, "clean_up_tokenization_spaces": False, "chat_template": "{{ messages }}",
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def byte_level(folder: Path, steps: list[Any], begin: bool) -> None:
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        lines(400),
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=["<unk>", "<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    save_tokenizer(folder, tokenizer, begin)
+
+
+def sentencepiece_style(folder: Path) -> None:
+    """BPE with byte fallback and a prepended space, as Llama 2 has it."""
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trained.normalizer = normalizer
+    trained.train_from_iterator(
+        [line for line in lines(400) if line.isascii() and "\n" not in line],
+        trainers.BpeTrainer(vocab_size=VOCABULARY - 300, show_progress=False),
+    )
+    state = json.loads(trained.to_str())["model"]
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocabulary |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    # Ids in another order than the merges, so that scores cannot be confused with ids.
+    for token in random.Random(1).sample(sorted(state["vocab"]), len(state["vocab"])):
+        vocabulary.setdefault(token, len(vocabulary))
+    merges = [tuple(pair) for pair in state["merges"]]
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizer
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    save_tokenizer(folder, tokenizer, True)
+
+
+def split(name: str) -> list[Any]:
+    return [
+        pre_tokenizers.Split(Regex(SPLITS[name]), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+
+
+KINDS: dict[str, list[Any] | None] = {
+    "sentencepiece": None,
+    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "smollm": [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ],
+    "llama-bpe": split("llama-bpe"),
+    "qwen2": split("qwen2"),
+    "tekken": split("tekken"),
+    "gpt-4o": split("gpt-4o"),
+}
+
+
+def model_folder(folder: Path, kind: str) -> Path:
+    folder.mkdir()
+    tiny.model("llama", vocab_size=VOCABULARY).save_pretrained(folder)
+    steps = KINDS[kind]
+    if steps is None:
+        sentencepiece_style(folder)
+    else:
+        byte_level(folder, steps, begin=kind in ("llama-bpe", "gpt-2"))
+    return folder
+
+
+@pytest.mark.consumer
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_equal_those_of_hugging_face_on_a_thousand_lines(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("xllamacpp", reason="the extra llama is not installed")
+    from transformers import AutoTokenizer
+
+    from compot_deploy.llama import LlamaModel
+
+    folder = model_folder(tmp_path / "model", kind)
+    path = tmp_path / "model.gguf"
+    gguf.write(compressed(folder), path, gguf.GgufOptions(type="F16"))
+    reference = AutoTokenizer.from_pretrained(folder)
+    with LlamaModel(path) as llama:
+        differing = [
+            line for line in lines(1000) if llama.tokenize(line) != list(reference(line)["input_ids"])
+        ]
+    assert not differing, (len(differing), differing[:3])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "sentencepiece"])
+def test_the_pre_tokenizer_is_recognized_by_what_it_does(tmp_path: Path, kind: str) -> None:
+    folder = model_folder(tmp_path / "model", kind)
+    keys = tokenizer_keys(folder, {"vocab_size": VOCABULARY}).keys
+    assert keys["tokenizer.ggml.model"] == "gpt2" and keys["tokenizer.ggml.pre"] == kind
+    assert keys["tokenizer.chat_template"] == "{{ messages }}"
+    assert keys["tokenizer.ggml.add_bos_token"] is (kind in ("llama-bpe", "gpt-2"))
+    assert keys["tokenizer.ggml.bos_token_id"] == 1 and keys["tokenizer.ggml.eos_token_id"] == 2
+
+
+def test_an_unknown_pre_tokenizer_is_refused_with_those_that_are_known() -> None:
+    state = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}]}}
+    with pytest.raises(UnsupportedModelError, match="llama-bpe"):
+        detect_pre_tokenizer(state)
+    prefixed = {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}}
+    with pytest.raises(UnsupportedModelError, match="gpt-2"):
+        detect_pre_tokenizer(prefixed)
+
+
+def test_a_unigram_tokenizer_is_refused(tmp_path: Path) -> None:
+    Tokenizer(models.Unigram([("a", 0.0), ("<unk>", -1.0)], unk_id=1)).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(UnsupportedModelError, match="Unigram"):
+        tokenizer_keys(tmp_path, {"vocab_size": 2})
+
+
+def test_rows_without_a_token_are_named_and_recorded(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", "gpt-2")
+    made = tokenizer_keys(folder, {"vocab_size": VOCABULARY + 5})
+    tokens, types = made.keys["tokenizer.ggml.tokens"], made.keys["tokenizer.ggml.token_type"]
+    assert isinstance(tokens, list) and isinstance(types, list)
+    assert tokens[-1] == f"[PAD{VOCABULARY + 4}]" and types[-1] == 5
+    assert any("named [PADn]" in fact for fact in made.facts)
+    with pytest.raises(UnsupportedModelError, match="only 100 rows"):
+        tokenizer_keys(folder, {"vocab_size": 100})
+
+
+def test_a_folder_without_a_tokenizer_makes_a_file_without_one(tmp_path: Path) -> None:
+    made = tokenizer_keys(tmp_path, {"vocab_size": 10})
+    assert made.keys == {"tokenizer.ggml.model": "none"} and "no tokenizer" in made.facts[0]
