@@ -92,8 +92,10 @@ class Recipe:
     )
 
     # Method
-    method: Literal["compot", "svd-llm", "plain"] = _knob(
-        "compot", "how a matrix is factorised; plain only quantizes, whatever the ratio"
+    method: Literal["auto", "compot", "svd-llm", "plain"] = _knob(
+        "auto",
+        "auto plans among everything, plain integers included; compot and svd-llm factorise every linear that gets "
+        "smaller by it; plain only quantizes, and needs no --ratio",
     )
     allocation: Literal["auto", "knapsack", "uniform", "spectral"] = _knob(
         "auto",
@@ -219,8 +221,8 @@ class Recipe:
         """What leaves a plan no forms to choose from, so that `auto` counts atoms; empty if nothing does."""
         if self.bits is not None or self.size is not None:
             return ""
-        if self.method != "compot":
-            return f"--method {self.method}"
+        if self.method == "plain":
+            return "--method plain"
         if self.quantizer == "bnb":
             return "--quantizer bnb"
         if self.format[:1] == ("gguf",) and self.gguf_layout == "dense":
@@ -232,6 +234,11 @@ class Recipe:
         """The same where nothing can be planned: `auto` becomes spectral, what asks for a plan stays."""
         by_ratio = self.bits is None and self.size is None
         return replace(self, allocation="spectral") if self.allocation == "auto" and by_ratio else self
+
+    @property
+    def factorizer(self) -> Literal["compot", "svd-llm"]:
+        """How factors are made where one form serves all matrices."""
+        return "svd-llm" if self.method == "svd-llm" else "compot"
 
     def _changed(self, knob: Field[Any]) -> bool:
         return bool(getattr(self, knob.name) != knob.default)
@@ -369,12 +376,6 @@ class Recipe:
             (f"--{name}" for name in ("bits", "size") if getattr(self, name) is not None),
             "--allocation knapsack",
         )
-        if self.method == "plain":
-            raise RecipeError(f"--method plain has nothing to plan: leave {asked} out.")
-        if self.method != "compot":
-            raise RecipeError(
-                f"--method {self.method}: a plan makes factors by COMPOT; leave it or {asked} out."
-            )
         for knob in fields(self):
             tried = knob.name == "code_pattern" or (knob.name == "atoms_per_nonzero" and self.quant == "none")
             if knob.name in _ONE_FORM and not tried and self._changed(knob):

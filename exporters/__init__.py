@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from compot_deploy.core.matrix import Matrix
     from compot_deploy.core.storage import Storage
     from compot_deploy.models.compressed import CompressedModel
-    from compot_deploy.models.hints import Architecture
+    from compot_deploy.models.source import ModelSource
 
 
 @runtime_checkable
@@ -35,18 +35,32 @@ class Exporter(Protocol):
         """Options from a recipe's knobs."""
         ...
 
+    def supports(self, source: ModelSource) -> str | None:
+        """Why a model cannot be written, as a sentence; None if it can be. Reads no weights."""
+        ...
+
     def storage(self, options: Any) -> Storage:
         """What a leaf takes in the file."""
         ...
 
+    def multiplies_out(self, options: Any) -> bool:
+        """Whether dictionary and codes are stored as their product, rounded, so that a file is judged by what it holds."""
+        ...
+
     def check(
         self,
-        architecture: Architecture,
-        config: Mapping[str, Any],
+        source: ModelSource,
         grids: Mapping[str, Grid | None],
         options: Any,
     ) -> None:
-        """Refuse what cannot be written, before any work is done for it."""
+        """Refuse what cannot be written, before any work is done for it.
+
+        Args:
+            source: a model that `supports` has no objection to.
+            grids: grid by role (``dictionary``, ``codes``, ``head`` and so on; the token embedding is ``embedding``),
+                None for floating point.
+            options: of the export.
+        """
         ...
 
     def write(self, model: CompressedModel, folder: Path, options: Any) -> tuple[str, ...] | None:

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.models.hints import Architecture
+
+Role: TypeAlias = Literal["linear", "table", "other"]
+"""A matrix of a block, which is what a budget is spent on; the token embedding or an output head; any other matrix."""
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Paths of the tables of a model.
+
+    Attributes:
+        embedding: of the token embedding; None for models that read no tokens.
+        head: of the output head; None without one.
+    """
+
+    embedding: str | None
+    head: str | None
 
 
 @dataclass(frozen=True)
@@ -19,27 +35,56 @@ class CompressedModel:
     Both mappings may read lazily from disk, so iterating them holds one entry in memory, not the model.
 
     Attributes:
-        architecture: names and structure.
+        architecture: what exporters know about models of this type; None for most.
         config: the transformers configuration, as read from config.json.
         matrices: every linear weight by module path (``model.layers.0.self_attn.q_proj``), the token
-            embedding as ``architecture.embedding`` with shape (hidden, vocabulary), and, where the model
-            does not tie them, the output head as ``architecture.head``. In block order.
-        tensors: the remaining tensors (norms, biases) by checkpoint name, in their checkpoint shapes.
+            embedding with shape (hidden, vocabulary), and, where the model does not tie them, the output head. In
+            running order.
+        tensors: the remaining tensors (norms, biases) by name in the model, in their own shapes.
         tied: the head is the embedding; it is stored once.
         source: folder of the original model, for tokenizer and configuration files.
+        tables: where the tables are; None where the architecture says it.
+        outside: matrices that stand outside of the blocks and are no tables: poolers, classifiers.
     """
 
-    architecture: Architecture
+    architecture: Architecture | None
     config: Mapping[str, Any]
     matrices: Mapping[str, Matrix]
     tensors: Mapping[str, Tensor]
     tied: bool
     source: str
+    tables: Tables | None = None
+    outside: frozenset[str] = frozenset()
+
+    @property
+    def model_type(self) -> str:
+        """``model_type`` of the configuration."""
+        return str(self.config["model_type"])
 
     @property
     def layers(self) -> int:
         """Number of transformer blocks."""
         return int(self.config["num_hidden_layers"])
+
+    @property
+    def embedding(self) -> str | None:
+        """Path of the token embedding."""
+        if self.tables is not None:
+            return self.tables.embedding
+        return None if self.architecture is None else self.architecture.embedding
+
+    @property
+    def head(self) -> str | None:
+        """Path of the output head."""
+        if self.tables is not None:
+            return self.tables.head
+        return None if self.architecture is None else self.architecture.head
+
+    def role(self, name: str) -> Role:
+        """What a matrix is."""
+        if name in (self.embedding, self.head):
+            return "table"
+        return "other" if name in self.outside else "linear"
 
     def bias(self, linear: str) -> Tensor | None:
         """Bias of a linear, or None."""

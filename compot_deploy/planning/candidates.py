@@ -17,12 +17,22 @@ from torch import Tensor
 from typing_extensions import assert_never
 
 from compot_deploy.core.grid import DENSE, Grid, Pattern
-from compot_deploy.core.matrix import Dense, Matrix, Quantized
+from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
 from compot_deploy.core.storage import Storage
-from compot_deploy.numerics.compot import Alternation
+from compot_deploy.numerics.compot import METHODS, Alternation, alternation_of
 from compot_deploy.numerics.joint import SHORT_ALTERNATION, Level, joint, split
+from compot_deploy.numerics.quantize_factors import quantize_factors
 from compot_deploy.numerics.whiten import Whitening
-from compot_deploy.planning.knapsack import Candidate, Curve, Form, GridChoice, Joint, Plain, water_levels
+from compot_deploy.planning.knapsack import (
+    Candidate,
+    Curve,
+    Form,
+    GridChoice,
+    Joint,
+    Plain,
+    Separate,
+    water_levels,
+)
 from compot_deploy.quant import Quantizer, gptq
 
 VERSION: Final = 1
@@ -47,6 +57,9 @@ class Search:
         floating_per_kept: k/s of those.
         tolerance: by which part a form must promise to lie below the lower hull of the measured ones to be
             measured as well, see `compot_deploy.planning.screening`; 0 measures all.
+        method: ``auto`` chooses among everything; ``compot`` and ``svd-llm`` factorise every matrix that gets smaller
+            by it; ``plain`` factorises none.
+        plain: the form that a factorised one has to be smaller than.
     """
 
     grids: GridChoice
@@ -61,6 +74,23 @@ class Search:
     floating: tuple[float, ...] = ()
     floating_per_kept: float = 2.0
     tolerance: float = field(default=0.0, repr=False)  # not in names of what no tolerance has a say in
+    method: str = field(default="auto", repr=False)
+    plain: Plain = field(default=Plain(None), repr=False)
+
+    def takes(self, form: Form, size: int, plain_size: int) -> bool:
+        """Whether a method lets a form be chosen.
+
+        Args:
+            form: of one matrix, or of all of an input.
+            size: its bytes.
+            plain_size: bytes of the same without factorization.
+        """
+        if self.method == "auto":
+            return True
+        if isinstance(form, Plain):
+            return self.method == "plain"
+        dense = isinstance(form, Joint) and all(level.pattern.is_dense for level in form.levels)
+        return self.method != "plain" and size < plain_size and (self.method == "compot" or dense)
 
 
 @dataclass(frozen=True)
@@ -70,10 +100,14 @@ class Realized:
     Attributes:
         matrices: by name.
         errors: relative squared whitened error of each.
+        factors: before they were quantized, multiplied out; of forms that have such factors.
+        unquantized_errors: of those, relative squared.
     """
 
     matrices: Mapping[str, Matrix]
     errors: Mapping[str, float]
+    factors: Mapping[str, Dense] = field(default_factory=dict)
+    unquantized_errors: Mapping[str, float] = field(default_factory=dict)
 
 
 def forms(
@@ -165,6 +199,9 @@ def realize(
         dictionary_name: for several matrices; None takes the name of the only one.
         quantizer: of plain grids.
     """
+    if isinstance(form, Separate):
+        (name,) = weights
+        return _separate(form, name, weights[name], whitening, quantizer)
     weight = torch.cat([value.double() for value in weights.values()], dim=1)
     matrices: dict[str, Matrix] = {}
     match form:
@@ -190,6 +227,33 @@ def realize(
         name: whitening.error(weights[name], matrix.dequantize()) ** 2 for name, matrix in matrices.items()
     }
     return Realized(matrices, errors)
+
+
+def _separate(
+    form: Separate,
+    name: str,
+    weight: Float[Tensor, "inputs outputs"],
+    whitening: Whitening,
+    quantizer: Quantizer,
+) -> Realized:
+    factors = METHODS[form.method](
+        weight, whitening, form.atoms, form.pattern, alternation_of(form.rounds, paper_exact=form.paper_exact)
+    )
+    quantized = quantize_factors(
+        factors,
+        weight,
+        whitening,
+        dictionary_grid=form.dictionary,
+        code_grid=form.codes,
+        quantizer=quantizer,
+        paper_exact=form.paper_exact,
+    )
+    return Realized(
+        {name: Factorized((Pair(quantized.dictionary, quantized.codes, name, quantized.pattern),))},
+        {name: quantized.error**2},
+        {name: Dense((factors.dictionary.double() @ factors.codes.double()).float())},
+        {name: quantized.unquantized_error**2},
+    )
 
 
 def curve(

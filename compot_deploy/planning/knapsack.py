@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from types import MappingProxyType
-from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from typing_extensions import assert_never
@@ -72,7 +72,35 @@ class Joint:
         return " + ".join(map(str, self.levels))
 
 
-Form: TypeAlias = Plain | Joint
+@dataclass(frozen=True)
+class Separate:
+    """A dictionary and codes made in floating point, then quantized one after the other, as the papers do.
+
+    Attributes:
+        method: how the factors are made.
+        atoms: k.
+        pattern: which codes are kept.
+        dictionary: grid of A; None for floating point.
+        codes: grid of S.
+        rounds: alternations of coding and dictionary update.
+        paper_exact: stop where the paper stops.
+    """
+
+    method: Literal["compot", "svd-llm"]
+    atoms: int
+    pattern: Pattern
+    dictionary: Grid | None
+    codes: Grid | None
+    rounds: int
+    paper_exact: bool = False
+
+    def bytes(self, inputs: int, outputs: int, storage: Storage) -> int:
+        """As stored; `outputs` of all matrices together where they share the dictionary."""
+        dictionary = storage.leaf_bytes(inputs, self.atoms, self.dictionary)
+        return dictionary + storage.leaf_bytes(self.atoms, outputs, self.codes, self.pattern)
+
+
+Form: TypeAlias = Plain | Joint | Separate
 
 Point: TypeAlias = tuple[int | float, float]
 """Bytes and squared error."""
@@ -303,10 +331,12 @@ class Chosen:
     Attributes:
         names: of the matrices.
         candidate: form, bytes and errors.
+        reason: why they are not factorised, where a rule says so.
     """
 
     names: tuple[str, ...]
     candidate: Candidate
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -544,8 +574,10 @@ class _Table:
 def form_to_data(form: Form) -> dict[str, Any]:
     """A form as JSON takes it; `form_from_data` is the inverse."""
 
-    def grid(value: Grid | None) -> list[int] | None:
-        return None if value is None else [value.bits, value.group]
+    def grid(value: Grid | None) -> list[int | str] | None:
+        if value is None:
+            return None
+        return [value.bits, value.group, *([] if value.codebook == "integer" else [value.codebook])]
 
     match form:
         case Plain():
@@ -562,6 +594,18 @@ def form_to_data(form: Form) -> dict[str, Any]:
                     for level in form.levels
                 ]
             }
+        case Separate():
+            return {
+                "separate": {
+                    "method": form.method,
+                    "atoms": form.atoms,
+                    "pattern": [form.pattern.kept, form.pattern.of],
+                    "dictionary": grid(form.dictionary),
+                    "codes": grid(form.codes),
+                    "rounds": form.rounds,
+                    "paper_exact": form.paper_exact,
+                }
+            }
         case _:
             assert_never(form)
 
@@ -569,11 +613,15 @@ def form_to_data(form: Form) -> dict[str, Any]:
 def form_from_data(data: Mapping[str, Any]) -> Form:
     """Read what `form_to_data` wrote."""
 
-    def grid(value: Sequence[int] | None) -> Grid | None:
-        return None if value is None else Grid(value[0], value[1])
+    def grid(value: Sequence[Any] | None) -> Grid | None:
+        return None if value is None else Grid(*value)
 
     if "plain" in data:
         return Plain(grid(data["plain"]))
+    if "separate" in data:
+        values = dict(data["separate"])
+        values |= {name: grid(values[name]) for name in ("dictionary", "codes")}
+        return Separate(**values | {"pattern": Pattern(*values["pattern"])})
     return Joint(
         tuple(
             Level(level["atoms"], grid(level["dictionary"]), grid(level["codes"]), Pattern(*level["pattern"]))
@@ -594,5 +642,9 @@ def describe(form: Form) -> str:
                 sparse = "" if level.pattern.is_dense else f" {level.pattern}"
                 parts.append(f"{level.atoms}@{bits[0]}/{bits[1]}{sparse}")
             return "joint " + " ".join(parts)
+        case Separate():
+            bits = [grid.bits if grid else 32 for grid in (form.dictionary, form.codes)]
+            sparse = "" if form.pattern.is_dense else f" {form.pattern}"
+            return f"{form.method} {form.atoms}@{bits[0]}/{bits[1]}{sparse}"
         case _:
             assert_never(form)

@@ -1,126 +1,169 @@
-"""What a recipe means for one model: storage, grids, device, candidates, bytes; and what contradicts it."""
+"""What a recipe means for one model, resolved once: storage, search, device, bytes; and what contradicts it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, replace
-from typing import Final
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, Final
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.storage import Storage
-from compot_deploy.errors import RecipeError
-from compot_deploy.exporters import EXPORTERS
-from compot_deploy.exporters.gguf.storage import ProductStorage
-from compot_deploy.models.checkpoint import Checkpoint, checkpoint_shape
-from compot_deploy.numerics.compot import singular_spectrum
+from compot_deploy.errors import RecipeError, UnsupportedModelError
+from compot_deploy.exporters import EXPORTERS, Exporter
+from compot_deploy.models.source import ModelSource
 from compot_deploy.planning.candidates import Search
-from compot_deploy.planning.knapsack import GridChoice, Plain
-from compot_deploy.planning.spectral import (
-    ALLOCATIONS,
-    Allocation,
-    MatrixSize,
-    PaperStorage,
-    Precision,
-    Sparsity,
-)
+from compot_deploy.planning.knapsack import GridChoice, InMemory, Plain
+from compot_deploy.planning.spectral import PaperStorage
 from compot_deploy.quant import require_bitsandbytes
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe, override
 
+_GROUPS: Final = {
+    2: (16, 32, 64, 128, 256),
+    3: (16, 32, 64, 128, 256),
+    4: (16, 32, 64, 128),
+    8: (16, 32, 64, 128),
+}
+"""Groups that are tried, by bits. Scales of groups of 128 are 6 % of the bytes at 2 bits, half of that at 4."""
 
-def check_groups(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """Refuse a group size, asked for by name, that does not divide the inputs of some linear.
+_MEASURE_ALL: Final = 30_000_000
+"""Weights of all linears up to which every form is measured: it takes 20 minutes on one core of a CPU at most, and
+a plan of few matrices needs all sizes to fill its budget with."""
 
-    The default group may leave a shorter last group, which formats pad; a size that somebody chose may not.
+_TOLERANCE: Final = 0.03
+"""Of larger models: a form is measured if it promises to lie 3 % below what was measured before. See LOG.md."""
 
-    Raises:
-        RecipeError: names the linear and a size that works.
+_FINER_RATES: Final = (0.7, 1.0, 1.3, 1.6, 1.9, 2.3, 2.7, 3.1, 3.5)
+"""Bits per weight of factorised forms where every matrix is to be factorised, whatever plain grids could do."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A recipe and the model that it is for.
+
+    Attributes:
+        recipe: checked.
+        source: the original.
+        exporter: of the first format, whose bytes decide the plan.
+        storage: what a byte is to a plan: of the file, or of the loaded graph.
+        device: where to compute.
     """
-    group = recipe.dictionary_group
-    if group is None and recipe.dictionary_grid is not None and recipe.dictionary_grid.table:
-        group = (
-            recipe.dictionary_grid.group
-        )  # bitsandbytes' blocks must not cross from one output to the next
-    if group is None or recipe.quant == "none":
-        return
-    for name in checkpoint.architecture.linear_names(checkpoint.layers):
-        inputs, _ = shape_of(checkpoint, name)
-        if inputs % group:
-            fitting = [size for size in (16, 32, 64, 128, 256) if inputs % size == 0]
-            hint = f"Use {' or '.join(map(str, fitting))}." if fitting else "Leave --dictionary-group out."
-            raise RecipeError(f"{name}: {inputs} inputs do not split into groups of {group}. {hint}")
+
+    recipe: Recipe
+    source: ModelSource
+    exporter: Exporter
+    storage: Storage
+    device: str
+
+    @cached_property
+    def search(self) -> Search:
+        """Which forms are listed, and by how much one must promise to be better to be measured."""
+        return replace(_listed(self), tolerance=self._tolerance, method=self.recipe.method, plain=self.plain)
+
+    @property
+    def plain(self) -> Plain:
+        """The form that a matrix is compared with: plain at the precision that was asked for."""
+        return Plain(self.recipe.dictionary_grid)
+
+    @property
+    def plain_bytes(self) -> int:
+        """Bytes of all matrices in that form."""
+        return sum(self.plain.bytes(*site.shape, self.storage) for site in self.source.layout.sites)
+
+    @property
+    def weights(self) -> int:
+        """Weights of all matrices."""
+        return sum(math.prod(site.shape) for site in self.source.layout.sites)
+
+    @property
+    def multiplies_out(self) -> bool:
+        """Whether the first format stores the product of dictionary and codes, rounded, instead of both."""
+        return self.recipe.quant != "none" and self.exporter.multiplies_out(
+            options_of(self.recipe, self.exporter)
+        )
+
+    @property
+    def tables(self) -> dict[str, Grid | None]:
+        """Grid of the token embedding and, where it is a matrix of its own, of the output head."""
+        layout, recipe = self.source.layout, self.recipe
+        found = {}
+        if layout.embedding is not None:
+            found[layout.embedding] = table_grid(recipe.embeddings)
+        if layout.head is not None and not layout.tied:
+            found[layout.head] = table_grid(recipe.head)
+        return found
+
+    @property
+    def baseline(self) -> Recipe | None:
+        """The recipe of what bitsandbytes is compared with: GPTQ on integers of the same bits and groups."""
+        if self.recipe.quantizer != "bnb":
+            return None
+        return override(
+            self.recipe, quantizer="gptq", quant="int8" if self.recipe.quant == "int8" else "int4"
+        )
+
+    def budget(self, other: int) -> int:
+        """Bytes for the matrices, from --bits, --ratio or --size.
+
+        Args:
+            other: bytes of everything else that --size counts.
+
+        Raises:
+            RecipeError: a size that the rest of the model uses up.
+        """
+        recipe = self.recipe
+        if recipe.bits is not None:
+            return int(recipe.bits * self.weights / 8)
+        size = recipe.size_bytes
+        if size is None:
+            return math.floor((1 - recipe.ratio) * self.plain_bytes)
+        if size <= other:
+            raise RecipeError(
+                f"--size {recipe.size}: embeddings, norms, tokenizer and graph alone need {other} bytes. "
+                "Allow more, or store the embedding in fewer bits."
+            )
+        return size - other
+
+    @property
+    def _tolerance(self) -> float:
+        if self.recipe.search != "auto":
+            return _TOLERANCE if self.recipe.search == "coarse" else 0.0
+        return _TOLERANCE if self.weights > _MEASURE_ALL else 0.0
 
 
-def check_quantizer(recipe: Recipe) -> None:
-    """Refuse a quantizer whose package is missing, before any work is done.
+def resolve(recipe: Recipe, source: ModelSource) -> Settings:
+    """Everything that a recipe means for a model; refuses what cannot be done, before any work.
 
     Raises:
-        MissingDependencyError: names the extra.
+        RecipeError: a format that does not exist or cannot hold what is asked for; a group that does not fit; a
+            budget that a format cannot keep.
+        UnsupportedModelError: a format that has no way for the model.
+        MissingDependencyError: a quantizer whose package is not installed.
     """
     if recipe.quantizer == "bnb":
         require_bitsandbytes()
-
-
-def rival_of(recipe: Recipe) -> Recipe | None:
-    """The recipe of what bitsandbytes is compared with: GPTQ on integers of the same bits and groups."""
-    if recipe.quantizer != "bnb":
-        return None
-    return override(recipe, quantizer="gptq", quant="int8" if recipe.quant == "int8" else "int4")
-
-
-def check_format(recipe: Recipe, checkpoint: Checkpoint, kind: str) -> None:
-    """Refuse a format that does not exist, or that cannot hold what the recipe asks for.
-
-    Raises:
-        RecipeError, UnsupportedModelError: before any work.
-    """
-    if kind not in EXPORTERS:
-        raise RecipeError(f"--format {kind}: choose one of {', '.join(EXPORTERS)}.")
-    grids = {
-        "dictionary": recipe.dictionary_grid,
-        "codes": recipe.code_grid,
-        "embedding": table_grid(recipe.embeddings),
-        "head": table_grid(recipe.head),
-    }
-    exporter = EXPORTERS[kind]
-    exporter.check(checkpoint.architecture, checkpoint.config, grids, exporter.options(asdict(recipe)))
-    _check_budget(recipe, checkpoint)
-
-
-def _check_budget(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """Refuse a budget that a dense GGUF file cannot keep: it holds products, whatever the factors take."""
-    if not recipe.planned:
-        return
-    storage = storage_of(recipe)
-    if not multiplies_out(storage):
-        return
-    if recipe.gguf_type != "auto":
+    for kind in recipe.format:
+        _check_format(recipe, source, kind)
+    _check_groups(recipe, source)
+    if recipe.calibration == "self" and not source.task.generates:
         raise RecipeError(
-            f"--gguf-type {recipe.gguf_type} decides the bytes of every linear, so --bits and --size have "
-            "nothing to choose: leave one of them out."
+            f"--calibration self: a {source.task.noun} writes no text that it could be calibrated on; give a file."
         )
-    if recipe.size_bytes is not None:
-        return  # what a size leaves for the linears is known when the rest of the output has been rehearsed
-    budget = budget_of(recipe, checkpoint, storage, 0)
-    names = checkpoint.architecture.linear_names(checkpoint.layers)
-    least = sum(storage.leaf_bytes(*shape_of(checkpoint, name), Grid(4, DEFAULT_GROUP)) for name in names)
-    if budget < least:
-        raise RecipeError(
-            f"{budget} bytes are too few for the linears of a dense GGUF file, in which factors are multiplied "
-            f"out: {least} is the least (Q4_0). Use --gguf-layout sparse, or allow more."
-        )
-
-
-def storage_of(recipe: Recipe) -> Storage:
-    """What a byte is: the paper's accounting without quantization, the first format's with it."""
-    if recipe.quant == "none":
-        return PaperStorage()
     exporter = EXPORTERS[recipe.format[0]]
-    return exporter.storage(exporter.options(asdict(recipe)))
+    storage: Storage = PaperStorage()
+    if recipe.quant != "none":
+        storage = exporter.storage(options_of(recipe, exporter))
+    planned: Storage = InMemory(storage) if recipe.budget == "memory" else storage
+    settings = Settings(recipe, source, exporter, planned, device_of(recipe))
+    _check_budget(settings)
+    return settings
+
+
+def options_of(recipe: Recipe, exporter: Exporter, **more: Any) -> Any:
+    """What a recipe says to an exporter."""
+    return exporter.options(asdict(recipe) | more)
 
 
 def table_grid(precision: str) -> Grid | None:
@@ -145,58 +188,98 @@ def device_of(recipe: Recipe) -> str:
     return recipe.device
 
 
-_GROUPS: Final = {
-    2: (16, 32, 64, 128, 256),
-    3: (16, 32, 64, 128, 256),
-    4: (16, 32, 64, 128),
-    8: (16, 32, 64, 128),
-}
-"""Groups that are tried, by bits. Scales of groups of 128 are 6 % of the bytes at 2 bits, half of that at 4."""
+def stores(storage: Storage, grid: Grid) -> bool:
+    """Whether a format has room for the integers of a grid, its groups included."""
+    try:
+        storage.leaf_bytes(256, 1, grid)
+    except RecipeError:
+        return False
+    return True
 
 
-_MEASURE_ALL: Final = 30_000_000
-"""Weights of all linears up to which every form is measured: it takes 20 minutes on one core of a CPU at most, and
-a plan of few matrices needs all sizes to fill its budget with."""
-
-_TOLERANCE: Final = 0.03
-"""Of larger models: a form is measured if it promises to lie 3 % below what was measured before. See LOG.md."""
-
-
-def search_of(recipe: Recipe, checkpoint: Checkpoint) -> Search:
-    """Which forms are listed, and by how much one must promise to be better to be measured."""
-    return replace(_listed(recipe, checkpoint), tolerance=_tolerance(recipe, checkpoint))
-
-
-def _tolerance(recipe: Recipe, checkpoint: Checkpoint) -> float:
-    if recipe.search != "auto":
-        return _TOLERANCE if recipe.search == "coarse" else 0.0
-    names = checkpoint.architecture.linear_names(checkpoint.layers)
-    return _TOLERANCE if sum(math.prod(shape_of(checkpoint, name)) for name in names) > _MEASURE_ALL else 0.0
+def _check_format(recipe: Recipe, source: ModelSource, kind: str) -> None:
+    if kind not in EXPORTERS:
+        raise RecipeError(f"--format {kind}: choose one of {', '.join(EXPORTERS)}.")
+    exporter = EXPORTERS[kind]
+    reason = exporter.supports(source)
+    if reason is not None:
+        able = [other for other in EXPORTERS if EXPORTERS[other].supports(source) is None]
+        hint = f" Use --format {' or '.join(able)}." if able else ""
+        raise UnsupportedModelError(f"--format {kind}: {reason}{hint}")
+    grids = {
+        "dictionary": recipe.dictionary_grid,
+        "codes": recipe.code_grid,
+        "embedding": table_grid(recipe.embeddings),
+        "head": table_grid(recipe.head),
+    }
+    exporter.check(source, grids, options_of(recipe, exporter))
 
 
-def _listed(recipe: Recipe, checkpoint: Checkpoint) -> Search:
+def _check_groups(recipe: Recipe, source: ModelSource) -> None:
+    """Refuse a group size, asked for by name, that does not divide the inputs of some matrix.
+
+    The default group may leave a shorter last group, which formats pad; a size that somebody chose may not.
+    """
+    group = recipe.dictionary_group
+    if group is None and recipe.dictionary_grid is not None and recipe.dictionary_grid.table:
+        group = (
+            recipe.dictionary_grid.group
+        )  # bitsandbytes' blocks must not cross from one output to the next
+    if group is None or recipe.quant == "none":
+        return
+    for site in source.layout.sites:
+        if site.inputs % group:
+            fitting = [size for size in (16, 32, 64, 128, 256) if site.inputs % size == 0]
+            hint = f"Use {' or '.join(map(str, fitting))}." if fitting else "Leave --dictionary-group out."
+            raise RecipeError(
+                f"{site.name}: {site.inputs} inputs do not split into groups of {group}. {hint}"
+            )
+
+
+def _check_budget(settings: Settings) -> None:
+    """Refuse a budget that a dense GGUF file cannot keep: it holds products, whatever the factors take."""
+    recipe = settings.recipe
+    if not recipe.planned or not settings.multiplies_out:
+        return
+    if recipe.gguf_type != "auto":
+        raise RecipeError(
+            f"--gguf-type {recipe.gguf_type} decides the bytes of every linear, so --bits and --size have "
+            "nothing to choose: leave one of them out."
+        )
+    if recipe.size_bytes is not None:
+        return  # what a size leaves for the matrices is known when the rest of the model has been counted
+    budget = settings.budget(0)
+    grid = Grid(4, DEFAULT_GROUP)
+    least = sum(settings.storage.leaf_bytes(*site.shape, grid) for site in settings.source.layout.sites)
+    if budget < least:
+        raise RecipeError(
+            f"{budget} bytes are too few for the linears of a dense GGUF file, in which factors are multiplied "
+            f"out: {least} is the least (Q4_0). Use --gguf-layout sparse, or allow more."
+        )
+
+
+def _listed(settings: Settings) -> Search:
     """Which forms are listed: every grid that the format takes, or floating point without quantization.
 
     Forms with sparse codes are tried only where the format stores them in fewer bytes than dense ones: those
     of --code-pattern, and the strongest of a whole column.
     """
+    recipe, exporter, storage = settings.recipe, settings.exporter, settings.storage
     if recipe.quant == "none":
         shares = tuple(round(0.3 + 0.05 * step, 2) for step in range(14))
         return Search(
             GridChoice({}), unquantized=True, floating=shares, floating_per_kept=recipe.atoms_per_nonzero
         )
-    exporter = EXPORTERS[recipe.format[0]]
-    options = exporter.options(asdict(recipe))
-    storage = storage_of(recipe)
-    if multiplies_out(storage):
+    if settings.multiplies_out:
         # Factors are multiplied out: they would cost what the product costs, and finer grids as much as Q4_0.
         return Search(
             GridChoice(dict.fromkeys((4, 8), (DEFAULT_GROUP,))), rates=(), sparse=(), unquantized=True
         )
+    options = options_of(recipe, exporter)
 
     def takes(grid: Grid) -> bool:
         try:
-            exporter.check(checkpoint.architecture, checkpoint.config, {"dictionary": grid}, options)
+            exporter.check(settings.source, {"dictionary": grid}, options)
         except RecipeError:
             return False
         return stores(storage, grid)  # some formats refuse the grid only here
@@ -213,74 +296,11 @@ def _listed(recipe: Recipe, checkpoint: Checkpoint) -> Search:
         )
 
     fixed = recipe.fixed_pattern
-    return Search(
+    search = Search(
         grids,
         head=16,
         unstructured=packs(Pattern(32, 64)),
         patterns=(fixed,) if fixed is not None and packs(fixed) else (),
         unquantized=True,
     )
-
-
-def stores(storage: Storage, grid: Grid) -> bool:
-    """Whether a format has room for the integers of a grid, its groups included."""
-    try:
-        storage.leaf_bytes(256, 1, grid)
-    except RecipeError:
-        return False
-    return True
-
-
-def multiplies_out(storage: Storage) -> bool:
-    """Whether a format stores the product of dictionary and codes, rounded, instead of both."""
-    return isinstance(storage, ProductStorage)
-
-
-def budget_of(recipe: Recipe, checkpoint: Checkpoint, storage: Storage, other: int) -> int:
-    """Bytes for the linears, from --bits, --ratio or --size; the last a first guess, see `footprint.fit_size`.
-
-    Raises:
-        RecipeError: a size that the rest of the output uses up.
-    """
-    shapes = [shape_of(checkpoint, name) for name in checkpoint.architecture.linear_names(checkpoint.layers)]
-    if recipe.bits is not None:
-        return int(recipe.bits * sum(math.prod(shape) for shape in shapes) / 8)
-    size = recipe.size_bytes
-    if size is not None:
-        if size <= other:
-            raise RecipeError(
-                f"--size {recipe.size}: embeddings, norms, tokenizer and graph alone need about {other} bytes. "
-                "Allow more, or store the embedding in fewer bits."
-            )
-        return size - other
-    plain = Plain(recipe.dictionary_grid)
-    return math.floor((1 - recipe.ratio) * sum(plain.bytes(*shape, storage) for shape in shapes))
-
-
-def size_of(recipe: Recipe, name: str, weight: Float[Tensor, "inputs outputs"]) -> MatrixSize:
-    """What a rule that counts atoms wants to know of a matrix; its singular values only where it looks at them."""
-    spectrum = singular_spectrum(weight) if recipe.allocator != "uniform" else ()
-    return MatrixSize(name, weight.shape[0], weight.shape[1], spectrum)
-
-
-def spread(recipe: Recipe, sizes: Sequence[MatrixSize], storage: Storage) -> Allocation:
-    """The ratio of a recipe, spread over matrices by its rule that counts atoms.
-
-    Raises:
-        RecipeError: a ratio that cannot be met, saying which can.
-    """
-    return ALLOCATIONS[recipe.allocator](
-        sizes,
-        ratio=recipe.ratio,
-        storage=storage,
-        precision=Precision(recipe.dictionary_grid, recipe.dictionary_grid, recipe.code_grid),
-        sparsity=Sparsity(
-            1.0 if recipe.method == "svd-llm" else recipe.atoms_per_nonzero, recipe.fixed_pattern
-        ),
-    )
-
-
-def shape_of(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
-    """Shape of a linear, (in, out), without reading its values."""
-    outputs, inputs = checkpoint_shape(checkpoint, f"{name}.weight")
-    return inputs, outputs
+    return replace(search, rates=_FINER_RATES) if recipe.method in ("compot", "svd-llm") else search

@@ -1,0 +1,62 @@
+"""A transformers model without its weights: on the device ``meta``, or ready to be filled block by block."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from compot_deploy.errors import UnsupportedModelError
+from compot_deploy.models.tasks import Task
+
+
+def on_meta(config: Any, task: Task) -> Any:
+    """A model of shapes only: its parameters tell what a checkpoint must hold, its forward pass computes nothing.
+
+    Raises:
+        UnsupportedModelError: transformers has no class of this task for the configuration.
+    """
+    with torch.device("meta"):
+        return _made(config, task, torch.float32)
+
+
+def without_parameters(config: Any, task: Task, dtype: torch.dtype) -> Any:
+    """A model whose parameters are on ``meta`` and whose buffers are real: rotary frequencies are computed, not stored."""
+    with _parameters_on_meta():
+        return _made(config, task, dtype)
+
+
+def _made(config: Any, task: Task, dtype: torch.dtype) -> Any:
+    import transformers
+
+    auto = getattr(transformers, task.auto_class)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of initialising what is filled afterwards
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"The model type {config.model_type!r} is not supported: {str(error).strip().splitlines()[0]}"
+        ) from None
+    return model.eval()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Every parameter that is registered inside lands on ``meta``; buffers stay where they are made."""
+    register = nn.Module.register_parameter
+
+    def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = registered  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -1,0 +1,253 @@
+"""A model run block by block: one block's weights in memory, whatever the model.
+
+A forward pass is a coroutine that pauses in front of every block. All batches stand in front of block i; it is loaded,
+run on every batch under a mode that sees its products, replaced where the caller wants, run again, dropped; then i + 1.
+Masks, positions, rotary embeddings and encoder states are made by the model's own code: nothing of it is rebuilt here.
+
+Each pass runs in a thread of its own, but never two at a time: threads stand in for coroutines that torch modules,
+which know nothing of ``yield``, cannot be.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from compot_deploy.models.sites import Gram, InputGroup, Products, add_gram, real_rows
+from compot_deploy.models.source import ModelSource
+from compot_deploy.models.tasks import Batch
+
+Replacements: TypeAlias = Callable[[Mapping[str, Gram]], Mapping[str, Tensor]]
+"""Grams of a block, by name of the input group, to the weights (in, out) that it goes on with, by site name."""
+
+
+class BlockStream:
+    """Runs a model over batches one block after the other.
+
+    Call `advance` for block 0, 1, 2 …; each call moves all batches through one block. A caller that wants later
+    blocks to see compressed earlier ones passes the replaced weights. Use it in a ``with`` statement, or call
+    `close`: passes that stand in the middle of the model are ended then.
+
+    Args:
+        source: the model.
+        batches: what it reads.
+        device: where it runs.
+        dtype: of weights and activations.
+        finish: also run what comes behind the last block, head included; see `outputs`.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        batches: Sequence[Batch],
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        finish: bool = False,
+    ) -> None:
+        self._source, self._finish = source, finish
+        self._device, self._dtype = torch.device(device), getattr(torch, dtype)
+        self._model = source.skeleton(device=self._device, dtype=self._dtype, head=finish)
+        self._batches = [batch.to(self._device) for batch in batches]
+        self._passes: list[_Pass] = []
+        self._next = 0
+
+    def __enter__(self) -> BlockStream:
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End all passes."""
+        self.close()
+
+    def advance(self, *, capture: bool = True, replacements: Replacements | None = None) -> dict[str, Gram]:
+        """Run the next block over every batch.
+
+        Args:
+            capture: collect Grams; without, only the hidden states move on.
+            replacements: makes, from the Grams, weights that take the place of the original's *after* the Grams
+                were taken, so what flows on is the output of the compressed block.
+
+        Returns:
+            Name of the input group to Gram; empty without `capture`.
+
+        Raises:
+            InputError: the weights of the block are damaged.
+        """
+        if not self._passes:
+            self._start()
+        path = self._source.layout.blocks[self._next]
+        block = self._model.get_submodule(path)
+        self._source.load(self._model, path, device=self._device, dtype=self._dtype)
+        groups = self._source.layout.of(path)
+        grams: dict[str, Gram] = {}
+        for one, batch in zip(self._passes, self._batches, strict=True):
+            if one.at != path:
+                raise RuntimeError(f"A batch stands in front of {one.at!r} where {path!r} was expected.")
+            if capture:
+                mode = Products(block, path)
+                one.look(mode, go_on=replacements is None)
+                _add(grams, groups, mode, path, batch)
+        if replacements is not None:
+            weights = replacements({name: _on_cpu(gram) for name, gram in grams.items()})
+            self._source.replace(block, path, weights, dtype=self._dtype)
+        if not capture or replacements is not None:
+            for one in self._passes:
+                one.go_on()
+        self._source.unload(block)
+        self._next += 1
+        if self._next == len(self._source.layout.blocks) and not self._finish:
+            self.close()
+        return {name: _on_cpu(gram) for name, gram in grams.items()}
+
+    def skip_to(self, number: int, replacements: Callable[[str], Replacements] | None = None) -> None:
+        """Run the blocks before a given one without looking at them.
+
+        Args:
+            number: of the block that comes next afterwards.
+            replacements: of each of these blocks, by path.
+        """
+        while self._next < number:
+            path = self._source.layout.blocks[self._next]
+            self.advance(capture=False, replacements=None if replacements is None else replacements(path))
+
+    def outputs(self) -> list[Tensor]:
+        """What the model gives for each batch, all blocks run; needs ``finish``."""
+        return [self._source.task.output(one.result) for one in self._passes]
+
+    def close(self) -> None:
+        """End passes that stand in the middle of the model, and give the model its own methods back."""
+        for one in self._passes:
+            one.end()
+        if not self._finish:
+            self._passes = []
+        for path in self._source.layout.blocks:
+            self._model.get_submodule(path).__dict__.pop("forward", None)
+
+    def _start(self) -> None:
+        by_thread: dict[int, _Pass] = {}
+
+        def paused(path: str, real: Any) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                return by_thread[threading.get_ident()].stand_before(path, real, args, kwargs)
+
+            return forward
+
+        for path in self._source.layout.blocks:
+            module = self._model.get_submodule(path)
+            module.forward = paused(path, module.forward)
+        last = None if self._finish else self._source.layout.blocks[-1]
+        for batch in self._batches:
+            one = _Pass(self._model, batch, by_thread, last)
+            self._passes.append(one)
+            one.begin()
+
+
+class _Ended(BaseException):
+    """Unwinds a pass whose rest is not wanted."""
+
+
+class _Pass(threading.Thread):
+    """One batch on its way through the model. It and its caller run in turn, never together."""
+
+    def __init__(
+        self, model: Any, batch: Batch, by_thread: dict[int, _Pass], last: str | None = None
+    ) -> None:
+        super().__init__(daemon=True)
+        self._model, self._batch, self._by_thread, self._last = model, batch, by_thread, last
+        self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._mode: Products | None = None
+        self._only_look = False
+        self._ending = False
+        self._error: BaseException | None = None
+        self.at: str | None = None
+        """Path of the block in front of which the pass stands; None when it is through."""
+        self.result: Any = None
+
+    def begin(self) -> None:
+        """Run up to the first block."""
+        self.start()
+        self._wait()
+
+    def look(self, mode: Products, *, go_on: bool) -> None:
+        """Run the block under a mode; without `go_on` its output is thrown away and the pass stays in front of it."""
+        self._mode, self._only_look = mode, not go_on
+        self._turn.release()
+        self._wait()
+
+    def go_on(self) -> None:
+        """Run the block, and on to the next one."""
+        self._mode = None
+        self._turn.release()
+        self._wait()
+
+    def end(self) -> None:
+        """Leave the model where it stands."""
+        if self.is_alive():
+            self._ending = True
+            self._turn.release()
+            self.join()
+
+    def run(self) -> None:
+        """The whole forward pass, in its own thread."""
+        self._by_thread[threading.get_ident()] = self
+        try:
+            with torch.no_grad():
+                self.result = self._model(**self._batch.arguments, **self._no_cache())
+        except _Ended:
+            pass
+        except BaseException as error:  # handed to whoever waits
+            self._error = error
+        self.at = None
+        self._back.release()
+
+    def stand_before(self, path: str, real: Any, args: Any, kwargs: Any) -> Any:
+        """What runs in the place of a block."""
+        while True:
+            self.at = path
+            self._back.release()
+            self._turn.acquire()
+            if self._ending:
+                raise _Ended
+            only_look = self._mode is not None and self._only_look
+            with self._mode or nullcontext():
+                result = real(*args, **kwargs)
+            if only_look:
+                continue
+            if path == self._last:
+                raise _Ended
+            return result
+
+    def _wait(self) -> None:
+        self._back.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def _no_cache(self) -> dict[str, bool]:
+        return {"use_cache": False} if takes_cache(self._model) else {}
+
+
+def takes_cache(model: nn.Module) -> bool:
+    """Whether the forward pass can be told to keep no cache."""
+    return "use_cache" in inspect.signature(type(model).forward).parameters
+
+
+def _add(
+    grams: dict[str, Gram], groups: Sequence[InputGroup], mode: Products, path: str, batch: Batch
+) -> None:
+    """Add what one batch showed; every group by its first site, which other sites of the group read too."""
+    firsts = {group.sites[0]: group.name for group in groups}
+    for seen, values in mode.groups(path).items():
+        for site in seen.sites:
+            if site in firsts:
+                add_gram(grams, firsts[site], real_rows(values, batch.real))
+
+
+def _on_cpu(gram: Gram) -> Gram:
+    return Gram(gram.matrix.cpu(), gram.tokens)

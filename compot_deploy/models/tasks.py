@@ -1,0 +1,168 @@
+"""What goes into a model and what comes out: chosen by its configuration, asked by everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+TaskKind: TypeAlias = Literal["generation", "masked", "classification", "token-classification", "embedding"]
+
+TOKENS_PER_BATCH: Final = 4096
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some texts, as a model's forward pass takes them.
+
+    Attributes:
+        arguments: by name.
+        real: which tokens are text and which are padding.
+    """
+
+    arguments: Mapping[str, Tensor]
+    real: Bool[Tensor, "texts tokens"]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        return Batch({name: value.to(device) for name, value in self.arguments.items()}, self.real.to(device))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of model.
+
+    Attributes:
+        kind: what it is for.
+        auto_class: the class of transformers that loads it.
+        noun: what it is called in sentences.
+    """
+
+    kind: TaskKind
+    auto_class: str
+    noun: str
+
+    @property
+    def unit(self) -> str:
+        """Of its loss."""
+        if self.kind == "embedding":
+            return "of one minus the cosine"
+        return "nats per text" if self.kind == "classification" else "nats per token"
+
+    @property
+    def generates(self) -> bool:
+        """Whether it writes text token by token, each seeing only what stands before it."""
+        return self.kind == "generation"
+
+    @property
+    def classifies(self) -> bool:
+        """Whether its outputs are distributions: over tokens or over classes."""
+        return self.kind != "embedding"
+
+    @property
+    def pools(self) -> bool:
+        """Whether one output belongs to a whole text."""
+        return self.kind in ("classification", "embedding")
+
+    def batches(self, windows: Sequence[Tensor]) -> list[Batch]:
+        """Windows of tokens, padded on the right where their lengths differ.
+
+        A model that generates gets no attention mask: no token sees the padding behind it.
+        """
+        found: list[Batch] = []
+        rows: list[Tensor] = []
+        for window in windows:
+            longest = max([len(window), *(len(row) for row in rows)])
+            if rows and longest * (len(rows) + 1) > TOKENS_PER_BATCH:
+                found.append(self._batch(rows))
+                rows = []
+            rows.append(window)
+        return [*found, self._batch(rows)] if rows else found
+
+    def _batch(self, rows: Sequence[Tensor]) -> Batch:
+        ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows])
+        real = torch.arange(ids.shape[1])[None] < lengths[:, None]
+        arguments = {"input_ids": ids}
+        if not self.generates:
+            arguments["attention_mask"] = real.long()
+        return Batch(arguments, real)
+
+    def output(self, result: Any) -> Tensor:
+        """Logits, or hidden states where the model has no head."""
+        logits = getattr(result, "logits", None)
+        found = result.last_hidden_state if logits is None else logits
+        assert isinstance(found, Tensor)
+        return found
+
+    def loss(self, original: Tensor, changed: Tensor, real: Bool[Tensor, "texts tokens"]) -> LossSum:
+        """How far outputs have moved: KL divergence in nats, or one minus the cosine of pooled embeddings.
+
+        Args:
+            original: outputs of the original model for a batch.
+            changed: outputs of another for the same batch.
+            real: which tokens are text.
+        """
+        if self.kind == "embedding":
+            cosine = nn.functional.cosine_similarity(pooled(original, real), pooled(changed, real), dim=-1)
+            return LossSum(float((1 - cosine).sum()), len(cosine))
+        if self.kind != "classification":
+            original, changed = original[real], changed[real]
+        first = torch.log_softmax(original.double(), -1)
+        second = torch.log_softmax(changed.double(), -1)
+        return LossSum(float((first.exp() * (first - second)).sum()), len(first))
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """A sum over positions or texts, and over how many."""
+
+    total: float
+    count: int
+
+    def __add__(self, other: LossSum) -> LossSum:
+        """Of both."""
+        return LossSum(self.total + other.total, self.count + other.count)
+
+    @property
+    def mean(self) -> float:
+        """Never below 0: what is less is rounding."""
+        return max(0.0, self.total / self.count) if self.count else 0.0
+
+
+def pooled(
+    vectors: Float[Tensor, "texts tokens width"], real: Bool[Tensor, "texts tokens"]
+) -> Float[Tensor, "texts width"]:
+    """Mean over the tokens of each text, float64: how most sentence encoders pool."""
+    weights = real[..., None].double()
+    # Not multiplied: what stands at a padded token may be NaN.
+    return vectors.double().masked_fill(weights == 0, 0.0).sum(1) / weights.sum(1)
+
+
+GENERATION: Final = Task("generation", "AutoModelForCausalLM", "decoder")
+EMBEDDING: Final = Task("embedding", "AutoModel", "encoder")
+
+_BY_SUFFIX: Final[Mapping[str, Task]] = {
+    "ForCausalLM": GENERATION,
+    "LMHeadModel": GENERATION,
+    "ForMaskedLM": Task("masked", "AutoModelForMaskedLM", "masked language model"),
+    "ForSequenceClassification": Task("classification", "AutoModelForSequenceClassification", "classifier"),
+    "ForTokenClassification": Task(
+        "token-classification", "AutoModelForTokenClassification", "token classifier"
+    ),
+}
+"""Ends of class names, as config.json lists them under ``architectures``."""
+
+
+def task_of(config: Mapping[str, Any]) -> Task | None:
+    """The task of a configuration; None where the class that it names has a head that is not known here."""
+    classes = config.get("architectures") or ()
+    name = str(classes[0]) if isinstance(classes, Sequence) and classes else ""
+    for suffix, task in _BY_SUFFIX.items():
+        if name.endswith(suffix):
+            return task
+    return None if "For" in name or name.endswith("DoubleHeadsModel") else EMBEDDING

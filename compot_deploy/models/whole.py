@@ -1,0 +1,160 @@
+"""A whole model in torch: the original, with some matrices replaced, or filled from compressed matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compot_deploy.core.matrix import Matrix
+from compot_deploy.errors import InputError, UnsupportedModelError
+from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.sites import Site
+from compot_deploy.models.skeleton import without_parameters
+from compot_deploy.models.source import ModelSource, may_be_absent
+from compot_deploy.models.tasks import task_of
+
+
+def whole_model(
+    source: ModelSource, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Any:
+    """The original with all its weights, in evaluation mode.
+
+    Parameters that a checkpoint may lack and nothing reads, a pooler's for example, are zero.
+    """
+    place = torch.device(device)
+    model = source.skeleton(device=place, dtype=dtype, head=True)
+    for block in source.layout.blocks:
+        source.load(model, block, device=place, dtype=dtype)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                zeros = torch.zeros(parameter.shape, device=place, dtype=dtype)
+                setattr(module, name, nn.Parameter(zeros, requires_grad=False))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+@contextmanager
+def replaced(model: Any, sites: Mapping[str, Site], matrices: Mapping[str, Matrix]) -> Iterator[None]:
+    """The same model with the values of some matrices in the place of its own, until the context ends.
+
+    Args:
+        model: of `whole_model`.
+        sites: where matrices are kept.
+        matrices: by name; read one after the other.
+    """
+    kept: dict[str, Tensor] = {}
+    try:
+        for name, matrix in matrices.items():
+            if name in sites:
+                target = place_of(model, sites[name])
+                kept[name] = target.clone()
+                target.copy_(oriented(matrix.dequantize(), sites[name]).to(target))
+        yield
+    finally:
+        for name, values in kept.items():
+            place_of(model, sites[name]).copy_(values)
+
+
+def place_of(model: Any, site: Site) -> Tensor:
+    """The memory of a matrix in a model, as its parameter keeps it."""
+    parameter: Tensor = model.get_parameter(site.parameter).data
+    return parameter if site.index is None else parameter[site.index]
+
+
+def oriented(weight: Tensor, site: Site) -> Tensor:
+    """A weight (in, out) as its parameter keeps it."""
+    return weight.T if site.transposed else weight
+
+
+def model_of(model: CompressedModel, *, matrices: bool = True, dtype: torch.dtype = torch.float32) -> Any:
+    """A compressed model in torch: every matrix multiplied out, everything else as it is.
+
+    Needs no original checkpoint, only the compressed model, so a folder can be checked on its own.
+
+    Args:
+        model: what an exporter is given, or reads back.
+        matrices: False leaves the matrices out, on the device ``meta``: for tracers, which put something else there.
+        dtype: computed in.
+
+    Raises:
+        InputError: a weight is missing, unknown, or has another shape than the configuration says.
+        UnsupportedModelError: a configuration that transformers has no model for.
+    """
+    import transformers
+
+    task = task_of(model.config)
+    if task is None:
+        raise UnsupportedModelError(
+            f"A {model.config.get('architectures')} is not a model of a task that is known here."
+        )
+    # A checkpoint may tie its head while the compressed model stores it apart, at another precision.
+    settings = transformers.AutoConfig.for_model(**{**model.config, "tie_word_embeddings": model.tied})
+    made = without_parameters(settings, task, dtype)
+    state = {
+        f"{name}": tensor
+        for name, tensor in model.tensors.items()
+        if not name.endswith("rotary_emb.inv_freq")
+    }
+    known = made.state_dict(keep_vars=True)
+    unknown = sorted(set(state) - set(known))
+    if unknown:
+        raise InputError(f"The model has no tensor {unknown[0]} to fill.")
+    placed: set[int] = set()
+    for name, tensor in state.items():
+        _put(made, name, tensor, dtype)
+    owners: dict[int, str] = {}
+    for name, matrix in model.matrices.items():
+        parameter, turned = _matrix_place(made, name, known)
+        if id(known[parameter]) in owners:
+            raise InputError(
+                f"{name} and {owners[id(known[parameter])]} are tied in this model: replace one of them only."
+            )
+        owners[id(known[parameter])] = name
+        placed.add(id(known[parameter]))
+        if matrices:
+            weight = matrix.dequantize()
+            _put(made, parameter, weight.T if turned else weight, dtype)
+    made.tie_weights()
+    filled = placed | {id(known[name]) for name in state}
+    missing = sorted(
+        name for name, value in known.items() if id(value) not in filled and isinstance(value, nn.Parameter)
+    )
+    missing = [name for name in missing if not may_be_absent(name)]
+    if missing:
+        raise InputError(f"The compressed model lacks {missing[0]}. Compress the model again.")
+    for module in made.modules():
+        for name, value in module.named_parameters(recurse=False):
+            if value.is_meta and (matrices or not isinstance(module, nn.Linear | nn.Embedding)):
+                setattr(
+                    module, name, nn.Parameter(torch.zeros(value.shape, dtype=dtype), requires_grad=False)
+                )
+    for value in made.parameters():
+        value.requires_grad_(False)
+    return made
+
+
+def _matrix_place(made: Any, name: str, known: Mapping[str, Tensor]) -> tuple[str, bool]:
+    """The parameter of a matrix, and whether it is kept as (out, in)."""
+    if f"{name}.weight" in known:
+        module = made.get_submodule(name)
+        return f"{name}.weight", type(module).__name__ != "Conv1D"
+    raise InputError(f"The model has no weight {name}.weight to replace.")
+
+
+def _put(made: Any, name: str, values: Tensor, dtype: torch.dtype) -> None:
+    path, _, last = name.rpartition(".")
+    module = made.get_submodule(path)
+    old = getattr(module, last)
+    if tuple(old.shape) != tuple(values.shape):
+        raise InputError(f"{name} has the shape {tuple(old.shape)} in the model, not {tuple(values.shape)}.")
+    values = values.to(dtype) if values.is_floating_point() else values
+    if isinstance(old, nn.Parameter):
+        setattr(module, last, nn.Parameter(values.contiguous(), requires_grad=False))
+    else:
+        module.register_buffer(last, values)

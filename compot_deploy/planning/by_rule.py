@@ -1,0 +1,126 @@
+"""Plans that need no measurement: every matrix on one grid, or atoms of one form spread by size or spectrum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+from compot_deploy.core.storage import Storage
+from compot_deploy.errors import RecipeError
+from compot_deploy.numerics.compot import singular_spectrum
+from compot_deploy.planning.knapsack import Candidate, Chosen, Plan, Separate
+from compot_deploy.planning.settings import Settings, stores
+from compot_deploy.planning.spectral import (
+    ALLOCATIONS,
+    Allocation,
+    Choice,
+    MatrixSize,
+    Precision,
+    Sparsity,
+)
+from compot_deploy.progress import Progress, silent
+from compot_deploy.recipe import DEFAULT_GROUP, Recipe, override
+
+
+def plan_by_rule(settings: Settings, progress: Progress = silent) -> Plan:
+    """The plan of a recipe that is not planned by measured forms.
+
+    Where groups of 32 atoms are too coarse for the ratio and no group was asked for, groups of 16 are tried,
+    and that is noted.
+
+    Raises:
+        RecipeError: a ratio that cannot be met, saying which can.
+    """
+    recipe, source, storage = settings.recipe, settings.source, settings.storage
+    if recipe.method == "plain":
+        chosen = tuple(
+            _plain(site.name, settings.plain.bytes(*site.shape, storage), settings)
+            for site in source.layout.sites
+        )
+        spent = sum(entry.candidate.bytes for entry in chosen)
+        return Plan(chosen, spent, math.nan, ("nothing was factorised: --method plain",))
+    sizes = []
+    for number, site in enumerate(source.layout.sites):
+        spectrum: tuple[float, ...] = ()
+        if recipe.allocator != "uniform":
+            progress(number, len(source.layout.sites), "Read spectra")
+            spectrum = singular_spectrum(source.weight(site.name).float())
+        sizes.append(MatrixSize(site.name, *site.shape, spectrum))
+    if recipe.allocator != "uniform":
+        progress(len(sizes), len(sizes), "Read spectra")
+    try:
+        return plan_of(allocate(recipe, sizes, storage), recipe, settings)
+    except RecipeError:
+        finer = DEFAULT_GROUP // 2
+        grid = recipe.code_grid
+        if recipe.code_group is not None or grid is None or grid.table:
+            raise
+        if not stores(storage, replace(grid, group=finer)):
+            raise
+        recipe = override(recipe, code_group=finer)
+        note = f"groups of {DEFAULT_GROUP} atoms are too coarse for this ratio: codes use groups of {finer}"
+        plan = plan_of(allocate(recipe, sizes, storage), recipe, settings)
+        return replace(plan, notes=(note, *plan.notes))
+
+
+def allocate(recipe: Recipe, sizes: Iterable[MatrixSize], storage: Storage) -> Allocation:
+    """The ratio of a recipe, spread over matrices by its rule that counts atoms.
+
+    Raises:
+        RecipeError: a ratio that cannot be met, saying which can.
+    """
+    return ALLOCATIONS[recipe.allocator](
+        list(sizes),
+        ratio=recipe.ratio,
+        storage=storage,
+        precision=Precision(recipe.dictionary_grid, recipe.dictionary_grid, recipe.code_grid),
+        sparsity=Sparsity(
+            1.0 if recipe.factorizer == "svd-llm" else recipe.atoms_per_nonzero, recipe.fixed_pattern
+        ),
+    )
+
+
+def plan_of(allocation: Allocation, recipe: Recipe, settings: Settings) -> Plan:
+    """An allocation of atoms as a plan."""
+    chosen = tuple(chosen_of(choice, recipe, settings) for choice in allocation.choices.values())
+    return Plan(chosen, allocation.budget, math.nan, why_by_rule(settings))
+
+
+def chosen_of(choice: Choice, recipe: Recipe, settings: Settings) -> Chosen:
+    """What one matrix gets."""
+    if not choice.factorized:
+        return _plain(choice.name, choice.bytes, settings, choice.reason)
+    form = Separate(
+        method=recipe.factorizer,
+        atoms=choice.atoms,
+        pattern=choice.pattern,
+        dictionary=recipe.dictionary_grid,
+        codes=recipe.code_grid,
+        rounds=recipe.rounds,
+        paper_exact=recipe.paper_exact,
+    )
+    return Chosen((choice.name,), Candidate(form, choice.bytes, ()))
+
+
+def _plain(name: str, size: int, settings: Settings, reason: str = "") -> Chosen:
+    return Chosen((name,), Candidate(settings.plain, size, ()), reason)
+
+
+def why_by_rule(settings: Settings) -> tuple[str, ...]:
+    """Where the spectral rule was nobody's explicit choice: what ruled a plan out, or what would be smaller."""
+    recipe = settings.recipe
+    if recipe.allocation != "auto":
+        return ()
+    if settings.multiplies_out:
+        return (
+            "a dense GGUF file stores the products of factors, which are no smaller for it: --gguf-layout sparse "
+            "stores the factors, and --method plain with --gguf-type Q4_K or IQ3_XXS is small in every llama.cpp",
+        )
+    if recipe.quant == "none" or recipe.quantizer == "bnb":
+        return ()
+    return (
+        f"{recipe.why_one_form} settles the form of every factorised matrix, so the ratio was spread by singular "
+        "values, as with --allocation spectral; without it, each matrix gets the form that costs the model least for "
+        "its bytes, plain integers among them",
+    )

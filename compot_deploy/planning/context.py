@@ -1,0 +1,148 @@
+"""What is planned, and with what: one value that every stage of planning reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from jaxtyping import Float
+from safetensors.torch import load_file
+from torch import Tensor
+
+from compot_deploy.core.storage import Storage
+from compot_deploy.core.store import write_tensors
+from compot_deploy.models.sites import Gram, InputGroup, importance
+from compot_deploy.models.source import ModelSource
+from compot_deploy.models.streaming import BlockStream
+from compot_deploy.models.tasks import Batch
+from compot_deploy.models.tokens import TokenWindows
+from compot_deploy.numerics.whiten import Whitening, whiten
+from compot_deploy.planning.candidates import Search
+from compot_deploy.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class PlanningContext:
+    """A model, its calibration text, and how it is compressed.
+
+    Attributes:
+        source: the original.
+        windows: calibration text.
+        work: folder for what is finished.
+        storage: what a byte is.
+        search: which forms are tried.
+        quantizer: of plain grids.
+        device: where to compute.
+        dtype: of the forward pass.
+        sequential: make the matrices of a block for what the compressed blocks before it give.
+        progress: told how far the work is.
+    """
+
+    source: ModelSource
+    windows: TokenWindows
+    work: Path
+    storage: Storage
+    search: Search
+    quantizer: str = "gptq"
+    device: str = "cpu"
+    dtype: str = "float32"
+    sequential: bool = False
+    progress: Progress = silent
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Paths of the blocks, in running order."""
+        return self.source.layout.blocks
+
+    @property
+    def groups(self) -> tuple[InputGroup, ...]:
+        """Every input that matrices read, in running order."""
+        return self.source.layout.groups
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All matrices, in running order."""
+        return self.source.layout.names
+
+    @cached_property
+    def batches(self) -> Sequence[Batch]:
+        """The calibration text as the model reads it."""
+        return self.source.task.batches(self.windows.windows)
+
+    def sizes(self, names: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """(in, out) of matrices."""
+        return {name: self.source.shape(name) for name in names}
+
+    def weights(self, names: Sequence[str]) -> dict[str, Float[Tensor, "inputs outputs"]]:
+        """Values of matrices, in float32."""
+        return {name: self.source.weight(name).float().to(self.device) for name in names}
+
+    def stream(self) -> BlockStream:
+        """The model as it reads the calibration text, in front of its first block."""
+        return BlockStream(self.source, self.batches, device=self.device, dtype=self.dtype)
+
+    # -- Grams in the work folder --------------------------------------------------------------------
+
+    def has_grams(self, block: str) -> bool:
+        """Whether the Grams of a block are in the work folder."""
+        return self._gram_file(block).exists()
+
+    def grams(self, block: str) -> Mapping[str, Tensor]:
+        """Grams of the inputs of a block in the original model, by name of the group."""
+        return load_file(self._gram_file(block))
+
+    def whitening(self, group: InputGroup) -> Whitening:
+        """Of one input of the original model."""
+        return whiten(self.grams(group.block)[group.name].to(self.device))
+
+    def keep_grams(self, block: str, grams: Mapping[str, Gram]) -> None:
+        """Put the Grams of a block into the work folder."""
+        self.keep_importance(block, {name: gram.matrix for name, gram in grams.items()})
+        write_tensors(self._gram_file(block), {name: gram.matrix for name, gram in grams.items()}, {})
+
+    def has_importance(self, block: str) -> bool:
+        """Whether it is known how much the inputs of a block matter."""
+        return self._importance_file(block).exists()
+
+    def keep_importance(self, block: str, grams: Mapping[str, Tensor]) -> None:
+        """Put how much the inputs of a block matter into the work folder."""
+        write_tensors(
+            self._importance_file(block), {name: importance(gram) for name, gram in grams.items()}, {}
+        )
+
+    def importances(self) -> dict[str, Float[Tensor, " inputs"]]:
+        """How much each input of every matrix matters, for formats that round."""
+        found = {}
+        for block in self.blocks:
+            stored = load_file(self._importance_file(block))
+            for group in self.source.layout.of(block):
+                found |= dict.fromkeys(group.names, stored[group.name])
+        return found
+
+    def block_file(self, kind: str, block: str) -> Path:
+        """A file of the work folder that belongs to one block."""
+        return self.work / f"{kind}-{self.blocks.index(block):04d}.safetensors"
+
+    def _gram_file(self, block: str) -> Path:
+        return self.block_file("grams", block)
+
+    def _importance_file(self, block: str) -> Path:
+        return self.block_file("importance", block)
+
+
+def collect_grams(context: PlanningContext) -> None:
+    """One file of Grams per block, from one pass of the original model."""
+    label = "Calibrate"
+    blocks = context.blocks
+    missing = [number for number, block in enumerate(blocks) if not context.has_grams(block)]
+    if missing:
+        with context.stream() as stream:
+            for number in range(missing[0], missing[-1] + 1):
+                context.progress(number, len(blocks), label)
+                stream.skip_to(number)
+                grams = stream.advance(capture=number in missing)
+                if number in missing:
+                    context.keep_grams(blocks[number], grams)
+    context.progress(len(blocks), len(blocks), label)
