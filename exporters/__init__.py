@@ -44,7 +44,7 @@ class Exporter(Protocol):
         ...
 
     def multiplies_out(self, options: Any) -> bool:
-        """Whether dictionary and codes are stored as their product, rounded, so that a file is judged by what it holds."""
+        """Whether factors are stored as their product, rounded, so that a file is judged by what it holds."""
         ...
 
     def check(

@@ -24,6 +24,7 @@ few positions at a time; what is kept is 49 bytes per position and pair.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -35,6 +36,7 @@ from torch import Tensor
 from compot_deploy.accuracy.metrics import (
     METRICS_VERSION,
     Comparison,
+    Estimate,
     Positions,
     common_prefix,
     compare,
@@ -97,7 +99,8 @@ class Gate:
     Attributes:
         max_perplexity_ratio: total: candidate over reference perplexity; 1.05 allows 5 % more.
         max_kl: total: mean KL divergence in nats per token.
-        min_top1: total: fraction of positions with the same most likely token.
+        min_top1: total: fraction of positions with the same most likely token or class.
+        min_cosine: total: mean cosine between embeddings.
         max_export_nmse: NMSE of compressed → exact. Always on: a faithful export adds rounding, about 1e-12,
             and the first wrong scale, permutation or mask adds far more than 1e-4.
     """
@@ -105,6 +108,7 @@ class Gate:
     max_perplexity_ratio: float | None = None
     max_kl: float | None = None
     min_top1: float | None = None
+    min_cosine: float | None = None
     max_export_nmse: float = 1e-4
 
     def __post_init__(self) -> None:
@@ -114,11 +118,14 @@ class Gate:
                 raise RecipeError(f"{name} = {limit}: a limit is a number that is not negative.")
         if self.min_top1 is not None and not 0 <= self.min_top1 <= 1:
             raise RecipeError(f"min_top1 = {self.min_top1}: give a fraction between 0 and 1.")
+        if self.min_cosine is not None and not -1 <= self.min_cosine <= 1:
+            raise RecipeError(f"min_cosine = {self.min_cosine}: give a number between -1 and 1.")
 
     @property
     def needs_reference(self) -> bool:
         """Whether a limit on the total loss is set."""
-        return any(limit is not None for limit in (self.max_perplexity_ratio, self.max_kl, self.min_top1))
+        limits = (self.max_perplexity_ratio, self.max_kl, self.min_top1, self.min_cosine)
+        return any(limit is not None for limit in limits)
 
 
 @dataclass(frozen=True)
@@ -298,8 +305,8 @@ def check(
     """
     if reference is None and gate.needs_reference:
         raise InputError(
-            "The gate limits the total loss (--max-perplexity-ratio, --max-kl or --min-top1), which needs the "
-            f"original model, and {reference_absent}. Give it with --reference."
+            "The gate limits the total loss (--max-perplexity-ratio, --max-kl, --min-top1 or --min-cosine), which "
+            f"needs the original model, and {reference_absent}. Give it with --reference."
         )
     roles: dict[str, Runner] = {} if reference is None else {"reference": reference}
     if reference is None:
@@ -338,7 +345,7 @@ def check(
     export_exact, export_shipped = loss("compressed", "exact"), loss("compressed", "exported")
     return AccuracyReport(
         metrics_version=METRICS_VERSION,
-        evaluation=_facts(evaluation),
+        evaluation=facts_of(evaluation),
         method=method,
         export_exact=export_exact,
         export_shipped=export_shipped,
@@ -400,35 +407,51 @@ def judge(
     if gate.needs_reference:
         if total is None:
             raise InputError("Limits on the total loss need the original model. Give it with --reference.")
-        figures = total.comparison
-        if gate.max_perplexity_ratio is not None:
-            criteria.append(
-                criterion(
-                    "max_perplexity_ratio",
-                    figures.perplexity_ratio.value,
-                    gate.max_perplexity_ratio,
-                    "at most",
-                    "perplexity over the original's",
-                )
-            )
-        if gate.max_kl is not None:
-            mean = figures.divergence.mean.value
-            criteria.append(
-                criterion(
-                    "max_kl", mean, gate.max_kl, "at most", "mean KL divergence from the original in nats"
-                )
-            )
-        if gate.min_top1 is not None:
-            criteria.append(
-                criterion(
-                    "min_top1",
-                    figures.top1_agreement.value,
-                    gate.min_top1,
-                    "at least",
-                    "share of positions with the original's most likely token",
-                )
-            )
+        criteria += [
+            criterion(limit.name, limit.value, limit.threshold, limit.relation, limit.what)
+            for limit in _limits(gate, total.comparison)
+        ]
     return GateResult(tuple(criteria), all(one.passed for one in criteria))
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """A limit on the total loss, and the figure that it is held against."""
+
+    name: str
+    value: float
+    threshold: float
+    relation: Literal["at most", "at least"]
+    what: str
+
+
+def _limits(gate: Gate, figures: Comparison) -> Iterator[_Limit]:
+    """Limits that are set. A figure that was not measured is NaN, which no limit lets pass."""
+
+    def value(estimate: Estimate | None) -> float:
+        return math.nan if estimate is None else estimate.value
+
+    if gate.max_perplexity_ratio is not None:
+        ratio = value(figures.perplexity_ratio)
+        yield _Limit(
+            "max_perplexity_ratio",
+            ratio,
+            gate.max_perplexity_ratio,
+            "at most",
+            "perplexity over the original's",
+        )
+    if gate.max_kl is not None:
+        mean = value(None if figures.divergence is None else figures.divergence.mean)
+        yield _Limit("max_kl", mean, gate.max_kl, "at most", "mean KL divergence from the original in nats")
+    if gate.min_top1 is not None:
+        same = value(figures.top1_agreement)
+        what = "share of positions with the original's most likely token"
+        yield _Limit("min_top1", same, gate.min_top1, "at least", what)
+    if gate.min_cosine is not None:
+        cosine = value(figures.cosine)
+        yield _Limit(
+            "min_cosine", cosine, gate.min_cosine, "at least", "mean cosine to the original's embeddings"
+        )
 
 
 def criterion(
@@ -599,7 +622,8 @@ def _continuations(
     )
 
 
-def _facts(evaluation: Evaluation) -> EvaluationFacts:
+def facts_of(evaluation: Evaluation) -> EvaluationFacts:
+    """What figures were measured on."""
     lengths = [len(window) for window in evaluation.text.windows]
     return EvaluationFacts(
         source=evaluation.text.source,

@@ -218,8 +218,11 @@ class Divergence:
 class Comparison:
     """All figures of one pair of models. With no position left to compare they are NaN, never 0.
 
+    What a task does not have is None: only text that goes on has a perplexity, only distributions diverge, only
+    embeddings have a cosine.
+
     Attributes:
-        positions: compared positions.
+        positions: compared positions; texts, where a model gives one output for each.
         skipped: positions left out because a logit was not finite.
         nonfinite_reference: logits of the reference that are NaN or infinite.
         nonfinite_candidate: logits of the candidate that are NaN or infinite.
@@ -231,25 +234,33 @@ class Comparison:
         top1_agreement: fraction of positions where both choose the same token.
         nmse: Σ(c − r)² / Σ(r − mean r)²; 0 only for equal logits.
         largest_difference: of any logit at any position.
+        cosine: mean over texts of the cosine between pooled embeddings.
+        lowest_cosine: of the worst text.
     """
 
     positions: int
     skipped: int
     nonfinite_reference: int
     nonfinite_candidate: int
-    reference_perplexity: Estimate
-    candidate_perplexity: Estimate
-    perplexity_ratio: Estimate
-    divergence: Divergence
-    top1_agreement: Estimate
+    reference_perplexity: Estimate | None
+    candidate_perplexity: Estimate | None
+    perplexity_ratio: Estimate | None
+    divergence: Divergence | None
+    top1_agreement: Estimate | None
     nmse: float
     largest_difference: float
+    cosine: Estimate | None = None
+    lowest_cosine: float | None = None
 
 
-def summarize(positions: Positions) -> Comparison:
+def summarize(positions: Positions, *, goes_on: bool = True) -> Comparison:
     """The figures of a comparison.
 
     Standard errors: of a mean, s/√n; of an exponential of a mean, that times the exponential (delta method).
+
+    Args:
+        positions: what was compared.
+        goes_on: each position predicts the next token, so that there is a perplexity.
     """
     count = len(positions.divergence)
     error, power = float(positions.squared_error.sum()), float(positions.reference_power.sum())
@@ -258,11 +269,13 @@ def summarize(positions: Positions) -> Comparison:
         skipped=positions.skipped,
         nonfinite_reference=positions.nonfinite_reference,
         nonfinite_candidate=positions.nonfinite_candidate,
-        reference_perplexity=_exponential(_mean(positions.reference_surprise)),
-        candidate_perplexity=_exponential(_mean(positions.candidate_surprise)),
-        perplexity_ratio=_exponential(_mean(positions.candidate_surprise - positions.reference_surprise)),
+        reference_perplexity=_exponential(mean(positions.reference_surprise)) if goes_on else None,
+        candidate_perplexity=_exponential(mean(positions.candidate_surprise)) if goes_on else None,
+        perplexity_ratio=_exponential(mean(positions.candidate_surprise - positions.reference_surprise))
+        if goes_on
+        else None,
         divergence=_divergence(positions.divergence),
-        top1_agreement=_mean(positions.agreement.double()),
+        top1_agreement=mean(positions.agreement.double()),
         nmse=math.nan if count == 0 else error / power if power > 0 else 0.0 if error == 0 else math.inf,
         largest_difference=float(positions.largest_difference.max()) if count else math.nan,
     )
@@ -276,19 +289,20 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     return min(len(first), len(second))
 
 
-def _mean(values: Float[Tensor, " positions"]) -> Estimate:
+def mean(values: Float[Tensor, " positions"]) -> Estimate:
+    """Mean and standard error; NaN of nothing."""
     if len(values) == 0:
         return Estimate(math.nan, math.nan)
     deviation = float(values.std(correction=1)) if len(values) > 1 else math.nan
     return Estimate(float(values.mean()), deviation / math.sqrt(len(values)))
 
 
-def _exponential(mean: Estimate) -> Estimate:
+def _exponential(exponent: Estimate) -> Estimate:
     try:
-        value = math.exp(mean.value)
+        value = math.exp(exponent.value)
     except OverflowError:
         return Estimate(math.inf, math.inf)
-    return Estimate(value, value * mean.standard_error)
+    return Estimate(value, value * exponent.standard_error)
 
 
 def _divergence(values: Float[Tensor, " positions"]) -> Divergence:
@@ -299,7 +313,7 @@ def _divergence(values: Float[Tensor, " positions"]) -> Divergence:
     ordered = values.sort().values
     bins = torch.bucketize(values, torch.tensor(KL_EDGES, dtype=torch.float64), right=True)
     return Divergence(
-        mean=_mean(values),
+        mean=mean(values),
         median=_quantile(ordered, 0.5),
         p90=_quantile(ordered, 0.9),
         p99=_quantile(ordered, 0.99),

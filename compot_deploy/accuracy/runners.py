@@ -5,7 +5,7 @@ positions at a time, so that nobody ever holds the logits of a whole text; `Runn
 prompt greedily. Both walk through the key-value cache, the way the model is used when it is deployed, so a
 broken cache shows up in every figure.
 
-    torch_runner        the original model, its matrices replaced by dequantized ones where they are given
+    torch_runner        the original model
     compressed_runner   a CompressedModel: every weight as an exporter writes it, multiplied out, in float32
     onnx_runner         an exported ONNX folder, as shipped or with the runtime's approximations switched off
 
@@ -17,18 +17,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
-from compot_deploy.core.matrix import Matrix
-from compot_deploy.errors import ArtifactError, InputError, UnsupportedModelError
+from compot_deploy.errors import ArtifactError, InputError
 from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.source import ModelSource
+from compot_deploy.models.whole import model_of, whole_model
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -148,21 +148,6 @@ class TorchRunner:
         """See `Runner.generate`."""
         return greedy(self._advance, prompt, new_tokens)
 
-    @contextmanager
-    def replaced(self, matrices: Mapping[str, Matrix]) -> Iterator[None]:
-        """The same model with some linears dequantized from `matrices`, until the context ends."""
-        kept: dict[str, nn.Parameter] = {}
-        try:
-            for path, matrix in matrices.items():
-                module = self._model.get_submodule(path)
-                kept[path] = module.weight
-                weight = matrix.dequantize().T.to(module.weight)
-                module.weight = nn.Parameter(weight, requires_grad=False)
-            yield
-        finally:
-            for path, weight in kept.items():
-                self._model.get_submodule(path).weight = weight
-
     def _advance(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
         # Not a decorator on `stream`: a grad mode set inside a generator leaks to whoever consumes it.
         with torch.inference_mode():
@@ -173,146 +158,31 @@ class TorchRunner:
 
 
 def torch_runner(
-    source: Path,
-    replacements: Mapping[str, Matrix] | None = None,
+    source: ModelSource,
     *,
     name: str | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    allow_pickle: bool = False,
 ) -> TorchRunner:
-    """The model of a local transformers folder, optionally with some matrices replaced.
-
-    Nothing is downloaded and no code of the folder is run. Weights that the folder lacks are an error; the
-    transformers library alone would fill them with random numbers.
+    """A decoder as it was found.
 
     Args:
-        source: folder with config.json and safetensors.
-        replacements: matrices by module path, dequantized and put in place of the original weights. A tied
-            head follows the embedding.
+        source: the model.
         name: for reports.
         device: where it runs.
         dtype: computed in; float32 holds bfloat16 and float16 weights exactly.
-        allow_pickle: also read ``pytorch_model.bin``, with torch's restricted unpickler.
-
-    Raises:
-        InputError: the folder is not a readable model, lacks weights or has some that its configuration does
-            not know, or a replacement does not fit.
     """
-    import transformers
-
-    if not (source / "config.json").is_file():
-        raise InputError(f"{source} is not a transformers folder: it has no config.json.")
-    try:
-        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            str(source),
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=None if allow_pickle else True,
-            output_loading_info=True,
-        )
-    except Exception as error:  # OSError, ValueError, SafetensorError, …: whatever a damaged folder provokes
-        raise InputError(f"{source} does not load in transformers: {_first_line(error)}") from error
-    for problem, keys in (
-        ("lacks the weights", loading["missing_keys"]),
-        ("has weights of another shape than its config.json says:", loading["mismatched_keys"]),
-        ("has weights that its config.json does not know:", loading["unexpected_keys"]),
-    ):
-        # Old checkpoints carry the rotary frequencies, which follow from the configuration.
-        names = sorted(str(key) for key in keys if not str(key).endswith("rotary_emb.inv_freq"))
-        if names:
-            raise InputError(f"{source} {problem} {_some(names)}. Convert or download the checkpoint again.")
-    if replacements is not None:
-        _place_matrices(model, replacements)
-    label = "original" if replacements is None else "dequantized"
-    return TorchRunner(model.to(device), name or f"torch {torch.__version__}, {label} weights")
+    model = whole_model(source, device=device, dtype=dtype)
+    return TorchRunner(model, name or f"torch {torch.__version__}, original weights")
 
 
-def compressed_runner(
-    model: CompressedModel,
-    *,
-    name: str | None = None,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> TorchRunner:
-    """A compressed model in torch: every matrix dequantized and multiplied out, everything else as it is.
-
-    Needs no original checkpoint, only the compressed model, so a folder can be checked on its own.
-
-    Args:
-        model: what the exporters were given, or read back from an artifact.
-        name: for reports.
-        device: where it runs.
-        dtype: computed in.
+def compressed_runner(model: CompressedModel, *, name: str | None = None) -> TorchRunner:
+    """A compressed decoder in torch: every matrix dequantized and multiplied out, everything else as it is.
 
     Raises:
         InputError: a weight is missing, unknown, or has another shape than the configuration says.
     """
-    import transformers
-
-    config = transformers.AutoConfig.for_model(**_config_arguments(model))
-    torch_model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    placed = _place_matrices(torch_model, model.matrices)
-    placed |= _place_tensors(torch_model, model.tensors)
-    # named_parameters leaves out the second name of a tied weight.
-    missing = sorted(set(dict(torch_model.named_parameters())) - placed)
-    if missing:
-        raise InputError(f"The compressed model lacks {_some(missing)}. Compress the model again.")
-    return TorchRunner(torch_model.to(device), name or f"torch {torch.__version__}, dequantized weights")
-
-
-def _config_arguments(model: CompressedModel) -> dict[str, Any]:
-    # A checkpoint may tie its head while the compressed model stores it apart, at another precision.
-    return {**model.config, "tie_word_embeddings": model.tied}
-
-
-def _place_matrices(model: nn.Module, matrices: Mapping[str, Matrix]) -> set[str]:
-    """Put dequantized matrices into the linears and embeddings of a model; the parameter names written."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    written: dict[int, str] = {}
-    for path, matrix in matrices.items():
-        name = f"{path}.weight"
-        if name not in parameters:
-            raise InputError(f"The model has no weight {name} to replace.")
-        module = model.get_submodule(path)
-        if not isinstance(module, nn.Linear | nn.Embedding):
-            raise UnsupportedModelError(
-                f"{path} is a {type(module).__name__}: only the matrices of Linear and Embedding can be "
-                "replaced."
-            )
-        parameter = parameters[name]
-        if id(parameter) in written:
-            raise InputError(
-                f"{path} and {written[id(parameter)]} are tied in this model: replace one of them only."
-            )
-        written[id(parameter)] = path
-        # Linear keeps (out, in); Embedding keeps (vocabulary, hidden), and we (hidden, vocabulary).
-        _copy(parameter, matrix.dequantize().T, name)
-    return {name for name, parameter in parameters.items() if id(parameter) in written}
-
-
-def _place_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
-    """Put tensors in place by checkpoint name; the parameter names written."""
-    targets: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False))}
-    placed: set[str] = set()
-    for name, tensor in tensors.items():
-        if name.endswith("rotary_emb.inv_freq"):
-            continue
-        if name not in targets:
-            raise InputError(f"The model has no tensor {name} to fill.")
-        _copy(targets[name], tensor, name)
-        placed.add(name)
-    return placed
-
-
-def _copy(target: Tensor, values: Tensor, name: str) -> None:
-    if target.shape != values.shape:
-        raise InputError(
-            f"{name} has the shape {tuple(target.shape)} in the model, not {tuple(values.shape)}."
-        )
-    with torch.no_grad():
-        target.copy_(values)
+    return TorchRunner(model_of(model), name or f"torch {torch.__version__}, dequantized weights")
 
 
 # ONNX Runtime

@@ -60,14 +60,6 @@ from compot_deploy.pipeline.evaluation import (
     write_report_again,
 )
 from compot_deploy.pipeline.generate import generate
-from compot_deploy.pipeline.traced import (
-    TracedDeployment,
-    check_traced,
-    deploy_traced,
-    is_traced,
-    is_traced_folder,
-)
-from compot_deploy.pipeline.traced import overview as traced_overview
 from compot_deploy.recipe import Recipe, default_of, knob_type, knobs, recipe_from_mapping
 from compot_deploy.report import inspection
 from compot_deploy.report import plan as plan_report
@@ -86,9 +78,6 @@ _GROUPS: Final = {
 
 _PROSE: Final = ("Greedy text", "Structure", "Gate")
 """Tables that are read, not compared down a column."""
-
-_TRACED_LIMITS: Final = frozenset(("min_cosine", "max_export_nmse"))
-"""Knobs of check for a model that was traced."""
 
 _EXIT_CODES: Final = (
     "exit codes: 0 done and gate passed, 1 gate failed, 2 bad usage or input, 3 unsupported model, "
@@ -144,10 +133,6 @@ def _deploy(arguments: list[str], out: Console, err: Console) -> int:
             "No model given: using the small model that ships with compot-deploy (1.6M parameters, trained on "
             "Python's documentation)."
         )
-    if is_traced(recipe):
-        with _bars(err) as progress:
-            deployment = deploy_traced(recipe, progress)
-        return _show_traced(deployment, out)
     with _bars(err) as progress:
         deployments = run(recipe, progress)
     return max((_show(deployment, out) for deployment in deployments), default=EXIT_OK)
@@ -201,18 +186,6 @@ def _check(arguments: list[str], out: Console, err: Console) -> int:
     _add_knobs(parser, only={"max_perplexity_ratio", "max_kl", "min_top1", "max_export_nmse", "min_cosine"})
     values = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
     folder, reference = values.pop("folder"), values.pop("reference", None)
-    traced = is_traced_folder(folder)
-    alien = sorted(values.keys() - _TRACED_LIMITS if traced else values.keys() & {"min_cosine"})
-    if alien:
-        kind = "the cosine of its embeddings" if traced else "perplexity and KL divergence"
-        raise RecipeError(
-            f"--{alien[0].replace('_', '-')} does not apply to {folder}: it is judged by {kind}. Leave it out."
-        )
-    if traced:
-        with _bars(err) as progress:
-            return _show_traced(
-                check_traced(folder, reference=reference, limits=values, progress=progress), out
-            )
     report_dir, summary = values.pop("report_dir", None), values.pop("summary", None)
     demands = _demands(values.pop("gate", None), values.pop("baseline", None), values.pop("max_growth", None))
     with _bars(err) as progress:
@@ -444,11 +417,6 @@ def _show(deployment: Deployment, out: Console) -> int:
         for note in table.notes:
             out.print(Text(f"  {note}"), style="dim")
     out.print(Text(f"{deployment.folder}: {verdict(deployment.report)}"), style="bold")
-    return EXIT_OK if deployment.passed else EXIT_GATE_FAILED
-
-
-def _show_traced(deployment: TracedDeployment, out: Console) -> int:
-    _print_overview(out, traced_overview(deployment))
     return EXIT_OK if deployment.passed else EXIT_GATE_FAILED
 
 

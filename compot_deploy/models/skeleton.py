@@ -25,7 +25,7 @@ def on_meta(config: Any, task: Task) -> Any:
 
 
 def without_parameters(config: Any, task: Task, dtype: torch.dtype) -> Any:
-    """A model whose parameters are on ``meta`` and whose buffers are real: rotary frequencies are computed, not stored."""
+    """A model with parameters on ``meta`` and real buffers: rotary frequencies are computed, not stored."""
     with _parameters_on_meta():
         return _made(config, task, dtype)
 

@@ -23,6 +23,9 @@ SELF: Final = "self"
 HELD_OUT_SHARE: Final = 0.1
 """Share at the end of a calibration text that is kept for judging when no other text is given."""
 
+_SHORTEST_LINE: Final = 20
+"""Characters of a line that is worth reading."""
+
 _CHARACTERS_PER_TOKEN: Final = 32  # more than any tokenizer needs; bounds how much of a long file is read
 
 
@@ -79,12 +82,14 @@ class Tokenizer:
         decode: ids to text, special tokens kept out.
         first: ids put before every window (the begin-of-sequence token, where the tokenizer adds one).
         chat: messages to text, None where the tokenizer has no chat template.
+        whole: a text to at most so many ids, special tokens included, as an encoder reads it.
     """
 
     encode: Callable[[str], list[int]]
     decode: Callable[[Sequence[int]], str]
     first: tuple[int, ...]
     chat: Callable[[Sequence[Mapping[str, str]]], str] | None
+    whole: Callable[[str, int], list[int]]
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -114,6 +119,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         chat=(lambda messages: str(tokenizer.apply_chat_template(list(messages), tokenize=False)))
         if getattr(tokenizer, "chat_template", None)
         else None,
+        whole=lambda text, length: list(tokenizer(text, truncation=True, max_length=length).input_ids),
     )
 
 
@@ -180,6 +186,30 @@ def windows_of_text(
     if len(starts) < samples:
         found.append(f"{source} holds {len(starts)} windows of {length} tokens; {samples} were asked for")
     return make_windows([[*tokenizer.first, *starts[i]] for i in order], source, vocabulary, found)
+
+
+def windows_of_lines(
+    text: str, tokenizer: Tokenizer, *, samples: int, length: int, seed: int, source: str, vocabulary: int
+) -> TokenWindows:
+    """One window a line, as an encoder reads a text: special tokens included, cut to `length` tokens.
+
+    Lines of fewer than 20 characters, and lines that were there before, are left out.
+
+    Raises:
+        InputError: no line is long enough.
+    """
+    lines = [line.strip() for line in text.split("\n")]
+    lines = list(dict.fromkeys(line for line in lines if len(line) >= _SHORTEST_LINE))
+    if not lines:
+        raise InputError(f"{source} has no line of at least {_SHORTEST_LINE} characters. Give more text.")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(lines), generator=generator)[:samples].sort().values.tolist()
+    notes = (
+        [f"{source} holds {len(lines)} lines of text; {samples} were asked for"]
+        if len(lines) < samples
+        else []
+    )
+    return make_windows([tokenizer.whole(lines[i], length) for i in order], source, vocabulary, notes)
 
 
 def windows_of_jsonl(

@@ -1,36 +1,36 @@
-"""An exported folder before the gate: its losses, its sizes, its report; right after export or years later."""
+"""A folder before the gate: its losses, its sizes, its report."""
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+import torch
+
 from compot_deploy import __version__
-from compot_deploy.accuracy.evaluate import Evaluation, Gate, check, measure
-from compot_deploy.accuracy.runners import RUNNERS, Runner, TorchRunner, compressed_runner, torch_runner
+from compot_deploy.accuracy.evaluate import AccuracyReport, Evaluation, Gate, check, measure
+from compot_deploy.accuracy.runners import RUNNERS, TorchRunner
+from compot_deploy.accuracy.texts import TEXT_RUNNERS, TorchTexts, check_texts, measure_texts
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Matrix, Quantized, leaves
 from compot_deploy.core.storage import matrix_bytes
 from compot_deploy.core.store import write_text
-from compot_deploy.embedded import MODEL
-from compot_deploy.errors import ArtifactError, InputError
+from compot_deploy.errors import ArtifactError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.archive import transport_bytes
-from compot_deploy.exporters.artifact import library_versions, seal, verify
+from compot_deploy.exporters.artifact import library_versions, seal
 from compot_deploy.exporters.manifest import MANIFEST, Manifest
-from compot_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from compot_deploy.models.compressed import CompressedModel
-from compot_deploy.models.tokens import load_tokenizer
-from compot_deploy.pipeline.texts import read_evaluation
+from compot_deploy.models.source import ModelSource
+from compot_deploy.models.tasks import Task, task_of
+from compot_deploy.models.whole import model_of, replaced, whole_model
 from compot_deploy.progress import Progress, silent
-from compot_deploy.recipe import DEFAULT_GROUP, Recipe, recipe_from_mapping
-from compot_deploy.report.document import SCHEMA_MINOR, Report, Rival, Sizes, from_json, to_json, to_junit
-from compot_deploy.report.facts import Origin
-from compot_deploy.report.gate import Demands
+from compot_deploy.recipe import DEFAULT_GROUP
+from compot_deploy.report.document import Report, Rival, Sizes, to_json, to_junit
 from compot_deploy.report.html.page import to_html
 from compot_deploy.report.manifest import frontier_of, layers_of, memory_of, origin_of, plain_memory_of
 from compot_deploy.report.model_card import model_card
@@ -40,152 +40,54 @@ JUNIT: Final = "compot/report.junit.xml"
 CARD: Final = "README.md"
 HTML: Final = "compot/report.html"
 
-TOTAL_LIMITS: Final = frozenset(("max_perplexity_ratio", "max_kl", "min_top1"))
-"""Limits on the total loss, which need the original model."""
-
 REPORT_FILES: Final = (REPORT, JUNIT, CARD, HTML)
 """Written last, for people and programs that judge: they do not count as bytes of the artifact."""
 
 
 @dataclass(frozen=True)
-class Deployment:
-    """A finished folder and what is known about it.
+class Subject:
+    """A folder that is judged, and what is known of it.
 
     Attributes:
-        folder: where it is.
-        report: sizes, losses, gate.
-    """
-
-    folder: Path
-    report: Report
-
-    @property
-    def passed(self) -> bool:
-        """Whether the gate passed."""
-        return self.report.passed
-
-
-def check_folder(
-    folder: Path,
-    *,
-    reference: str | None = None,
-    limits: Mapping[str, float] | None = None,
-    demands: Demands | None = None,
-    progress: Progress = silent,
-) -> Deployment:
-    """Check an exported folder again: its bytes, its structure, its accuracy.
-
-    The compressed weights are read back from the files, so nothing but the folder is needed for the export
-    loss; method and total loss also need the original model, which is looked for where the recipe says.
-
-    Args:
-        folder: written by `deploy`.
-        reference: the original model, where it has moved.
-        limits: gate limits that replace those of the recipe, by knob.
-        demands: of a gate file and a baseline.
-        progress: told how far the work is.
-
-    Raises:
-        ArtifactError: a file does not match the manifest.
-        InputError: a limit needs the original model, and it is not there; or the baseline does not compare.
-    """
-    demands = demands or Demands()
-    limits = {**demands.gate.losses, **(limits or {})}
-    manifest = verify(folder)
-    _check_exporter(folder, manifest)
-    recipe = recipe_from_mapping({**manifest.recipe, **limits}, origin=f"{folder}'s manifest")
-    model = EXPORTERS[manifest.exporter].read_model(folder)
-    evaluation = read_evaluation(folder, load_tokenizer(folder), model.config)
-    demands.check_text(evaluation.text.digest, evaluation.text.source)
-    original: Checkpoint | None = None
-    absent = "the folder does not hold it"
-    try:
-        original = open_checkpoint(reference or recipe.model or MODEL, allow_pickle=recipe.allow_pickle)
-    except InputError as error:
-        if reference is not None:
-            raise
-        absent = f"it is not where the recipe says ({error})"
-    if original is not None and original.fingerprint != manifest.facts.get("source"):
-        if reference is not None:
-            raise InputError(
-                f"--reference {reference}: this is not the model that {folder} was made from; its fingerprint "
-                f"is {original.fingerprint[:12]}, not {str(manifest.facts.get('source'))[:12]}."
-            )
-        original, absent = None, "the model where the recipe says has changed since"
-    if original is None and demands.compares_losses:
-        raise InputError(
-            f"Growth of the loss cannot be measured without the original model: {absent}. Give it with --reference."
-        )
-    gate = gate_of(recipe)
-    if original is None and not TOTAL_LIMITS & limits.keys():
-        # Limits that came with the folder cannot be measured here; what can be is.
-        gate = Gate(max_export_nmse=gate.max_export_nmse)
-    report = judge_folder(folder, manifest, model, original, evaluation, gate, progress, absent=absent)
-    return Deployment(folder, demands.apply(report))
-
-
-def _check_exporter(folder: Path, manifest: Manifest) -> None:
-    if manifest.exporter not in EXPORTERS:
-        raise ArtifactError(
-            f"{folder}: its manifest says that the exporter {manifest.exporter!r} wrote it, which has no report of "
-            f"this kind; {', '.join(sorted(EXPORTERS))} have one."
-        )
-
-
-def judge_folder(
-    folder: Path,
-    manifest: Manifest,
-    model: CompressedModel,
-    original: Checkpoint | None,
-    evaluation: Evaluation,
-    gate: Gate,
-    progress: Progress,
-    absent: str = "",
-    artifact: str | None = None,
-    unquantized: Mapping[str, Matrix] | None = None,
-    unquantized_absent: str = "the folder does not hold the factors before quantization",
-    rival: Mapping[str, Matrix] | None = None,
-) -> Report:
-    """Lint a folder, read evaluation text with up to five models, and put everything into a report.
-
-    Args:
         folder: to judge.
         manifest: of the folder.
         model: what the folder holds.
         original: the original; None leaves the method and total loss out.
-        evaluation: text and prompts.
-        gate: limits.
-        progress: told how far the work is.
         absent: why there is no original.
         artifact: name of the folder, where it is not there yet.
-        unquantized: factorised linears before quantization, multiplied out; they split the method loss.
-        unquantized_absent: why there are none.
-        rival: the matrices of the same model through another quantizer, which is read beside it.
+        factors: factorised matrices before quantization, multiplied out; they split the method loss.
+        factors_absent: why there are none.
+        baseline: the matrices of the same model through another quantizer, which is read beside it.
     """
+
+    folder: Path
+    manifest: Manifest
+    model: CompressedModel
+    original: ModelSource | None
+    absent: str = ""
+    artifact: str | None = None
+    factors: Mapping[str, Matrix] | None = None
+    factors_absent: str = "the folder does not hold the factors before quantization"
+    baseline: Mapping[str, Matrix] | None = None
+
+    @property
+    def task(self) -> Task:
+        """What the model is for."""
+        task = task_of(self.model.config)
+        if task is None:
+            raise ArtifactError(f"{self.folder}: config.json names no class of a task that is known here.")
+        return task
+
+
+def judge_folder(subject: Subject, evaluation: Evaluation, gate: Gate, progress: Progress = silent) -> Report:
+    """Lint a folder, read evaluation text with up to five models, and put everything into a report."""
+    manifest, folder = subject.manifest, subject.folder
     exporter = EXPORTERS[manifest.exporter]
     findings = exporter.lint(folder)
-    reference = factorized = None
-    if original is not None:
-        reference = _original_runner(original, "original")
-    with ExitStack() as stack:
-        if original is not None and unquantized is not None:
-            factorized = _original_runner(original, "factorised, before quantization")
-            stack.enter_context(factorized.replaced(unquantized))
-        accuracy = check(
-            reference,
-            compressed_runner(model),
-            RUNNERS[manifest.exporter](folder),
-            RUNNERS[manifest.exporter](folder, exact=True),
-            evaluation,
-            gate,
-            factorized=factorized,
-            reference_absent=absent,
-            factorized_absent=unquantized_absent,
-            progress=progress,
-        )
+    accuracy = measure_losses(subject, evaluation, gate, progress)
     return Report(
         model=str(manifest.recipe.get("model") or "the model that ships with compot-deploy"),
-        artifact=artifact or folder.resolve().name,
+        artifact=subject.artifact or folder.resolve().name,
         format=manifest.exporter,
         package=__version__,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -201,55 +103,92 @@ def judge_folder(
         frontier=frontier_of(manifest),
         origin=origin_of(manifest),
         rival=None
-        if rival is None or reference is None
-        else _rival(reference, model, rival, evaluation, manifest),
+        if subject.baseline is None or subject.original is None
+        else _beside(subject, subject.original, subject.baseline, evaluation),
     )
 
 
-def _rival(
-    reference: Runner,
-    model: CompressedModel,
-    matrices: Mapping[str, Matrix],
-    evaluation: Evaluation,
-    manifest: Manifest,
+def measure_losses(
+    subject: Subject, evaluation: Evaluation, gate: Gate, progress: Progress = silent
+) -> AccuracyReport:
+    """Method, export and total loss of a folder, by the measures of its task."""
+    task, original, kind = subject.task, subject.original, subject.manifest.exporter
+    whole = None if original is None else whole_model(original)
+    factored = None
+    with ExitStack() as stack:
+        if original is not None and subject.factors is not None:
+            factored = whole_model(original)
+            stack.enter_context(replaced(factored, original.sites, subject.factors))
+        names = ("original", FACTORED, f"torch {torch.__version__}, dequantized weights")
+        models = (whole, factored, model_of(subject.model))
+        absent = {"reference_absent": subject.absent, "factorized_absent": subject.factors_absent}
+        if task.generates:
+            reference, factorized, compressed = (
+                None if model is None else TorchRunner(model, name)
+                for name, model in zip(names, models, strict=True)
+            )
+            assert compressed is not None
+            return check(
+                reference,
+                compressed,
+                RUNNERS[kind](subject.folder),
+                RUNNERS[kind](subject.folder, exact=True),
+                evaluation,
+                gate,
+                factorized=factorized,
+                progress=progress,
+                **absent,
+            )
+        texts = [
+            None if model is None else TorchTexts(model, task, name)
+            for name, model in zip(names, models, strict=True)
+        ]
+        assert texts[2] is not None
+        return check_texts(
+            task,
+            texts[0],
+            texts[2],
+            TEXT_RUNNERS[kind](subject.folder),
+            TEXT_RUNNERS[kind](subject.folder, exact=True),
+            evaluation,
+            gate,
+            factorized=texts[1],
+            progress=progress,
+            **absent,
+        )
+
+
+FACTORED: Final = "factorised, before quantization"
+
+
+def _beside(
+    subject: Subject, original: ModelSource, matrices: Mapping[str, Matrix], evaluation: Evaluation
 ) -> Rival:
-    beside = replace(model, matrices=matrices)
+    """The same model through another quantizer."""
+    task, manifest = subject.task, subject.manifest
     exporter = EXPORTERS[manifest.exporter]
     storage = exporter.storage(exporter.options(manifest.recipe))
     grid = next(
         leaf.grid
         for name, matrix in matrices.items()
-        if _is_linear(name)
+        if subject.model.role(name) == "linear"
         for leaf in leaves(matrix)
         if isinstance(leaf, Quantized)
     )
-    return Rival(
-        name=f"gptq {grid}",
-        bytes=sum(matrix_bytes(matrices, storage).values()),
-        loss=measure(reference, compressed_runner(beside), evaluation),
-    )
-
-
-def _original_runner(original: Checkpoint, name: str) -> TorchRunner:
-    pickled = any(path.suffix == ".bin" for path in original.files)
-    return torch_runner(original.folder, name=name, allow_pickle=pickled)
-
-
-def gate_of(recipe: Recipe) -> Gate:
-    """The limits of a recipe."""
-    return Gate(
-        max_perplexity_ratio=recipe.max_perplexity_ratio,
-        max_kl=recipe.max_kl,
-        min_top1=recipe.min_top1,
-        max_export_nmse=recipe.max_export_nmse,
-    )
+    models = whole_model(original), model_of(replace(subject.model, matrices=matrices))
+    if task.generates:
+        first, second = (TorchRunner(model, "torch") for model in models)
+        loss = measure(first, second, evaluation)
+    else:
+        one, two = (TorchTexts(model, task) for model in models)
+        loss = measure_texts(task, one, two, evaluation)
+    return Rival(name=f"gptq {grid}", bytes=sum(matrix_bytes(matrices, storage).values()), loss=loss)
 
 
 def sizes_of(manifest: Manifest) -> Sizes:
     """Bytes of an artifact beside the same model without factorisation, as its format would store it."""
-    embedding = {record.name for record in manifest.matrices if not _is_linear(record.name)}
-    rest = sum(record.bytes for record in manifest.matrices if record.name in embedding)
-    linears = [record for record in manifest.matrices if record.name not in embedding]
+    rest = sum(record.bytes for record in manifest.matrices if record.role != "linear")
+    linears = [record for record in manifest.matrices if record.role == "linear"]
     weights = sum(record.bytes for record in manifest.matrices)
     storage = EXPORTERS[manifest.exporter].storage(EXPORTERS[manifest.exporter].options(manifest.recipe))
     plain8 = sum(
@@ -271,15 +210,11 @@ def sizes_of(manifest: Manifest) -> Sizes:
 
 def facts_of(manifest: Manifest) -> tuple[str, ...]:
     """What a report must say about the run besides figures."""
-    linears = [record for record in manifest.matrices if _is_linear(record.name)]
+    linears = [record for record in manifest.matrices if record.role == "linear"]
     factorized = [record for record in linears if record.kind == "factorized"]
     facts = [f"{len(factorized)} of {len(linears)} linears are factorised."]
     facts += [f"{record.name} stays dense: {record.why_dense}." for record in linears if record.why_dense]
     return (*facts, *(f"{note}." for note in manifest.facts.get("notes", ())))
-
-
-def _is_linear(name: str) -> bool:
-    return ".layers." in name
 
 
 def write_report(folder: Path, report: Report, manifest: Manifest) -> None:
@@ -289,62 +224,3 @@ def write_report(folder: Path, report: Report, manifest: Manifest) -> None:
     write_text(folder / HTML, to_html(report))
     write_text(folder / CARD, model_card(report, manifest))
     seal(folder, REPORT_FILES)
-
-
-def write_report_again(folder: Path) -> Report:
-    """Write the report of an existing folder again from its own figures; nothing is measured.
-
-    What an older report does not have and the manifest knows is filled in.
-
-    Raises:
-        ArtifactError: not a folder of ours, or damaged.
-        InputError: there is no report, or it is of another version.
-    """
-    manifest = verify(folder)
-    _check_exporter(folder, manifest)
-    try:
-        text = (folder / REPORT).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(
-            f"{folder} has no {REPORT}: a report is written when a model is exported. Export it again."
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder / REPORT} cannot be read: {error}.") from None
-    report = from_json(text, str(folder / REPORT))
-    known = sizes_of(manifest)
-    sizes = replace(
-        report.sizes,
-        **{
-            entry.name: getattr(known, entry.name)
-            for entry in fields(Sizes)
-            if getattr(report.sizes, entry.name) is None
-        },
-    )
-    report = replace(
-        report,
-        schema_minor=SCHEMA_MINOR,
-        sizes=sizes,
-        layers=report.layers or layers_of(manifest),
-        frontier=report.frontier or frontier_of(manifest),
-        origin=origin_of(manifest) if report.origin == Origin() else report.origin,
-    )
-    write_report(folder, report, manifest)
-    return report
-
-
-def write_check(folder: Path, report: Report) -> None:
-    """Write the files of a report somewhere else than into an artifact, for continuous integration.
-
-    Raises:
-        InputError: the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in (
-            (REPORT, to_json(report)),
-            (JUNIT, to_junit(report)),
-            (HTML, to_html(report)),
-        ):
-            write_text(folder / Path(name).name, text)
-    except OSError as error:
-        raise InputError(f"The report cannot be written to {folder}: {error.strerror}.") from None

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from compot_deploy.accuracy.runners import Runner, huggingface_runner, onnx_runner
 from compot_deploy.errors import ArtifactError, InputError
+from compot_deploy.models.tasks import task_of
 from compot_deploy.models.tokens import load_tokenizer
-from compot_deploy.pipeline.traced import is_traced_folder
+from compot_deploy.models.weights import read_json
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def generate(path: Path, prompt: str, *, tokens: int = 64, threads: int = 1) -> 
             f"{path} holds neither onnx/model.onnx nor a GGUF file nor model.safetensors: export a model there "
             "first."
         )
-    if is_traced_folder(path) and not (path / "generation_config.json").is_file():
+    if not _generates(path):
         raise InputError(
             f"{path} holds a model that gives embeddings or scores and writes no text: read it with onnxruntime or "
             "optimum."
@@ -75,3 +76,12 @@ def generate(path: Path, prompt: str, *, tokens: int = 64, threads: int = 1) -> 
     added = runner.generate(ids, tokens)
     seconds = max(1e-9, (time.perf_counter() - first) - (first - begin))
     return Generated(tokenizer.decode(added), added, (len(added) - 1) / seconds)
+
+
+def _generates(folder: Path) -> bool:
+    """Whether the model of a folder writes text, as its configuration says."""
+    config = read_json(folder, "config.json")
+    task = task_of(
+        config if config.get("model_type") != "compot" else {"architectures": ["CompotForCausalLM"]}
+    )
+    return task is not None and task.generates

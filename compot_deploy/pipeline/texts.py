@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from compot_deploy.accuracy.evaluate import Evaluation
 from compot_deploy.core.store import write_tensors
 from compot_deploy.embedded import HELD_OUT_TEXT, TRAINING_TEXT
-from compot_deploy.errors import ArtifactError
-from compot_deploy.models.checkpoint import Checkpoint
+from compot_deploy.errors import ArtifactError, InputError
+from compot_deploy.models.source import ModelSource
 from compot_deploy.models.tokens import (
     HELD_OUT_SHARE,
     SELF,
@@ -27,103 +27,123 @@ from compot_deploy.models.tokens import (
     sample_from_model,
     text_of_dataset,
     windows_of_jsonl,
+    windows_of_lines,
     windows_of_text,
 )
+from compot_deploy.models.whole import whole_model
 from compot_deploy.planning.settings import device_of
 from compot_deploy.progress import Progress, silent
 from compot_deploy.recipe import Recipe
 
 EVALUATION: Final = "compot/evaluation.json"
+_SHIPPED_TRAINING: Final = "the shipped model's training text"
+_SHIPPED_HELD_OUT: Final = "the shipped model's held-out text"
+_FEWEST_TEXTS: Final = 16
+"""Texts that a model of whole texts is judged on, at least."""
+
 _PROMPTS: Final = 3
 _PROMPT_TOKENS: Final = 12
 
 
 def calibration_windows(
-    recipe: Recipe, checkpoint: Checkpoint, tokenizer: Tokenizer, work: Path, progress: Progress = silent
+    recipe: Recipe, source: ModelSource, work: Path, progress: Progress = silent
 ) -> TokenWindows:
     """The windows to calibrate on; sampled text is kept in the work folder, other text is read again."""
-    common: dict[str, Any] = {
-        "samples": recipe.samples,
-        "length": min(recipe.length, checkpoint.context),
-        "seed": recipe.seed,
-        "vocabulary": checkpoint.vocabulary,
-    }
-    source = recipe.calibration
-    if source is None and recipe.model is None:
-        text = lzma.decompress(TRAINING_TEXT.read_bytes()).decode()
-        return windows_of_text(text, tokenizer, source="the shipped model's training text", **common)
-    if source is None or source == SELF:
-        return _own_text(recipe, checkpoint, tokenizer, work / "calibration.safetensors", progress, common)
-    path = Path(source)
+    reader = _Reader(recipe, source, work, progress, samples=recipe.samples, seed=recipe.seed)
+    text = recipe.calibration
+    if text is None and (recipe.model is None or not source.task.generates):
+        return reader.text(lzma.decompress(TRAINING_TEXT.read_bytes()).decode(), _SHIPPED_TRAINING)
+    if text is None or text == SELF:
+        return reader.own("calibration")
+    path = Path(text)
     if path.exists() or path.suffix in (".txt", ".jsonl", ".json", ".md"):
-        text = read_text(path)
-        if path.suffix == ".jsonl":
-            return windows_of_jsonl(text, tokenizer, source=str(path), **common)
-        if recipe.evaluation is None:
-            text = text[: round(len(text) * (1 - HELD_OUT_SHARE))]
-        return windows_of_text(text, tokenizer, source=str(path), **common)
-    return windows_of_text(text_of_dataset(source), tokenizer, source=source, **common)
+        return reader.file(path, _first_part if recipe.evaluation is None else _all)
+    return reader.text(text_of_dataset(text), text)
 
 
 def evaluation_windows(
-    recipe: Recipe, checkpoint: Checkpoint, tokenizer: Tokenizer, work: Path, progress: Progress = silent
+    recipe: Recipe, source: ModelSource, work: Path, progress: Progress = silent
 ) -> TokenWindows:
     """The windows to judge on: never ones that were calibrated on, unless a note says so."""
-    length = min(recipe.length, checkpoint.context)
-    common: dict[str, Any] = {
-        "samples": max(1, recipe.evaluation_tokens // length),
-        "length": length,
-        "seed": recipe.seed + 1,
-        "vocabulary": checkpoint.vocabulary,
-    }
+    length = min(recipe.length, source.context)
+    samples = max(1, recipe.evaluation_tokens // length)
+    if not source.task.generates:
+        samples = max(_FEWEST_TEXTS, samples)
+    reader = _Reader(recipe, source, work, progress, samples=samples, seed=recipe.seed + 1)
     if recipe.evaluation is not None:
-        path = Path(recipe.evaluation)
-        reader = windows_of_jsonl if path.suffix == ".jsonl" else windows_of_text
-        return reader(read_text(path), tokenizer, source=str(path), **common)
-    source = recipe.calibration
-    if source is None and recipe.model is None:
-        return windows_of_text(
-            read_text(HELD_OUT_TEXT), tokenizer, source="the shipped model's held-out text", **common
+        return reader.file(Path(recipe.evaluation), _all)
+    text = recipe.calibration
+    if text is None and (recipe.model is None or not source.task.generates):
+        return reader.text(read_text(HELD_OUT_TEXT), _SHIPPED_HELD_OUT)
+    if text is not None and text != SELF and Path(text).exists() and Path(text).suffix != ".jsonl":
+        rest = _last_part(read_text(Path(text)))
+        return reader.text(rest, f"the last {HELD_OUT_SHARE:.0%} of {text}, not calibrated on")
+    if not source.task.generates:
+        raise InputError(
+            f"{text} is calibrated on as a whole, and a {source.task.noun} writes no text to be judged on: give "
+            "--evaluation."
         )
-    if source is not None and source != SELF and Path(source).exists() and Path(source).suffix != ".jsonl":
-        text = read_text(Path(source))
-        rest = text[round(len(text) * (1 - HELD_OUT_SHARE)) :]
-        return windows_of_text(
-            rest, tokenizer, source=f"the last {HELD_OUT_SHARE:.0%} of {source}, not calibrated on", **common
-        )
-    return _own_text(recipe, checkpoint, tokenizer, work / "evaluation.safetensors", progress, common)
+    return reader.own("evaluation")
 
 
-def _own_text(
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    tokenizer: Tokenizer,
-    path: Path,
-    progress: Progress,
-    common: Mapping[str, Any],
-) -> TokenWindows:
-    from transformers import AutoModelForCausalLM
-
-    source = "text sampled from the model itself"
-    if path.exists():
-        return make_windows(list(load_file(path)["windows"]), source, checkpoint.vocabulary)
-    progress(0, 1, "Sample text from the model")
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32
-    )
-    windows = sample_from_model(model.eval().to(device_of(recipe)), tokenizer, **common)
-    write_tensors(path, {"windows": torch.stack(windows.windows)}, {})
-    progress(1, 1, "Sample text from the model")
-    return windows
+def _all(text: str) -> str:
+    return text
 
 
-def evaluation_of(
-    recipe: Recipe, checkpoint: Checkpoint, work: Path, progress: Progress = silent
-) -> Evaluation:
-    """Windows to judge on, and prompts cut from their beginnings."""
-    tokenizer = load_tokenizer(checkpoint.folder)
-    windows = evaluation_windows(recipe, checkpoint, tokenizer, work, progress)
-    return _evaluation(windows, _prompts(windows), tokenizer, checkpoint.config)
+def _first_part(text: str) -> str:
+    return text[: round(len(text) * (1 - HELD_OUT_SHARE))]
+
+
+def _last_part(text: str) -> str:
+    return text[round(len(text) * (1 - HELD_OUT_SHARE)) :]
+
+
+class _Reader:
+    """Windows of a number and length, as the model reads them: running text, or line by line."""
+
+    def __init__(
+        self, recipe: Recipe, source: ModelSource, work: Path, progress: Progress, *, samples: int, seed: int
+    ) -> None:
+        self._recipe, self._source, self._work, self._progress = recipe, source, work, progress
+        self._tokenizer = load_tokenizer(source.folder)
+        self._common: dict[str, Any] = {
+            "samples": samples,
+            "length": min(recipe.length, source.context),
+            "seed": seed,
+            "vocabulary": source.vocabulary,
+        }
+
+    def text(self, text: str, origin: str) -> TokenWindows:
+        """Of a text."""
+        reader = windows_of_text if self._source.task.generates else windows_of_lines
+        return reader(text, self._tokenizer, source=origin, **self._common)
+
+    def file(self, path: Path, part: Callable[[str], str]) -> TokenWindows:
+        """Of a file; of JSON lines as a whole, of other text the part that is asked for."""
+        text = read_text(path)
+        if path.suffix == ".jsonl":
+            return windows_of_jsonl(text, self._tokenizer, source=str(path), **self._common)
+        return self.text(part(text), str(path))
+
+    def own(self, name: str) -> TokenWindows:
+        """Sampled from the model itself."""
+        path = self._work / f"{name}.safetensors"
+        origin = "text sampled from the model itself"
+        if path.exists():
+            return make_windows(list(load_file(path)["windows"]), origin, self._source.vocabulary)
+        self._progress(0, 1, "Sample text from the model")
+        model = whole_model(self._source, device=device_of(self._recipe))
+        windows = sample_from_model(model, self._tokenizer, **self._common)
+        write_tensors(path, {"windows": torch.stack(windows.windows)}, {})
+        self._progress(1, 1, "Sample text from the model")
+        return windows
+
+
+def evaluation_of(recipe: Recipe, source: ModelSource, work: Path, progress: Progress = silent) -> Evaluation:
+    """Windows to judge on, and prompts cut from their beginnings for a model that goes on with them."""
+    windows = evaluation_windows(recipe, source, work, progress)
+    prompts = _prompts(windows) if source.task.generates else ()
+    return _evaluation(windows, prompts, load_tokenizer(source.folder), source.config)
 
 
 def _prompts(windows: TokenWindows) -> tuple[tuple[int, ...], ...]:

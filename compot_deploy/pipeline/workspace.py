@@ -14,7 +14,7 @@ from typing import Final
 
 from compot_deploy import __version__
 from compot_deploy.errors import InputError, InterruptedRunError
-from compot_deploy.models.checkpoint import Checkpoint
+from compot_deploy.models.source import ModelSource
 from compot_deploy.recipe import Recipe
 
 RECIPE: Final = "compot/recipe.toml"
@@ -47,7 +47,7 @@ def targets_of(recipe: Recipe) -> dict[str, Path]:
     return {kind: out / kind for kind in recipe.format}
 
 
-def work_folder(recipe: Recipe, checkpoint: Checkpoint) -> Path:
+def work_folder(recipe: Recipe, source: ModelSource) -> Path:
     """Where unfinished work for exactly this model and recipe is kept, beside the output."""
     decisive = {
         knob.name: getattr(recipe, knob.name)
@@ -55,7 +55,7 @@ def work_folder(recipe: Recipe, checkpoint: Checkpoint) -> Path:
         if knob.name not in _DOES_NOT_CHANGE_WEIGHTS
     }
     # The first format's bytes decide the allocation; text files are told apart by what they hold.
-    decisive |= {"model": checkpoint.fingerprint, "version": __version__, "storage": recipe.format[0]}
+    decisive |= {"model": source.fingerprint, "version": __version__, "storage": recipe.format[0]}
     for name in ("calibration", "evaluation"):
         path = getattr(recipe, name)
         if path and Path(path).is_file():
@@ -99,28 +99,3 @@ def kept_when_interrupted(work: Path) -> Iterator[None]:
     finally:
         if made and work.exists() and not any(work.glob("*.safetensors")):
             shutil.rmtree(work)
-
-
-def block_file(work: Path, layer: int) -> Path:
-    """Finished matrices of a block."""
-    return work / f"block-{layer:04d}.safetensors"
-
-
-def importance_file(work: Path, layer: int) -> Path:
-    """How much each input of the linears of a block matters, by shared input."""
-    return work / f"importance-{layer:04d}.safetensors"
-
-
-def unquantized_file(work: Path, layer: int) -> Path:
-    """Factors of a block before quantization, multiplied out: only judging reads them."""
-    return work / f"unquantized-{layer:04d}.safetensors"
-
-
-def facts_file(work: Path, layer: int) -> Path:
-    """What happened to the linears of a block."""
-    return work / f"facts-{layer:04d}.json"
-
-
-def rival_file(work: Path, layer: int) -> Path:
-    """Matrices of a block through the quantizer that another one is compared with."""
-    return work / f"rival-{layer:04d}.safetensors"

@@ -167,7 +167,8 @@ def verdict(context: PlanningContext, plans: Sequence[Plan], effects: Sequence[f
         for plan, effect in zip(plans[1:], effects[1:], strict=True)
     )
     winner = "the plan" if best == 0 else f"{name_of(plans[best])}, which is taken"
-    return f"on calibration text the plan costs {effects[0]:.4g} {context.source.task.unit}, {others}: better is {winner}"
+    unit = context.source.task.unit
+    return f"on calibration text the plan costs {effects[0]:.4g} {unit}, {others}: better is {winner}"
 
 
 def _make(context: PlanningContext, plan: Plan, extras: Extras) -> Outcome:

@@ -114,7 +114,7 @@ class PlanningContext:
 
     def importances(self) -> dict[str, Float[Tensor, " inputs"]]:
         """How much each input of every matrix matters, for formats that round."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for block in self.blocks:
             stored = load_file(self._importance_file(block))
             for group in self.source.layout.of(block):

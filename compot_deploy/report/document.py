@@ -25,7 +25,7 @@ from compot_deploy.report.facts import Frontier, LayerFigures, Origin
 SCHEMA_VERSION: Final = 1
 """Raised when a field of report.json changes its meaning or disappears; a new field does not raise it."""
 
-SCHEMA_MINOR: Final = 1
+SCHEMA_MINOR: Final = 2
 """Raised with every field that is added: a report without this field has 0, and lacks what came with 1."""
 
 ABSENT: Final = "—"
@@ -407,9 +407,8 @@ def loss_table(report: Report) -> Table:
     }
     figures = [None if loss is None else _figures(loss) for loss in columns.values()]
     names = tuple(_figures(accuracy.export_exact))
-    rows = tuple(
-        (name, *(ABSENT if column is None else column[name] for column in figures)) for name in names
-    )
+    lines = [(name, *(ABSENT if column is None else column[name] for column in figures)) for name in names]
+    rows = tuple(line for line in lines if set(line[1:]) != {ABSENT})  # what the task has no figure for
     facts = accuracy.evaluation
     notes = [
         f"{facts.positions:,} positions in {facts.windows} windows of {facts.source}; "
@@ -531,19 +530,24 @@ def _markdown(text: str) -> str:
 def _figures(loss: Loss) -> dict[str, str]:
     figures = loss.comparison
     divergence = figures.divergence
+    what = "logit" if figures.cosine is None else "vector"
     return {
         "perplexity, from": estimate(figures.reference_perplexity),
         "perplexity, to": estimate(figures.candidate_perplexity),
         "perplexity ratio": estimate(figures.perplexity_ratio),
-        "KL divergence, mean [nats]": estimate(divergence.mean),
-        "KL divergence, median": figure(divergence.median),
-        "KL divergence, p90": figure(divergence.p90),
-        "KL divergence, p99": figure(divergence.p99),
-        "KL divergence, largest": figure(divergence.maximum),
+        "KL divergence, mean [nats]": ABSENT if divergence is None else estimate(divergence.mean),
+        "KL divergence, median": ABSENT if divergence is None else figure(divergence.median),
+        "KL divergence, p90": ABSENT if divergence is None else figure(divergence.p90),
+        "KL divergence, p99": ABSENT if divergence is None else figure(divergence.p99),
+        "KL divergence, largest": ABSENT if divergence is None else figure(divergence.maximum),
         "same top token": percent(figures.top1_agreement),
-        "logit NMSE": figure(figures.nmse),
-        "largest logit difference": figure(figures.largest_difference),
-        "non-finite logits": str(figures.nonfinite_reference + figures.nonfinite_candidate),
+        "cosine of embeddings, mean": estimate(figures.cosine),
+        "cosine of embeddings, lowest": ABSENT
+        if figures.lowest_cosine is None
+        else f"{figures.lowest_cosine:.5f}",
+        f"{what} NMSE": figure(figures.nmse),
+        f"largest {what} difference": figure(figures.largest_difference),
+        f"non-finite {what}s": str(figures.nonfinite_reference + figures.nonfinite_candidate),
         "same greedy tokens": greedy_matches(loss.greedy),
     }
 
@@ -566,8 +570,10 @@ def limit_figure(value: float) -> str:
     return shown(value) if math.isfinite(value) else ABSENT
 
 
-def estimate(measured: Estimate) -> str:
+def estimate(measured: Estimate | None) -> str:
     """As many decimals as the standard error justifies: two of its digits."""
+    if measured is None:
+        return ABSENT
     value, error = measured.value, measured.standard_error
     if not math.isfinite(value):
         return ABSENT
@@ -583,9 +589,9 @@ def estimate(measured: Estimate) -> str:
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
-def percent(measured: Estimate) -> str:
+def percent(measured: Estimate | None) -> str:
     """A fraction with its standard error."""
-    if not math.isfinite(measured.value):
+    if measured is None or not math.isfinite(measured.value):
         return ABSENT
     error = f" ± {100 * measured.standard_error:.2f}" if math.isfinite(measured.standard_error) else ""
     return f"{100 * measured.value:.2f}{error} %"

@@ -26,7 +26,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from compot_deploy.accuracy.evaluate import Criterion, GateResult, criterion, shown
-from compot_deploy.accuracy.metrics import Comparison
+from compot_deploy.accuracy.metrics import Comparison, Estimate
 from compot_deploy.errors import InputError
 from compot_deploy.recipe import size_in_bytes
 from compot_deploy.report.document import Report, from_json
@@ -258,9 +258,22 @@ class Growing:
 
 def _kl(report: Report) -> float:
     # A divergence below the noise floor is arithmetic: it may come and go.
-    noise = report.accuracy.noise.comparison.divergence.mean.value
-    mean = _total(report).divergence.mean.value
-    return max(mean, noise) if math.isfinite(noise) else mean
+    noise, total = report.accuracy.noise.comparison.divergence, _total(report).divergence
+    if total is None:
+        raise _no_figure("KL divergence")
+    if noise is None or not math.isfinite(noise.mean.value):
+        return total.mean.value
+    return max(total.mean.value, noise.mean.value)
+
+
+def _value(figure: Estimate | None, what: str) -> float:
+    if figure is None:
+        raise _no_figure(what)
+    return figure.value
+
+
+def _no_figure(what: str) -> InputError:
+    return InputError(f"Growth of the {what} cannot be measured: a model of this kind has none.")
 
 
 def _total(report: Report) -> Comparison:
@@ -276,11 +289,18 @@ GROWING: Final[Mapping[str, Growing]] = MappingProxyType(
     {
         "kl": Growing(_kl, "mean KL divergence from the original in nats", True),
         "perplexity_ratio": Growing(
-            lambda report: _total(report).perplexity_ratio.value, "perplexity over the original's", True
+            lambda report: _value(_total(report).perplexity_ratio, "perplexity"),
+            "perplexity over the original's",
+            True,
         ),
         "top1_disagreement": Growing(
-            lambda report: 1.0 - _total(report).top1_agreement.value,
+            lambda report: 1.0 - _value(_total(report).top1_agreement, "share of the same choices"),
             "share of positions without the original's most likely token",
+            True,
+        ),
+        "cosine_distance": Growing(
+            lambda report: 1.0 - _value(_total(report).cosine, "cosine"),
+            "one minus the mean cosine to the original's embeddings",
             True,
         ),
         "bytes": Growing(lambda report: float(report.sizes.artifact), "bytes of all files", False),

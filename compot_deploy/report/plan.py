@@ -10,7 +10,8 @@ from typing import Any, Final
 
 from compot_deploy.core.grid import Grid
 from compot_deploy.errors import MissingDependencyError
-from compot_deploy.planning.carry_out import Draft, counted, name_of, notes_on
+from compot_deploy.planning.carry_out import name_of
+from compot_deploy.planning.draft import Draft
 from compot_deploy.planning.knapsack import (
     Curve,
     InMemory,
@@ -21,6 +22,7 @@ from compot_deploy.planning.knapsack import (
     frontier,
     smallest_bytes,
 )
+from compot_deploy.planning.measure import counted, notes_on
 from compot_deploy.report.facts import Frontier, FrontierPoint
 from compot_deploy.report.inspection import Overview
 
@@ -54,7 +56,7 @@ class Planned:
     @property
     def tensor_memory_bytes(self) -> int:
         """What the tensors of the linears take in a loaded graph; runtimes keep more beside them."""
-        storage = self.draft.task.storage
+        storage = self.draft.context.storage
         loaded = storage if isinstance(storage, InMemory) else InMemory(storage)
         total = 0
         for entry in self.plan.chosen:
@@ -64,7 +66,7 @@ class Planned:
 
     @property
     def artifact_bytes(self) -> int:
-        """Predicted size of the whole output."""
+        """Predicted size of the model's files."""
         return self.plan.bytes + self.draft.other_bytes
 
 
@@ -74,7 +76,7 @@ def overview(planned: Planned) -> Overview:
     rows = []
     total_plain = 0
     for entry in plan.chosen:
-        plain = sum(_PLAIN_INT4.bytes(*draft.sizes[name], draft.task.storage) for name in entry.names)
+        plain = sum(_PLAIN_INT4.bytes(*draft.sizes[name], draft.context.storage) for name in entry.names)
         total_plain += plain
         errors = " ".join(f"{error**0.5:.3f}" for error in entry.candidate.errors)
         loss = sum(
@@ -97,10 +99,11 @@ def overview(planned: Planned) -> Overview:
     )
     lines = [
         f"Budget {plan.budget:,} bytes for the linears; everything else takes {draft.other_bytes:,}: "
-        f"predicted output {planned.artifact_bytes:,} bytes.",
+        f"predicted size of the model's files {planned.artifact_bytes:,} bytes.",
         f"Loaded, the tensors of the linears take {planned.tensor_memory_bytes:,} bytes; what a runtime keeps "
         "beside them (scales once more, packing buffers) is not counted.",
-        "Error is the relative error of a matrix's output on calibration text; loss is predicted, in nats per token.",
+        "Error is the relative error of a matrix's output on calibration text; loss is predicted, "
+        f"in {draft.context.source.task.unit}.",
     ]
     for other in draft.plans[1:]:
         name = name_of(other)
@@ -171,7 +174,7 @@ def plot(planned: Planned, path: Path) -> None:
     axes.plot([chosen], [max(planned.plan.loss, 1e-12)], "o", markersize=9, label="chosen")
     axes.set(
         xlabel="bits per weight of the linears, everything counted",
-        ylabel="predicted loss [nats per token]",
+        ylabel=f"predicted loss [{planned.draft.context.source.task.unit}]",
         yscale="log",
         title=planned.model,
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
+from compot_deploy.accuracy.metrics import Estimate
 from compot_deploy.errors import InputError
 from compot_deploy.report.document import (
     ABSENT,
@@ -21,6 +22,9 @@ from compot_deploy.report.gate import Demands
 
 STEP_SUMMARY: Final = "GITHUB_STEP_SUMMARY"
 """Environment variable that names the file of the running job's summary."""
+
+_Figure: TypeAlias = tuple[Callable[[Report], float | None], Callable[[Report], str]]
+"""Reads a figure of a report, and shows it."""
 
 _MOST_BYTES: Final = 900_000
 """GitHub shows at most 1 MiB of a step."""
@@ -44,6 +48,8 @@ def baseline_table(report: Report, baseline: Report) -> Table:
     rows = []
     for name, read, show in _FIGURES:
         before, now = read(baseline), read(report)
+        if show(baseline) == show(report) == ABSENT:
+            continue  # a figure that the task does not have
         change = ABSENT
         if before is not None and now is not None and before > 0:
             change = f"{(now / before - 1) * 100:+.2f} %"
@@ -65,40 +71,31 @@ def write_summary(text: str, path: Path, *, append: bool) -> None:
         raise InputError(f"The summary cannot be written to {path}: {error.strerror}.") from None
 
 
-def _kl(report: Report) -> float | None:
+def _total(report: Report, figure: str) -> Estimate | None:
+    """A figure of the total loss; None where there is none."""
     total = report.accuracy.total
-    return None if total is None else total.comparison.divergence.mean.value
+    if total is None:
+        return None
+    if figure == "divergence":
+        return None if total.comparison.divergence is None else total.comparison.divergence.mean
+    found = getattr(total.comparison, figure)
+    assert found is None or isinstance(found, Estimate)
+    return found
 
 
-def _perplexity(report: Report) -> float | None:
-    total = report.accuracy.total
-    return None if total is None else total.comparison.perplexity_ratio.value
+def _of_loss(figure: str, show: Callable[[Estimate | None], str]) -> _Figure:
+    def read(report: Report) -> float | None:
+        found = _total(report, figure)
+        return None if found is None else found.value
 
-
-def _top1(report: Report) -> float | None:
-    total = report.accuracy.total
-    return None if total is None else total.comparison.top1_agreement.value
-
-
-def _show_kl(report: Report) -> str:
-    total = report.accuracy.total
-    return ABSENT if total is None else estimate(total.comparison.divergence.mean)
-
-
-def _show_perplexity(report: Report) -> str:
-    total = report.accuracy.total
-    return ABSENT if total is None else estimate(total.comparison.perplexity_ratio)
-
-
-def _show_top1(report: Report) -> str:
-    total = report.accuracy.total
-    return ABSENT if total is None else percent(total.comparison.top1_agreement)
+    return read, lambda report: show(_total(report, figure))
 
 
 _FIGURES: Final[tuple[tuple[str, Callable[[Report], float | None], Callable[[Report], str]], ...]] = (
-    ("KL divergence, mean [nats]", _kl, _show_kl),
-    ("perplexity ratio", _perplexity, _show_perplexity),
-    ("same top token", _top1, _show_top1),
+    ("KL divergence, mean [nats]", *_of_loss("divergence", estimate)),
+    ("perplexity ratio", *_of_loss("perplexity_ratio", estimate)),
+    ("same top token", *_of_loss("top1_agreement", percent)),
+    ("cosine of embeddings", *_of_loss("cosine", estimate)),
     ("all files", lambda one: float(one.sizes.artifact), lambda one: readable_bytes(one.sizes.artifact)),
     ("weights", lambda one: float(one.sizes.weights), lambda one: readable_bytes(one.sizes.weights)),
 )

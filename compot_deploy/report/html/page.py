@@ -10,14 +10,17 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from compot_deploy.accuracy.evaluate import Continuation, Loss
+from compot_deploy.accuracy.metrics import Comparison
 from compot_deploy.errors import MissingDependencyError
 from compot_deploy.report.document import (
     ABSENT,
     Report,
+    estimate,
     figure,
     finding_table,
     greedy_matches,
     limit_figure,
+    percent,
     ratio,
     readable_bytes,
     verdict,
@@ -103,18 +106,19 @@ def _head(report: Report) -> str:
     else:
         against = "against the original"
     comparison = total.comparison
+    if comparison.perplexity_ratio is not None:
+        shown = marked_estimate(f"{path}.perplexity_ratio", comparison.perplexity_ratio)
+        tiles.append(tile("perplexity ratio", shown, against))
+    if comparison.top1_agreement is not None:
+        shown = marked_percent(f"{path}.top1_agreement", comparison.top1_agreement)
+        tiles.append(tile("same top token", shown, against))
+    if comparison.divergence is not None:
+        shown = marked_estimate(f"{path}.divergence.mean", comparison.divergence.mean)
+        tiles.append(tile("KL divergence", shown, "nats per token, mean"))
+    if comparison.cosine is not None:
+        shown = marked_estimate(f"{path}.cosine", comparison.cosine)
+        tiles.append(tile("cosine of embeddings", shown, against))
     tiles += [
-        tile(
-            "perplexity ratio",
-            marked_estimate(f"{path}.perplexity_ratio", comparison.perplexity_ratio),
-            against,
-        ),
-        tile("same top token", marked_percent(f"{path}.top1_agreement", comparison.top1_agreement), against),
-        tile(
-            "KL divergence",
-            marked_estimate(f"{path}.divergence.mean", comparison.divergence.mean),
-            "nats per token, mean",
-        ),
         tile(
             "export error",
             marked_number(
@@ -240,20 +244,35 @@ def _loss(report: Report, drawn: Mapping[str, Plot]) -> str:
 
         return cell
 
-    rows = [
-        row("perplexity, from", nested("reference_perplexity", marked_estimate)),
-        row("perplexity, to", nested("candidate_perplexity", marked_estimate)),
-        row("perplexity ratio", nested("perplexity_ratio", marked_estimate)),
-        row("KL divergence, mean", nested("divergence.mean", marked_estimate)),
-        row("median", nested("divergence.median", marked_number)),
-        row("90 %", nested("divergence.p90", marked_number)),
-        row("99 %", nested("divergence.p99", marked_number)),
-        row("largest", nested("divergence.maximum", marked_number)),
-        row("same top token", nested("top1_agreement", marked_percent)),
-        row("logit NMSE", nested("nmse", marked_number)),
-        row("largest logit difference", nested("largest_difference", marked_number)),
-        row("same greedy tokens", lambda _, loss: html_text(greedy_matches(loss.greedy))),
+    figures = accuracy.export_exact.comparison
+    rows: list[str] = []
+    if figures.perplexity_ratio is not None:
+        rows += [
+            row("perplexity, from", nested("reference_perplexity", marked_estimate)),
+            row("perplexity, to", nested("candidate_perplexity", marked_estimate)),
+            row("perplexity ratio", nested("perplexity_ratio", marked_estimate)),
+        ]
+    if figures.divergence is not None:
+        rows += [
+            row("KL divergence, mean", nested("divergence.mean", marked_estimate)),
+            row("median", nested("divergence.median", marked_number)),
+            row("90 %", nested("divergence.p90", marked_number)),
+            row("99 %", nested("divergence.p99", marked_number)),
+            row("largest", nested("divergence.maximum", marked_number)),
+            row("same top token", nested("top1_agreement", marked_percent)),
+        ]
+    if figures.cosine is not None:
+        rows += [
+            row("cosine of embeddings, mean", nested("cosine", marked_estimate)),
+            row("lowest", nested("lowest_cosine", marked_number)),
+        ]
+    what = "logit" if figures.cosine is None else "vector"
+    rows += [
+        row(f"{what} NMSE", nested("nmse", marked_number)),
+        row(f"largest {what} difference", nested("largest_difference", marked_number)),
     ]
+    if accuracy.export_exact.greedy:
+        rows.append(row("same greedy tokens", lambda _, loss: html_text(greedy_matches(loss.greedy))))
     head = tuple(f"{name}<small>{what}</small>" for name, _, what in measured.values())
     facts = accuracy.evaluation
     notes = [
@@ -281,8 +300,7 @@ def _loss(report: Report, drawn: Mapping[str, Plot]) -> str:
     if bad:
         notes.append(f"{bad} logits are NaN or infinite; their positions are left out.")
     summary = "".join(
-        f"<div><dt>{name}</dt><dd>{figure(loss.comparison.divergence.mean.value)} nats per token, perplexity × "
-        f"{loss.comparison.perplexity_ratio.value:.4g}</dd></div>"
+        f"<div><dt>{name}</dt><dd>{_in_a_line(loss.comparison)}</dd></div>"
         for name, loss in steps(report).items()
     )
     return page_section(
@@ -293,6 +311,20 @@ def _loss(report: Report, drawn: Mapping[str, Plot]) -> str:
         "noise floor is what the order of additions alone changes: an export loss near it is arithmetic."
         f"</p></div></div>{table}",
     )
+
+
+def _in_a_line(figures: Comparison) -> str:
+    """The figures of a loss that say most."""
+    parts = []
+    if figures.divergence is not None:
+        parts.append(f"{figure(figures.divergence.mean.value)} nats per token")
+    if figures.perplexity_ratio is not None:
+        parts.append(f"perplexity × {figures.perplexity_ratio.value:.4g}")
+    elif figures.top1_agreement is not None:
+        parts.append(f"{percent(figures.top1_agreement)} of the choices the same")
+    if figures.cosine is not None:
+        parts.append(f"cosine {estimate(figures.cosine)}")
+    return ", ".join(parts)
 
 
 def _plan(report: Report, drawn: Mapping[str, Plot]) -> str:

@@ -173,19 +173,22 @@ def _sizes(report: Report) -> Plot:
 
 
 def _divergence(report: Report) -> Plot | None:
-    rows = [(name, loss) for name, loss in steps(report).items() if loss.comparison.positions > 0]
-    rows.append(("noise floor", report.accuracy.noise))
+    compared = [(name, loss) for name, loss in steps(report).items() if loss.comparison.positions > 0]
+    compared.append(("noise floor", report.accuracy.noise))
+    rows = [
+        (name, loss.comparison.divergence)
+        for name, loss in compared
+        if loss.comparison.divergence is not None
+    ]
     edges = [math.log10(edge) for edge in KL_EDGES]
     width = edges[1] - edges[0]
     places = [edges[0] - width, *edges]  # the left end of each bin; the outer bins are open
-    used = [
-        index for _, loss in rows for index, count in enumerate(loss.comparison.divergence.histogram) if count
-    ]
+    used = [index for _, found in rows for index, count in enumerate(found.histogram) if count]
     if not used:
         return None
     canvas, axes = _canvas(height=52 + 44 * len(rows))
-    for row, (name, loss) in enumerate(rows):
-        histogram = loss.comparison.divergence.histogram
+    for row, (name, found) in enumerate(rows):
+        histogram = found.histogram
         tallest = max(histogram) or 1
         filled = [index for index, count in enumerate(histogram) if count]
         span = slice(filled[0], filled[-1] + 1) if filled else slice(0)
@@ -197,7 +200,7 @@ def _divergence(report: Report) -> Plot | None:
         axes.fill_between(outline_x, outline_y, row, color=colour, alpha=0.28, linewidth=0)
         axes.axhline(row, color=colour, linewidth=0.8)
         axes.plot(outline_x, outline_y, color=colour, linewidth=1)
-        mean = loss.comparison.divergence.mean.value
+        mean = found.mean.value
         if mean > 0:
             at = max(math.log10(mean), places[0])
             axes.plot([at, at], [row, row - 0.9], color=_COLOURS["ink"], linewidth=1.2)

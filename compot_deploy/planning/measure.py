@@ -123,7 +123,10 @@ def _listed(
     def taken(prices: Mapping[Form, int], plain: int) -> dict[Form, int]:
         return {form: size for form, size in prices.items() if search.takes(form, size, plain)}
 
-    plain = {name: search.plain.bytes(*weight.shape, storage) for name, weight in weights.items()}
+    plain = {
+        name: search.plain.bytes(weight.shape[0], weight.shape[1], storage)
+        for name, weight in weights.items()
+    }
     together: dict[Form, int] = {}
     if len(weights) > 1:
         everything = listed(torch.cat(list(weights.values()), dim=1))

@@ -1,0 +1,265 @@
+"""Models that read whole texts: encoders, classifiers, masked language models. Same losses, same gate as decoders.
+
+Outputs are compared where they are: of every token, of every text, or pooled over a text, as the task says::
+
+    embeddings      NMSE of the token vectors, cosine of their means over a text
+    distributions   KL divergence, same most likely class, NMSE of the logits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from compot_deploy.accuracy.evaluate import (
+    AccuracyReport,
+    Evaluation,
+    Gate,
+    Loss,
+    facts_of,
+    judge,
+)
+from compot_deploy.accuracy.metrics import (
+    METRICS_VERSION,
+    Comparison,
+    compare,
+    concatenate,
+    mean,
+    predict,
+    summarize,
+)
+from compot_deploy.errors import ArtifactError, InputError
+from compot_deploy.models.tasks import Batch, Task, pooled
+from compot_deploy.progress import Progress, silent
+
+_WINDOWS = 16
+"""Texts that are read at once."""
+
+
+@runtime_checkable
+class TextRunner(Protocol):
+    """A model that can be asked what it makes of texts."""
+
+    @property
+    def name(self) -> str:
+        """What is run and how, for reports."""
+        ...
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """Its output for a batch, float32 on the CPU, padding included."""
+        ...
+
+
+class TorchTexts:
+    """A model of transformers.
+
+    Args:
+        model: in evaluation mode.
+        task: what it is for.
+        name: for reports.
+    """
+
+    def __init__(self, model: Any, task: Task, name: str = "torch") -> None:
+        self._model, self._task, self.name = model, task, name
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """See `TextRunner.outputs`."""
+        with torch.inference_mode():
+            return self._task.output(self._model(**batch.arguments)).float().cpu()
+
+
+class OnnxTexts:
+    """An exported ONNX folder in onnxruntime.
+
+    Args:
+        folder: the artifact.
+        exact: compute every quantized multiplication in float32.
+        threads: 0 lets the runtime choose.
+
+    Raises:
+        MissingDependencyError: onnxruntime is not installed.
+        ArtifactError: the runtime refuses the file.
+    """
+
+    def __init__(self, folder: Path, *, exact: bool = False, threads: int = 0) -> None:
+        from compot_deploy.exporters.onnx.session import open_session
+
+        self._session = open_session(folder, 0 if exact else None, threads)
+        import onnxruntime
+
+        setting = "accuracy level 0" if exact else "as shipped"
+        self.name = f"onnxruntime {onnxruntime.__version__}, {setting}"
+        self._folder = folder
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """See `TextRunner.outputs`."""
+        zeros = torch.zeros_like(batch.arguments["input_ids"])
+        feeds = {
+            entry.name: batch.arguments.get(entry.name, zeros).numpy() for entry in self._session.get_inputs()
+        }
+        try:
+            (found,) = self._session.run([self._session.get_outputs()[0].name], feeds)
+        except Exception as error:  # onnxruntime's own errors share no base class
+            raise ArtifactError(f"{self._folder} fails: {str(error).strip().splitlines()[0]}") from error
+        return torch.from_numpy(found)
+
+
+def check_texts(
+    task: Task,
+    reference: TextRunner | None,
+    compressed: TextRunner,
+    exported: TextRunner,
+    exported_exact: TextRunner,
+    evaluation: Evaluation,
+    gate: Gate,
+    *,
+    factorized: TextRunner | None = None,
+    reference_absent: str = "the original model was not given",
+    factorized_absent: str = "the factors before quantization were not given",
+    progress: Progress = silent,
+) -> AccuracyReport:
+    """Measure method, export and total loss and judge them; the arguments are those of `evaluate.check`.
+
+    Raises:
+        InputError: the gate limits the total loss but there is no reference.
+    """
+    if reference is None and gate.needs_reference:
+        raise InputError(
+            "The gate limits the total loss (--min-cosine, --max-kl or --min-top1), which needs the original model, "
+            f"and {reference_absent}. Give it with --reference."
+        )
+    roles: dict[str, TextRunner] = {}
+    if reference is not None:
+        roles["reference"] = reference
+        if factorized is not None:
+            roles["factorized"] = factorized
+    roles |= {"compressed": compressed, "exact": exported_exact, "exported": exported}
+    windows = evaluation.text.windows
+    pieces = [windows[start : start + _WINDOWS] for start in range(0, len(windows), _WINDOWS)]
+    batches = [batch for piece in pieces for batch in task.batches(piece)]
+    singly = [batch for window in pieces[0] for batch in task.batches([window])]
+    read: dict[str, list[Tensor]] = {}
+    for number, (role, runner) in enumerate(roles.items()):
+        progress(number, len(roles) + 1, f"Read {len(windows)} texts with {len(roles)} models")
+        read[role] = [runner.outputs(batch) for batch in batches]
+    first = reference or compressed
+    noise = _noise(task, first, batches[0], singly)
+    progress(len(roles) + 1, len(roles) + 1, f"Read {len(windows)} texts with {len(roles)} models")
+
+    def loss(one: str, other: str) -> Loss:
+        figures = compare_outputs(task, batches, read[one], read[other])
+        return Loss(roles[one].name, roles[other].name, figures, ())
+
+    method = total = factorization = quantization = None
+    if reference is not None:
+        method, total = loss("reference", "compressed"), loss("reference", "exported")
+    if "factorized" in roles:
+        factorization, quantization = loss("reference", "factorized"), loss("factorized", "compressed")
+    export_exact, export_shipped = loss("compressed", "exact"), loss("compressed", "exported")
+    absent = reference_absent if reference is None else factorized_absent
+    return AccuracyReport(
+        metrics_version=METRICS_VERSION,
+        evaluation=facts_of(evaluation),
+        method=method,
+        export_exact=export_exact,
+        export_shipped=export_shipped,
+        total=total,
+        noise=noise,
+        reference_absent=reference_absent if reference is None else None,
+        continuations=(),
+        gate=judge(gate, export_exact, export_shipped, method, total),
+        factorization=factorization,
+        quantization=quantization,
+        split_absent=absent if "factorized" not in roles else None,
+    )
+
+
+def measure_texts(task: Task, reference: TextRunner, candidate: TextRunner, evaluation: Evaluation) -> Loss:
+    """One loss by itself, for a model that is shown beside another."""
+    windows = evaluation.text.windows
+    pieces = [windows[start : start + _WINDOWS] for start in range(0, len(windows), _WINDOWS)]
+    batches = [batch for piece in pieces for batch in task.batches(piece)]
+    first, second = ([runner.outputs(batch) for batch in batches] for runner in (reference, candidate))
+    return Loss(reference.name, candidate.name, compare_outputs(task, batches, first, second), ())
+
+
+def compare_outputs(
+    task: Task, batches: Sequence[Batch], reference: Sequence[Tensor], candidate: Sequence[Tensor]
+) -> Comparison:
+    """Two models on the same texts.
+
+    Raises:
+        InputError: their outputs have different shapes.
+    """
+    for first, second in zip(reference, candidate, strict=True):
+        if first.shape != second.shape:
+            raise InputError(
+                f"Outputs of shape {tuple(first.shape)} and {tuple(second.shape)} cannot be compared: they are not of "
+                "the same model."
+            )
+    if task.kind == "embedding":
+        return _compare_vectors(batches, reference, candidate)
+    parts = []
+    for batch, first, second in zip(batches, reference, candidate, strict=True):
+        one, two = (_rows(task, output, batch) for output in (first, second))
+        targets = one.argmax(-1)
+        parts.append(compare(predict(one, targets), predict(two, targets)))
+    return summarize(concatenate(parts), goes_on=False)
+
+
+def _rows(task: Task, output: Tensor, batch: Batch) -> Tensor:
+    return output if task.pools else output[batch.real]
+
+
+def _compare_vectors(
+    batches: Sequence[Batch], reference: Sequence[Tensor], candidate: Sequence[Tensor]
+) -> Comparison:
+    error = power = largest = 0.0
+    bad = [0, 0]
+    cosines: list[Tensor] = []
+    for batch, first, second in zip(batches, reference, candidate, strict=True):
+        r, c = first[batch.real].double(), second[batch.real].double()
+        bad = [bad[0] + int((~torch.isfinite(r)).sum()), bad[1] + int((~torch.isfinite(c)).sum())]
+        error += float((c - r).square().sum())
+        power += float((r - r.mean(-1, keepdim=True)).square().sum())
+        largest = max(largest, float((c - r).abs().max()))
+        one, two = pooled(first, batch.real), pooled(second, batch.real)
+        cosines.append(torch.nn.functional.cosine_similarity(one, two, dim=-1))
+    cosine = torch.cat(cosines)
+    return Comparison(
+        positions=len(cosine),
+        skipped=0,
+        nonfinite_reference=bad[0],
+        nonfinite_candidate=bad[1],
+        reference_perplexity=None,
+        candidate_perplexity=None,
+        perplexity_ratio=None,
+        divergence=None,
+        top1_agreement=None,
+        nmse=error / power if power else float(error > 0),
+        largest_difference=largest,
+        cosine=mean(cosine),
+        lowest_cosine=float(cosine.min()),
+    )
+
+
+def _noise(task: Task, runner: TextRunner, batch: Batch, singly: Sequence[Batch]) -> Loss:
+    """The same model twice: texts side by side, and one at a time."""
+    together = runner.outputs(batch)
+    alone = torch.zeros_like(together)
+    for number, one in zip(range(len(together)), singly, strict=False):
+        output = runner.outputs(one)[0]
+        if together.dim() == 2:
+            alone[number] = output
+        else:
+            alone[number, : len(output)] = output
+    figures = compare_outputs(task, [batch], [together], [alone])
+    return Loss(runner.name, f"{runner.name}, text by text", figures, ())
+
+
+TEXT_RUNNERS: Mapping[str, Any] = {"onnx": OnnxTexts}
+"""Kind of artifact → what opens it, for models that read whole texts."""

@@ -1,0 +1,265 @@
+"""From a recipe to matrices: calibration text → Grams → plan → matrices, kept in the work folder as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import nn
+
+from compot_deploy.core.matrix import Dense, Matrix
+from compot_deploy.core.store import StoredMatrices, Without, save_matrices
+from compot_deploy.models.compressed import CompressedModel, Tables
+from compot_deploy.models.tokens import TokenWindows
+from compot_deploy.pipeline.size import fit_size, other_bytes
+from compot_deploy.pipeline.texts import calibration_windows
+from compot_deploy.planning.by_rule import plan_by_rule
+from compot_deploy.planning.carry_out import Extras, LinearFacts, Outcome, carry_out, choose
+from compot_deploy.planning.context import PlanningContext, collect_grams
+from compot_deploy.planning.draft import Draft
+from compot_deploy.planning.knapsack import Curve, Joint, Plan, plain_plan, smallest_bytes
+from compot_deploy.planning.measure import check_budget, measure_curves, notes_on
+from compot_deploy.planning.sensitivity import measure_effects
+from compot_deploy.planning.settings import Settings, resolve
+from compot_deploy.progress import Progress, silent
+from compot_deploy.quant import rtn
+from compot_deploy.report.facts import Frontier
+from compot_deploy.report.plan import frontier_of
+
+SPLIT_WEIGHTS: Final = 2**30
+"""Linears of more weights are judged without the factors before quantization: these are one more model in memory,
+4 bytes a weight."""
+
+
+@dataclass(frozen=True)
+class Compression:
+    """A model in its final form, with everything a report wants to know about the way there.
+
+    Attributes:
+        model: ready for an exporter; its matrices live in the work folder.
+        plan: what every matrix became.
+        facts: one per matrix, in running order.
+        calibration: the windows that were used.
+        notes: facts about the run that a report must state.
+        unquantized: the factorised matrices before quantization, multiplied out; None if not kept.
+        unquantized_absent: why they were not kept.
+        frontier: loss predicted against bytes, where a knapsack planned.
+        effects: what a unit of squared error of each matrix costs, where a knapsack planned.
+        baseline: the same factors through GPTQ, where another quantizer is compared with it.
+        importance: matrix to the diagonal of its Gram relative to its mean, shape (in,); for formats that round.
+    """
+
+    model: CompressedModel
+    plan: Plan
+    facts: tuple[LinearFacts, ...]
+    calibration: TokenWindows
+    notes: tuple[str, ...]
+    unquantized: Mapping[str, Matrix] | None = None
+    unquantized_absent: str = ""
+    frontier: Frontier | None = None
+    effects: Mapping[str, float] = field(default_factory=dict)
+    baseline: Mapping[str, Matrix] | None = None
+    importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def compress(settings: Settings, work: Path, progress: Progress = silent) -> Compression:
+    """Calibrate, plan and make every matrix; what is finished in `work` is taken as it is."""
+    context = context_of(settings, work, progress)
+    draft: Draft | None = None
+    if settings.recipe.planned:
+        draft = draft_of(settings, context)
+        outcome = carry_out(context, draft.plans)
+    else:
+        plan = plan_by_rule(settings, progress)
+        outcome = carry_out(context, [plan], _extras(settings, plan))
+    tables = _tables(settings, work)
+    baseline = StoredMatrices({**outcome.baseline, **tables}) if outcome.baseline else None
+    plan_notes = _notes_of_plan(settings, outcome.plan) if draft is not None else ()
+    return Compression(
+        model=_model(settings, {**outcome.files, **tables}, work),
+        plan=outcome.plan,
+        facts=outcome.facts,
+        calibration=context.windows,
+        notes=(
+            *plan_notes,
+            *(notes_on(draft.curves) if draft is not None else ()),
+            *outcome.notes,
+            *_notes(context.windows, outcome.facts),
+        ),
+        unquantized=StoredMatrices(outcome.factors) if outcome.factors else None,
+        unquantized_absent=_why_not_split(settings, outcome),
+        frontier=None if draft is None else frontier_of(draft, outcome.plan, settings.recipe.budget),
+        effects={} if draft is None else draft.effects,
+        baseline=baseline,
+        importance=context.importances(),
+    )
+
+
+def context_of(settings: Settings, work: Path, progress: Progress = silent) -> PlanningContext:
+    """What planning needs to know."""
+    recipe, source = settings.recipe, settings.source
+    return PlanningContext(
+        source=source,
+        windows=calibration_windows(recipe, source, work, progress),
+        work=work,
+        storage=settings.storage,
+        search=settings.search,
+        quantizer=recipe.quantizer,
+        device=settings.device,
+        dtype=recipe.dtype,
+        sequential=recipe.sequential,
+        progress=progress,
+    )
+
+
+def draft_of(settings: Settings, context: PlanningContext) -> Draft:
+    """Measure candidates and effects, and plan."""
+    recipe = settings.recipe
+    rest = _Rest(settings)
+    sizes = context.sizes(context.names)
+    plain = plain_plan(sizes, recipe.dictionary_grid, settings.storage)
+    budget = settings.budget(rest.of(plain) if recipe.size_bytes is not None else 0)
+    collect_grams(context)
+    if recipe.size_bytes is None:
+        check_budget(context, budget)
+    curves: tuple[Curve, ...] = measure_curves(context)
+    effects = measure_effects(context)
+    size = recipe.size_bytes
+
+    def plans_at(limit: int) -> tuple[Plan, ...]:
+        return choose(curves, effects, limit)
+
+    if size is None:
+        plans = plans_at(budget)
+    else:
+        plans = fit_size(
+            size, budget, smallest_bytes(curves), plans_at, lambda plan: plan.bytes + rest.of(plan)
+        )
+    return Draft(context, curves, effects, plans, sizes, rest.of(plans[0]))
+
+
+class _Rest:
+    """Bytes of a model's files that are no matrices of blocks, by plan."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._known: dict[Plan, int] = {}
+
+    def of(self, plan: Plan) -> int:
+        """Of the files of a plan."""
+        if plan not in self._known:
+            self._known[plan] = other_bytes(self._settings, plan)
+        return self._known[plan]
+
+
+def _extras(settings: Settings, plan: Plan) -> Extras:
+    """Factors before quantization, where they fit into memory; a baseline, for a quantizer that has one."""
+    recipe = settings.baseline
+    beside = None
+    if recipe is not None:
+        beside = with_grids_of(plan, resolve(recipe, settings.source))
+    return Extras(factors=settings.weights <= SPLIT_WEIGHTS, baseline=beside, baseline_quantizer="gptq")
+
+
+def with_grids_of(plan: Plan, settings: Settings) -> Plan:
+    """The same plan on the grids of other settings."""
+    from dataclasses import replace
+
+    from compot_deploy.planning.knapsack import Candidate, Form, Separate
+
+    def changed(form: Form) -> Form:
+        if isinstance(form, Separate):
+            recipe = settings.recipe
+            return replace(form, dictionary=recipe.dictionary_grid, codes=recipe.code_grid)
+        return settings.plain
+
+    return replace(
+        plan,
+        chosen=tuple(
+            replace(entry, candidate=Candidate(changed(entry.candidate.form), entry.candidate.bytes, ()))
+            for entry in plan.chosen
+        ),
+    )
+
+
+def _model(settings: Settings, files: Mapping[str, Path], work: Path) -> CompressedModel:
+    """Matrices from their files, everything else as it was."""
+    source = settings.source
+    layout = source.layout
+    outside = _outside(settings, work)
+    stored = {name: f"{name}.weight" for name in (layout.embedding, layout.head) if name is not None}
+    sites = {site.parameter for site in layout.sites}
+    written = {*sites, *stored.values(), *(f"{name}.weight" for name in outside)}
+    return CompressedModel(
+        architecture=source.architecture,
+        config=source.config,
+        matrices=StoredMatrices({**files, **outside}),
+        tensors=Without(source.tensors, written),
+        tied=layout.tied,
+        source=str(source.folder),
+        tables=Tables(layout.embedding, layout.head),
+        outside=frozenset(outside),
+    )
+
+
+def _outside(settings: Settings, work: Path) -> dict[str, Path]:
+    """Linears outside of the blocks, as they are: poolers, classifiers."""
+    source, layout = settings.source, settings.source.layout
+    path = work / "outside.safetensors"
+    names = [
+        name
+        for name, module in source.meta.named_modules()
+        if isinstance(module, nn.Linear)
+        and name not in source.sites
+        and name not in (layout.embedding, layout.head)
+        and f"{name}.weight" in source.tensors
+        and not any(name.startswith(f"{block}.") for block in layout.blocks)
+    ]
+    if names and not path.exists():
+        save_matrices(path, {name: Dense(source.weight(name).float().contiguous()) for name in names})
+    return dict.fromkeys(names, path)
+
+
+def _tables(settings: Settings, work: Path) -> dict[str, Path]:
+    """The token embedding and, where it is a matrix of its own, the output head; (hidden, vocabulary)."""
+    files = {}
+    for name, grid in settings.tables.items():
+        files[name] = work / f"{name.rsplit('.', 1)[-1]}.safetensors"
+        if not files[name].exists():
+            weight = settings.source.weight(name).float()
+            save_matrices(files[name], {name: Dense(weight) if grid is None else rtn(weight, None, grid)})
+    return files
+
+
+def _notes_of_plan(settings: Settings, plan: Plan) -> tuple[str, ...]:
+    bits = plan.bytes * 8 / settings.weights
+    return (
+        f"the plan spends {plan.bytes} of {plan.budget} bytes ({settings.recipe.budget}) on the linears, {bits:.3f} "
+        "bits per weight",
+    )
+
+
+def _why_not_split(settings: Settings, outcome: Outcome) -> str:
+    """Why the method loss is not split into factorisation and quantization; empty where it is."""
+    if outcome.factors:
+        return ""
+    if any(isinstance(entry.candidate.form, Joint) for entry in outcome.plan.chosen):
+        return "the plan's factors were made on their grids and never existed without"
+    if settings.weights > SPLIT_WEIGHTS and not settings.recipe.planned:
+        return f"a model of more than {SPLIT_WEIGHTS:,} weights would be in memory once more for it"
+    return "the plan factorises no linear"
+
+
+def _notes(windows: TokenWindows, facts: Sequence[LinearFacts]) -> tuple[str, ...]:
+    notes = list(windows.notes)
+    escalated = [fact.name for fact in facts if fact.ridge_escalated]
+    if escalated:
+        largest = max(fact.ridge for fact in facts)
+        notes.append(
+            f"{len(escalated)} linears had singular Grams; their ridge was raised, up to {largest:g} of the mean "
+            f"diagonal (first: {escalated[0]}); more calibration text would help"
+        )
+    return tuple(notes)

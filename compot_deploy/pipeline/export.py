@@ -1,0 +1,107 @@
+"""A compressed model to a judged folder, staged, so that nothing half-written is ever in its place."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final
+
+from compot_deploy import __version__
+from compot_deploy.accuracy.evaluate import Evaluation, Gate
+from compot_deploy.core.store import write_text
+from compot_deploy.exporters import EXPORTERS
+from compot_deploy.exporters.archive import write_archive
+from compot_deploy.exporters.artifact import Provenance, describe, write_manifest
+from compot_deploy.exporters.staging import staged_folder
+from compot_deploy.pipeline.check import Deployment
+from compot_deploy.pipeline.compress import Compression
+from compot_deploy.pipeline.evaluation import Subject, judge_folder, write_report
+from compot_deploy.pipeline.texts import EVALUATION, evaluation_json
+from compot_deploy.pipeline.workspace import RECIPE
+from compot_deploy.planning.settings import Settings, options_of
+from compot_deploy.progress import Progress, silent
+from compot_deploy.recipe import Recipe
+
+_PLACES: Final = ("out", "force", "archive")
+"""Options that say nothing about what was made."""
+
+
+def export(
+    settings: Settings,
+    compression: Compression,
+    evaluation: Evaluation,
+    gate: Gate,
+    kind: str,
+    target: Path,
+    progress: Progress = silent,
+) -> Deployment:
+    """Write one format, judge it, and put the folder in its place."""
+    recipe, source, exporter = settings.recipe, settings.source, EXPORTERS[kind]
+    options = options_of(
+        recipe, exporter, importance=compression.importance, provenance=_stamp(recipe, compression)
+    )
+    with staged_folder(target, recipe.force) as folder:
+        progress(0, 1, f"Write {kind}")
+        differences = exporter.write(compression.model, folder, options) or ()
+        progress(1, 1, f"Write {kind}")
+        (folder / EVALUATION).parent.mkdir(exist_ok=True)
+        write_text(folder / EVALUATION, evaluation_json(evaluation))
+        write_text(folder / RECIPE, recipe.to_toml())
+        # What a file rounds is described and judged by what it holds.
+        rounds = exporter.multiplies_out(options)
+        model = exporter.read_model(folder) if rounds else compression.model
+        provenance = _provenance(settings, compression, differences)
+        manifest = write_manifest(folder, describe(model, kind, exporter.storage(options), provenance))
+        subject = Subject(
+            folder=folder,
+            manifest=manifest,
+            model=model,
+            original=source,
+            artifact=target.resolve().name,
+            factors=compression.unquantized,
+            factors_absent=compression.unquantized_absent,
+            baseline=compression.baseline,
+        )
+        report = judge_folder(subject, evaluation, gate, progress)
+        write_report(folder, report, manifest)
+    if recipe.archive:
+        write_archive(target, recipe.force)
+    return Deployment(target, report)
+
+
+def _provenance(
+    settings: Settings, compression: Compression, differences: tuple[str, ...] | tuple[()]
+) -> Provenance:
+    calibration = compression.calibration
+    return Provenance(
+        recipe=asdict(settings.recipe),
+        calibration=calibration.digest,
+        seed=settings.recipe.seed,
+        why_dense={
+            name: entry.reason for entry in compression.plan.chosen if entry.reason for name in entry.names
+        },
+        facts={
+            "source": settings.source.fingerprint,
+            "task": settings.source.task.kind,
+            "calibration": calibration.source,
+            "calibration_windows": len(calibration.windows),
+            "calibration_tokens": calibration.tokens,
+            "notes": [*compression.notes, *(fact.rstrip(".") for fact in differences)],
+            "linears": [asdict(fact) for fact in compression.facts],
+            "frontier": None if compression.frontier is None else asdict(compression.frontier),
+            "effects": dict(compression.effects),
+        },
+    )
+
+
+def _stamp(recipe: Recipe, compression: Compression) -> dict[str, str]:
+    """What a file that stands alone says about where it comes from; the same run writes the same bytes."""
+    values = {
+        name: value for name, value in asdict(recipe).items() if name not in _PLACES and value is not None
+    }
+    return {
+        "recipe": json.dumps(values, sort_keys=True),
+        "calibration": compression.calibration.digest,
+        "version": __version__,
+    }
