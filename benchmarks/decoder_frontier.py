@@ -52,7 +52,7 @@ from compot_deploy.core.matrix import Dense, Matrix
 from compot_deploy.core.storage import matrix_bytes
 from compot_deploy.core.store import StoredMatrices, write_text
 from compot_deploy.embedded import MODEL
-from compot_deploy.models.checkpoint import open_checkpoint
+from compot_deploy.models.source import open_source
 from compot_deploy.models.tokens import TokenWindows, load_tokenizer
 from compot_deploy.numerics.whiten import Whitening
 from compot_deploy.pipeline.texts import calibration_windows, evaluation_windows
@@ -216,7 +216,7 @@ def open_laboratory(model: str | None, search: Search, work: Path, samples: int,
     """A model with its texts and Grams; None is the model that ships."""
     recipe = Recipe(model=model, samples=samples, length=length, evaluation_tokens=EVALUATION_TOKENS)
     work.mkdir(parents=True, exist_ok=True)
-    checkpoint = open_checkpoint(model or MODEL)
+    checkpoint = open_source(model or MODEL)
     tokenizer = load_tokenizer(checkpoint.folder)
     task = Task(checkpoint, calibration_windows(recipe, checkpoint, tokenizer, work), work, STORAGE, search)
     collect_grams(task)

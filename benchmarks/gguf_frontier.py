@@ -37,7 +37,7 @@ from compot_deploy.exporters.gguf.exporter import GgufOptions, write
 from compot_deploy.exporters.gguf.quantize import row_bytes
 from compot_deploy.exporters.gguf.reader import read_header
 from compot_deploy.llama import LlamaModel
-from compot_deploy.models.checkpoint import Checkpoint, open_checkpoint
+from compot_deploy.models.source import ModelSource, open_source
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.tokens import TokenWindows, load_tokenizer
 from compot_deploy.pipeline.deploy import compress
@@ -93,7 +93,7 @@ class Point:
     speed_high: float
 
 
-def original(checkpoint: Checkpoint) -> CompressedModel:
+def original(checkpoint: ModelSource) -> CompressedModel:
     """The model as it is, in float32."""
     architecture = checkpoint.architecture
     tables = [architecture.embedding] + ([] if checkpoint.tied else [architecture.head])
@@ -172,7 +172,7 @@ class Laboratory:
 
     def __init__(self, recipe: Recipe, work: Path) -> None:
         self.recipe, self.work = recipe, work
-        self.checkpoint = open_checkpoint(recipe.model or MODEL)
+        self.checkpoint = open_source(recipe.model or MODEL)
         self.model = original(self.checkpoint)
         self.numbers = sum(
             math.prod(m.shape) for name, m in self.model.matrices.items() if ".layers." in name
@@ -265,7 +265,7 @@ class Laboratory:
 class Judge:
     """Divergence from the original on held-out windows."""
 
-    def __init__(self, checkpoint: Checkpoint, windows: TokenWindows) -> None:
+    def __init__(self, checkpoint: ModelSource, windows: TokenWindows) -> None:
         self._windows = [window for window in windows.windows if len(window) > 1]
         runner = torch_runner(checkpoint.folder)
         self._original: list[Prediction] = []

@@ -22,7 +22,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch  # noqa: E402
 from compot_deploy.core.grid import DENSE, Grid, Pattern  # noqa: E402
 from compot_deploy.embedded import MODEL  # noqa: E402
 from compot_deploy.models.calibrate import BlockStream  # noqa: E402
-from compot_deploy.models.checkpoint import open_checkpoint  # noqa: E402
+from compot_deploy.models.source import open_source  # noqa: E402
 from compot_deploy.models.tokens import load_tokenizer  # noqa: E402
 from compot_deploy.numerics.compot import Alternation, compot, svd_llm  # noqa: E402
 from compot_deploy.numerics.whiten import Whitening, whiten  # noqa: E402
@@ -45,7 +45,7 @@ def save(figure: Any, name: str) -> None:
 
 def real_linear() -> tuple[torch.Tensor, Whitening]:
     """The weight of one linear, and the whitening of what it reads."""
-    checkpoint = open_checkpoint(MODEL)
+    checkpoint = open_source(MODEL)
     recipe = Recipe(samples=16, length=128)
     windows = calibration_windows(recipe, checkpoint, load_tokenizer(checkpoint.folder), Path())
     grams = BlockStream(checkpoint, windows, device="cpu", dtype="float32").advance(0)

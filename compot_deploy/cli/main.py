@@ -51,14 +51,9 @@ from compot_deploy.errors import (
     InterruptedRunError,
     RecipeError,
 )
+from compot_deploy.pipeline.check import Deployment, check, write_check, write_report_again
 from compot_deploy.pipeline.deploy import plan_only, run
-from compot_deploy.pipeline.evaluation import (
-    HTML,
-    Deployment,
-    check_folder,
-    write_check,
-    write_report_again,
-)
+from compot_deploy.pipeline.evaluation import HTML
 from compot_deploy.pipeline.generate import generate
 from compot_deploy.recipe import Recipe, default_of, knob_type, knobs, recipe_from_mapping
 from compot_deploy.report import inspection
@@ -189,9 +184,7 @@ def _check(arguments: list[str], out: Console, err: Console) -> int:
     report_dir, summary = values.pop("report_dir", None), values.pop("summary", None)
     demands = _demands(values.pop("gate", None), values.pop("baseline", None), values.pop("max_growth", None))
     with _bars(err) as progress:
-        deployment = check_folder(
-            folder, reference=reference, limits=values, demands=demands, progress=progress
-        )
+        deployment = check(folder, reference=reference, limits=values, demands=demands, progress=progress)
     if report_dir is not None:
         write_check(report_dir, deployment.report)
     if summary is not None:

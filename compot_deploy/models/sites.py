@@ -185,7 +185,7 @@ class Products(TorchFunctionMode):
         tensors: dict[tuple[int, int, int, int], Tensor] = {}
         for one in self.seen:
             x = one.values
-            key = (_storage(x), x.storage_offset(), x.numel(), x.shape[-1])
+            key = (_storage(x), int(x.storage_offset()), x.numel(), x.shape[-1])
             readers.setdefault(key, []).append(one.site)
             tensors[key] = x
         return {InputGroup(block, tuple(dict.fromkeys(readers[key]))): tensors[key] for key in readers}
@@ -279,7 +279,7 @@ def discover(model: nn.Module, batch: Any) -> Layout:
     def once(paths: Sequence[str]) -> None:
         own = {path: model.get_submodule(path).forward for path in paths}
         for path, forward in own.items():
-            model.get_submodule(path).forward = watched(path, forward)  # type: ignore[assignment]
+            model.get_submodule(path).forward = watched(path, forward)
         try:
             with torch.no_grad():
                 model(**batch)

@@ -53,8 +53,8 @@ class Deployment:
         return self.report.passed
 
 
-def check_folder(
-    folder: Path,
+def check(
+    folder: str | Path,
     *,
     reference: str | None = None,
     limits: Mapping[str, float] | None = None,
@@ -77,6 +77,7 @@ def check_folder(
         ArtifactError: a file does not match the manifest.
         InputError: a limit needs the original model, and it is not there; or the baseline does not compare.
     """
+    folder = Path(folder)
     demands = demands or Demands()
     limits = {**demands.gate.losses, **(limits or {})}
     manifest = verify(folder)

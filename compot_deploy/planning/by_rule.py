@@ -9,7 +9,7 @@ from dataclasses import replace
 from compot_deploy.core.storage import Storage
 from compot_deploy.errors import RecipeError
 from compot_deploy.numerics.compot import singular_spectrum
-from compot_deploy.planning.knapsack import Candidate, Chosen, Plan, Separate
+from compot_deploy.planning.knapsack import Candidate, Chosen, Plain, Plan, Separate
 from compot_deploy.planning.settings import Settings, stores
 from compot_deploy.planning.spectral import (
     ALLOCATIONS,
@@ -35,7 +35,7 @@ def plan_by_rule(settings: Settings, progress: Progress = silent) -> Plan:
     recipe, source, storage = settings.recipe, settings.source, settings.storage
     if recipe.method == "plain":
         chosen = tuple(
-            _plain(site.name, settings.plain.bytes(*site.shape, storage), settings)
+            _plain(site.name, settings.plain.bytes(*site.shape, storage), recipe)
             for site in source.layout.sites
         )
         spent = sum(entry.candidate.bytes for entry in chosen)
@@ -83,14 +83,14 @@ def allocate(recipe: Recipe, sizes: Iterable[MatrixSize], storage: Storage) -> A
 
 def plan_of(allocation: Allocation, recipe: Recipe, settings: Settings) -> Plan:
     """An allocation of atoms as a plan."""
-    chosen = tuple(chosen_of(choice, recipe, settings) for choice in allocation.choices.values())
+    chosen = tuple(chosen_of(choice, recipe) for choice in allocation.choices.values())
     return Plan(chosen, allocation.budget, math.nan, why_by_rule(settings))
 
 
-def chosen_of(choice: Choice, recipe: Recipe, settings: Settings) -> Chosen:
+def chosen_of(choice: Choice, recipe: Recipe) -> Chosen:
     """What one matrix gets."""
     if not choice.factorized:
-        return _plain(choice.name, choice.bytes, settings, choice.reason)
+        return _plain(choice.name, choice.bytes, recipe, choice.reason)
     form = Separate(
         method=recipe.factorizer,
         atoms=choice.atoms,
@@ -103,8 +103,8 @@ def chosen_of(choice: Choice, recipe: Recipe, settings: Settings) -> Chosen:
     return Chosen((choice.name,), Candidate(form, choice.bytes, ()))
 
 
-def _plain(name: str, size: int, settings: Settings, reason: str = "") -> Chosen:
-    return Chosen((name,), Candidate(settings.plain, size, ()), reason)
+def _plain(name: str, size: int, recipe: Recipe, reason: str = "") -> Chosen:
+    return Chosen((name,), Candidate(Plain(recipe.dictionary_grid), size, ()), reason)
 
 
 def why_by_rule(settings: Settings) -> tuple[str, ...]:

@@ -256,7 +256,7 @@ class _Blocks:
                 made = self._realize(entry, whitening, self.context.quantizer)
                 matrices |= made.matrices
                 factors |= {name: _halved(matrix) for name, matrix in made.factors.items()}
-                facts += [_facts(name, entry, made, whitening) for name in entry.names]
+                facts += [facts_of(name, entry, made, whitening) for name in entry.names]
                 if first in beside:
                     quantizer = self.extras.baseline_quantizer
                     baseline |= self._realize(beside[first], whitening, quantizer).matrices
@@ -312,9 +312,12 @@ class _Blocks:
         return self.context.block_file(f"{kind}-{self.digest}", block)
 
 
-def _facts(name: str, entry: Chosen, made: Realized, whitening: Whitening) -> LinearFacts:
+def facts_of(name: str, entry: Chosen, made: Realized, whitening: Whitening) -> LinearFacts:
+    """What happened to one matrix of an entry of a plan."""
     form = entry.candidate.form
     unquantized = made.unquantized_errors.get(name)
+    if isinstance(form, Plain) and not entry.candidate.errors:
+        unquantized = 0.0  # nothing was factorised, so nothing was lost by it
     reason = entry.reason
     if isinstance(form, Plain) and not reason and entry.candidate.errors:
         reason = f"the plan chose {describe(form)}"

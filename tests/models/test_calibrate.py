@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from compot_deploy.models.calibrate import BlockStream, collect_grams
-from compot_deploy.models.checkpoint import open_checkpoint
+from compot_deploy.models.source import open_source
 from compot_deploy.models.tokens import make_windows
 
 
@@ -22,7 +22,7 @@ def _reference(folder: Path, windows: list[torch.Tensor]) -> dict[str, torch.Ten
     """Grams by hooks on the whole model, one window at a time, no padding anywhere."""
     from transformers import AutoModelForCausalLM
 
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_source(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     inputs = {
         f"{checkpoint.architecture.block_path(layer)}|{shared.name}": (
@@ -46,7 +46,7 @@ def test_blockwise_grams_equal_those_of_the_whole_model(kind: str, tmp_path: Pat
     folder = tiny.save(tmp_path / kind, kind)
     windows = _windows([40, 40, 17, 23])
     reference = _reference(folder, windows)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_source(folder)
     stream = BlockStream(checkpoint, make_windows(windows, "test", 320), device="cpu", dtype="float32")
     for layer in range(checkpoint.layers):
         for name, gram in stream.advance(layer).items():
@@ -61,7 +61,7 @@ def test_a_sliding_window_is_seen(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "mistral", "mistral", sliding_window=8)
     windows = _windows([40])
     reference = _reference(folder, windows)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_source(folder)
     stream = BlockStream(checkpoint, make_windows(windows, "test", 320), device="cpu", dtype="float32")
     stream.advance(0)
     gram = stream.advance(1)["attention_input"].matrix
@@ -70,7 +70,7 @@ def test_a_sliding_window_is_seen(tmp_path: Path) -> None:
 
 
 def test_skipping_the_capture_does_not_change_what_follows(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(tiny.save(tmp_path / "llama"))
+    checkpoint = open_source(tiny.save(tmp_path / "llama"))
     windows = make_windows(_windows([30, 30]), "test", 320)
     results = []
     for capture in (True, False):
@@ -82,7 +82,7 @@ def test_skipping_the_capture_does_not_change_what_follows(tmp_path: Path) -> No
 
 
 def test_later_blocks_see_replaced_weights(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(tiny.save(tmp_path / "llama"))
+    checkpoint = open_source(tiny.save(tmp_path / "llama"))
     windows = make_windows(_windows([30]), "test", 320)
 
     def second_gram(scale: float) -> torch.Tensor:
@@ -100,7 +100,7 @@ def test_later_blocks_see_replaced_weights(tmp_path: Path) -> None:
 
 
 def test_blocks_come_in_order(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(tiny.save(tmp_path / "llama"))
+    checkpoint = open_source(tiny.save(tmp_path / "llama"))
     stream = BlockStream(checkpoint, make_windows(_windows([8]), "test", 320), device="cpu", dtype="float32")
     with pytest.raises(ValueError, match="Block 0 comes next"):
         stream.advance(1)

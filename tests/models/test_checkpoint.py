@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compot_deploy.errors import InputError, UnsupportedModelError
-from compot_deploy.models.checkpoint import open_checkpoint
+from compot_deploy.models.source import open_source
 
 
 def _edit_config(folder: Path, **changes: Any) -> None:
@@ -23,7 +23,7 @@ def _edit_config(folder: Path, **changes: Any) -> None:
 
 def test_weights_come_as_in_by_out(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "m")
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_source(folder)
     stored = load_file(folder / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     assert torch.equal(checkpoint.weight("model.layers.1.mlp.down_proj"), stored.T)
     assert checkpoint.layers == 2
@@ -35,35 +35,35 @@ def test_shards_are_one_model(tmp_path: Path) -> None:
     whole = load_file(folder / "model.safetensors")
     tiny.model("llama").save_pretrained(tmp_path / "s", max_shard_size="100KB")
     assert len(list((tmp_path / "s").glob("*.safetensors"))) > 1
-    checkpoint = open_checkpoint(tmp_path / "s")
+    checkpoint = open_source(tmp_path / "s")
     assert all(torch.equal(checkpoint.tensors[name], tensor) for name, tensor in whole.items())
 
 
 def test_the_fingerprint_changes_with_one_weight(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "m")
-    before = open_checkpoint(folder).fingerprint
-    assert open_checkpoint(folder).fingerprint == before
+    before = open_source(folder).fingerprint
+    assert open_source(folder).fingerprint == before
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert open_checkpoint(folder).fingerprint != before
+    assert open_source(folder).fingerprint != before
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere does not exist"):
-        open_checkpoint(tmp_path / "nowhere")
+        open_source(tmp_path / "nowhere")
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a transformers model folder"):
-        open_checkpoint(tmp_path)
+        open_source(tmp_path)
 
 
 def test_an_unsupported_architecture_is_named_with_the_supported_ones(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "m")
     _edit_config(folder, model_type="gpt_neox")
     with pytest.raises(UnsupportedModelError, match=r"'gpt_neox'.*llama, mistral, qwen2, qwen3"):
-        open_checkpoint(folder)
+        open_source(folder)
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(InputError, match=r"model\.safetensors is truncated or damaged"):
-        open_checkpoint(folder)
+        open_source(folder)
 
 
 def test_nan_is_found_and_counted(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_nan_is_found_and_counted(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = torch.nan
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_source(folder)
     with pytest.raises(InputError, match=r"layers\.0\.mlp\.up_proj\.weight has 1 values that are NaN"):
         checkpoint.weight("model.layers.0.mlp.up_proj")
 
@@ -90,7 +90,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     del tensors["model.layers.1.self_attn.o_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"layers\.1\.self_attn\.o_proj\.weight is missing"):
-        open_checkpoint(folder)
+        open_source(folder)
 
 
 def test_a_config_that_contradicts_the_weights_is_refused(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_config_that_contradicts_the_weights_is_refused(tmp_path: Path) -> Non
     with pytest.raises(
         InputError, match=r"gate_proj\.weight is \(160, 64\), but config\.json says \(128, 64\)"
     ):
-        open_checkpoint(folder)
+        open_source(folder)
 
 
 def test_a_promised_shard_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_promised_shard_that_is_missing_is_named(tmp_path: Path) -> None:
     gone = sorted((tmp_path / "s").glob("*.safetensors"))[0]
     gone.unlink()
     with pytest.raises(InputError, match=gone.name):
-        open_checkpoint(tmp_path / "s")
+        open_source(tmp_path / "s")
 
 
 def test_pickles_are_read_only_when_asked_for(tmp_path: Path) -> None:
@@ -116,8 +116,8 @@ def test_pickles_are_read_only_when_asked_for(tmp_path: Path) -> None:
     torch.save(tensors, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match="--allow-pickle"):
-        open_checkpoint(folder)
-    checkpoint = open_checkpoint(folder, allow_pickle=True)
+        open_source(folder)
+    checkpoint = open_source(folder, allow_pickle=True)
     assert torch.equal(checkpoint.tensors["model.norm.weight"], tensors["model.norm.weight"])
 
 
@@ -136,5 +136,5 @@ def test_a_hostile_pickle_runs_nothing(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save({"model.norm.weight": _Bomb(tmp_path / "ran")}, folder / "pytorch_model.bin")
     with pytest.raises(InputError, match="cannot be read as plain weights"):
-        open_checkpoint(folder, allow_pickle=True)
+        open_source(folder, allow_pickle=True)
     assert not (tmp_path / "ran").exists()

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from compot_deploy.errors import InputError
-from compot_deploy.models.checkpoint import Checkpoint, open_checkpoint
+from compot_deploy.models.source import ModelSource, open_source
 from compot_deploy.models.tokens import (
     load_tokenizer,
     make_windows,
@@ -23,11 +23,11 @@ COMMON = {"samples": 4, "length": 16, "seed": 0, "vocabulary": 320}
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return open_checkpoint(tiny.save(tmp_path_factory.mktemp("model") / "llama"))
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    return open_source(tiny.save(tmp_path_factory.mktemp("model") / "llama"))
 
 
-def test_the_same_seed_draws_the_same_windows(checkpoint: Checkpoint) -> None:
+def test_the_same_seed_draws_the_same_windows(checkpoint: ModelSource) -> None:
     tokenizer = load_tokenizer(checkpoint.folder)
     text = "".join(f"{tiny.WORDS}{number} " for number in range(20))
     first, second = (windows_of_text(text, tokenizer, source="t", **COMMON) for _ in range(2))
@@ -37,21 +37,21 @@ def test_the_same_seed_draws_the_same_windows(checkpoint: Checkpoint) -> None:
     assert all(len(window) == 16 for window in first.windows)
 
 
-def test_windows_start_as_the_model_expects(checkpoint: Checkpoint) -> None:
+def test_windows_start_as_the_model_expects(checkpoint: ModelSource) -> None:
     tokenizer = load_tokenizer(checkpoint.folder)
     assert tokenizer.first == (1,)
     windows = windows_of_text(tiny.WORDS * 20, tokenizer, source="t", **COMMON)
     assert all(int(window[0]) == 1 for window in windows.windows)
 
 
-def test_fewer_windows_than_asked_for_are_noted(checkpoint: Checkpoint) -> None:
+def test_fewer_windows_than_asked_for_are_noted(checkpoint: ModelSource) -> None:
     windows = windows_of_text(
         tiny.WORDS, load_tokenizer(checkpoint.folder), source="t", **(COMMON | {"samples": 1000})
     )
     assert "1000 were asked for" in windows.notes[0]
 
 
-def test_a_long_text_is_sampled_from_all_over(checkpoint: Checkpoint) -> None:
+def test_a_long_text_is_sampled_from_all_over(checkpoint: ModelSource) -> None:
     text = "a" * 200_000 + tiny.WORDS * 3000
     windows = windows_of_text(text, load_tokenizer(checkpoint.folder), source="t", **COMMON)
     assert len(windows.windows) == 4
@@ -79,7 +79,7 @@ def test_a_missing_text_is_named(tmp_path: Path) -> None:
         read_text(tmp_path / "no.txt")
 
 
-def test_too_short_a_text_is_refused_with_both_numbers(checkpoint: Checkpoint) -> None:
+def test_too_short_a_text_is_refused_with_both_numbers(checkpoint: ModelSource) -> None:
     with pytest.raises(InputError, match=r"fewer than one window of 16"):
         windows_of_text("the fox", load_tokenizer(checkpoint.folder), source="t", **COMMON)
 
@@ -89,7 +89,7 @@ def test_ids_beyond_the_vocabulary_are_refused() -> None:
         make_windows([[1, 2], [3, 320]], "t", 320)
 
 
-def test_json_lines_give_one_window_a_line(checkpoint: Checkpoint) -> None:
+def test_json_lines_give_one_window_a_line(checkpoint: ModelSource) -> None:
     tokenizer = load_tokenizer(checkpoint.folder)
     text = '{"text": "the quick brown fox"}\n\n{"text": "lazy dog"}\n'
     windows = windows_of_jsonl(text, tokenizer, source="t", **COMMON)
@@ -102,7 +102,7 @@ def test_json_lines_give_one_window_a_line(checkpoint: Checkpoint) -> None:
 
 
 def test_the_model_writes_the_same_text_twice_and_leaves_the_global_seed_alone(
-    checkpoint: Checkpoint,
+    checkpoint: ModelSource,
 ) -> None:
     model, tokenizer = tiny.model("llama"), load_tokenizer(checkpoint.folder)
     state = torch.get_rng_state()

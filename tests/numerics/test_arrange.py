@@ -18,7 +18,7 @@ from compot_deploy.core.matrix import Quantized
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.gguf import planes as gguf_planes
 from compot_deploy.exporters.gguf.exporter import GgufStorage
-from compot_deploy.models.checkpoint import open_checkpoint
+from compot_deploy.models.source import open_source
 from compot_deploy.numerics import compot as factorize
 from compot_deploy.numerics.compot import Alternation, _best_swaps, arrange, compot, threshold
 from compot_deploy.numerics.joint import Level, joint
@@ -149,7 +149,7 @@ def test_patterns_are_tried_where_the_format_stores_them_in_fewer_bytes(
 ) -> None:
     model = tiny.save(tmp_path / "model", num_hidden_layers=1)
     recipe = Recipe(model=str(model), bits=2.0, **knobs)
-    search = search_of(recipe, open_checkpoint(str(model)))
+    search = search_of(recipe, open_source(str(model)))
     assert search.patterns == patterns
     exporter = EXPORTERS[recipe.format[0]]
     assert exporter.options(asdict(recipe)) is not None
@@ -166,7 +166,7 @@ def test_groups_of_256_are_tried_at_few_bits_where_the_format_takes_them(
     tmp_path: Path, knobs: dict[str, Any], tried: dict[int, bool]
 ) -> None:
     model = tiny.save(tmp_path / "model", num_hidden_layers=1)
-    search = search_of(Recipe(model=str(model), bits=2.0, **knobs), open_checkpoint(str(model)))
+    search = search_of(Recipe(model=str(model), bits=2.0, **knobs), open_source(str(model)))
     assert {bits: 256 in search.grids.groups[bits] for bits in tried} == tried
 
 

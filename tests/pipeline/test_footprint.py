@@ -15,7 +15,7 @@ from compot_deploy.core.matrix import Factorized, Leaf, Matrix, Pair, Quantized
 from compot_deploy.embedded import MODEL
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
-from compot_deploy.models.checkpoint import Checkpoint, open_checkpoint
+from compot_deploy.models.source import ModelSource, open_source
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.numerics.joint import Level
 from compot_deploy.pipeline.footprint import fit_size, model_of_stand_ins
@@ -27,7 +27,7 @@ SHARED = Joint((HEAD, Level(32, Grid(4, 32), Grid(4, 32), Pattern(2, 4))))
 ALONE = Joint((Level(32, Grid(2, 32), Grid(4, 32)),))
 
 
-def mixed_plan(checkpoint: Checkpoint) -> Plan:
+def mixed_plan(checkpoint: ModelSource) -> Plan:
     """A bit of everything: q, k, v share a dictionary, gate has its own, the rest is plain."""
     chosen = []
 
@@ -95,7 +95,7 @@ ODD = {"hidden_size": 53, "intermediate_size": 77, "vocab_size": 20_001, "tie_wo
 def test_a_rehearsal_takes_the_bytes_of_the_export(tmp_path: Path, kind: str, knobs: dict[str, Any]) -> None:
     name, *odd = kind.split()
     source = Path(MODEL) if name == "the" else tiny.save(tmp_path / "model", name, **(ODD if odd else {}))
-    checkpoint = open_checkpoint(str(source))
+    checkpoint = open_source(str(source))
     recipe = Recipe(model=str(source), **knobs)
     exporter = EXPORTERS[recipe.format[0]]
     options = exporter.options(asdict(recipe))

@@ -16,7 +16,7 @@ from compot_deploy.accuracy.runners import torch_runner
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.store import StoredMatrices
 from compot_deploy.exporters import EXPORTERS
-from compot_deploy.models.checkpoint import Checkpoint, open_checkpoint
+from compot_deploy.models.source import ModelSource, open_source
 from compot_deploy.models.tokens import make_windows
 from compot_deploy.pipeline import deploy as pipeline
 from compot_deploy.planning import carry_out as planning
@@ -28,11 +28,11 @@ from compot_deploy.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return open_checkpoint(str(tiny.save(tmp_path_factory.mktemp("model") / "tiny")))
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    return open_source(str(tiny.save(tmp_path_factory.mktemp("model") / "tiny")))
 
 
-def task_of(checkpoint: Checkpoint, work: Path, sequential: bool) -> Task:
+def task_of(checkpoint: ModelSource, work: Path, sequential: bool) -> Task:
     exporter = EXPORTERS["onnx"]
     tokens = torch.randint(3, 320, (4, 40), generator=torch.Generator().manual_seed(0))
     work.mkdir()
@@ -47,7 +47,7 @@ def task_of(checkpoint: Checkpoint, work: Path, sequential: bool) -> Task:
 
 
 @pytest.fixture(scope="module")
-def coarse(checkpoint: Checkpoint) -> Plan:
+def coarse(checkpoint: ModelSource) -> Plan:
     names = checkpoint.architecture.linear_names(checkpoint.layers)
     exporter = EXPORTERS["onnx"]
     storage = exporter.storage(exporter.options({}))
@@ -55,7 +55,7 @@ def coarse(checkpoint: Checkpoint) -> Plan:
 
 
 def test_grams_are_those_of_the_model_with_its_compressed_blocks(
-    checkpoint: Checkpoint, coarse: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: ModelSource, coarse: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = task_of(checkpoint, tmp_path / "work", sequential=True)
     seen: dict[int, Mapping[str, Tensor]] = {}
@@ -90,7 +90,7 @@ def test_grams_are_those_of_the_model_with_its_compressed_blocks(
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_matrices(
-    checkpoint: Checkpoint, coarse: Plan, tmp_path: Path
+    checkpoint: ModelSource, coarse: Plan, tmp_path: Path
 ) -> None:
     task = task_of(checkpoint, tmp_path / "work", sequential=True)
     whole = planning.carry_out(task, [coarse])
@@ -112,7 +112,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_matrices(
     assert not any(same for name, same in equal.items() if ".layers.1." in name)
 
 
-def test_a_ratio_can_be_calibrated_block_after_block(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_ratio_can_be_calibrated_block_after_block(checkpoint: ModelSource, tmp_path: Path) -> None:
     text = tmp_path / "words.txt"
     text.write_text((tiny.WORDS + "\n") * 100)
     made = {}

@@ -21,7 +21,7 @@ from compot_deploy.core.storage import matrix_bytes
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.artifact import verify
-from compot_deploy.models.checkpoint import open_checkpoint
+from compot_deploy.models.source import open_source
 from compot_deploy.numerics.joint import Level
 from compot_deploy.numerics.whiten import whiten
 from compot_deploy.pipeline.deploy import deploy, plan_only
@@ -78,7 +78,7 @@ def shared(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def test_a_budget_below_every_plain_grid_is_kept_and_exported_exactly(shared: Path, model: Path) -> None:
     exporter = EXPORTERS["onnx"]
     storage = exporter.storage(exporter.options({}))
-    checkpoint = open_checkpoint(str(model))
+    checkpoint = open_source(str(model))
     names = checkpoint.architecture.linear_names(checkpoint.layers)
     matrices = exporter.read(shared)
     linears = {name: matrices[name] for name in names}
@@ -156,7 +156,7 @@ def test_what_is_impossible_names_the_smallest_that_is_not(model: Path, text: Pa
     with pytest.raises(RecipeError, match="smallest forms of all of them need") as caught:
         plan(0.05)
     (smallest,) = re.findall(r"need (\d+) bytes", str(caught.value))
-    checkpoint = open_checkpoint(str(model))
+    checkpoint = open_source(str(model))
     names = checkpoint.architecture.linear_names(checkpoint.layers)
     numbers = sum(checkpoint.weight(name).numel() for name in names)
     assert plan((int(smallest) + 0.5) * 8 / numbers).bytes == int(smallest)
@@ -509,7 +509,7 @@ def test_replaced_matrices_come_back(model: Path) -> None:
     tokens = torch.arange(3, 11)[None]
     (before,) = runner.logits(tokens, 8)
     name = "model.layers.0.mlp.down_proj"
-    weight = open_checkpoint(str(model)).weight(name).float()
+    weight = open_source(str(model)).weight(name).float()
     made = realize(
         Plain(Grid(2, 64)), {name: weight}, whiten(torch.eye(weight.shape[0])), Search(GridChoice({2: (64,)}))
     )

@@ -19,7 +19,7 @@ from compot_deploy.cli.main import main
 from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.embedded import MODEL
 from compot_deploy.errors import InterruptedRunError
-from compot_deploy.models.checkpoint import open_checkpoint
+from compot_deploy.models.source import open_source
 from compot_deploy.models.tokens import TokenWindows, load_tokenizer
 from compot_deploy.numerics.joint import Level
 from compot_deploy.numerics.whiten import whiten
@@ -291,7 +291,7 @@ def test_the_same_numbers_are_measured_in_the_same_order() -> None:
 def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Curve], list[Curve], dict[str, float], int]:
     """Curves of q, k and v of the shipped model, all forms and coarse to fine, and how many forms were made."""
     work = tmp_path_factory.mktemp("work")
-    checkpoint = open_checkpoint(MODEL)
+    checkpoint = open_source(MODEL)
     recipe = Recipe(bits=2.2, samples=16, length=64, search="full")
     windows = calibration_windows(recipe, checkpoint, load_tokenizer(checkpoint.folder), work)
     full = planning.Task(checkpoint, windows, work, storage_of(recipe), search_of(recipe, checkpoint))
@@ -328,7 +328,7 @@ def test_the_error_of_rounding_to_nearest_is_that_of_the_quantizer_of_that_name(
     inputs = torch.randn(400, 200, generator=generator) @ torch.randn(200, 200, generator=generator)
     whitening = whiten((inputs.T @ inputs).double())
     search = Search(GridChoice({3: (16, 32, 128)}), rates=(), sparse=(), tolerance=0.01)
-    task = planning.Task(open_checkpoint(MODEL), TokenWindows((), "", ""), tmp_path, PaperStorage(), search)
+    task = planning.Task(open_source(MODEL), TokenWindows((), "", ""), tmp_path, PaperStorage(), search)
     seen: dict[Grid, float] = {}
 
     def look(alone: Mapping[str, Mapping[Form, int]], *args: Any, nearest: Any, **kwargs: Any) -> Measured:
@@ -476,7 +476,7 @@ def test_what_is_measured_depends_on_no_budget_and_a_stopped_search_goes_on(
 def test_large_models_are_searched_coarse_to_fine_unless_told_otherwise(
     knobs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = open_checkpoint(knobs["model"])
+    checkpoint = open_source(knobs["model"])
     names = checkpoint.architecture.linear_names(checkpoint.layers)
     weights = sum(math.prod(settings.shape_of(checkpoint, name)) for name in names)
 
@@ -494,6 +494,6 @@ def test_large_models_are_searched_coarse_to_fine_unless_told_otherwise(
 
 def test_measurements_of_every_form_keep_their_names() -> None:
     """Curves that were measured before there was a tolerance are found again."""
-    search = Search(settings.search_of(Recipe(bits=2.0), open_checkpoint(MODEL)).grids)
+    search = Search(settings.search_of(Recipe(bits=2.0), open_source(MODEL)).grids)
     assert search.tolerance == 0.0
     assert repr(replace(search, tolerance=0.03)) == repr(search)

@@ -11,7 +11,7 @@ import torch
 
 from compot_deploy.core.grid import DENSE, Grid, Pattern
 from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
-from compot_deploy.models.checkpoint import open_checkpoint
+from compot_deploy.models.source import open_source
 from compot_deploy.models.compressed import CompressedModel
 
 
@@ -106,7 +106,7 @@ def compressed(
     folder: Path, change: Callable[[str, torch.Tensor], Matrix] | None = None, table: Grid | None = None
 ) -> CompressedModel:
     """A model folder with every linear passed through `change`; None keeps it in float32."""
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_source(folder)
     architecture = checkpoint.architecture
     matrices: dict[str, Matrix] = {}
     tables = [architecture.embedding] + ([] if checkpoint.tied else [architecture.head])

@@ -22,7 +22,7 @@ from compot_deploy.exporters.gguf.exporter import GgufOptions, write
 from compot_deploy.exporters.gguf.folder import GgufExporter
 from compot_deploy.exporters.gguf.reader import read_header
 from compot_deploy.models.calibrate import BlockStream
-from compot_deploy.models.checkpoint import Checkpoint
+from compot_deploy.models.source import ModelSource
 from compot_deploy.pipeline import deploy as pipeline
 from compot_deploy.planning import settings
 from compot_deploy.planning.candidates import Search
@@ -116,7 +116,7 @@ def linear_bytes(folder: Path) -> int:
 def test_a_plan_is_written_to_the_byte(
     layout: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def few(recipe: Recipe, checkpoint: Checkpoint) -> Search:
+    def few(recipe: Recipe, checkpoint: ModelSource) -> Search:
         """A handful of forms of each kind, so that this takes seconds."""
         search = settings.search_of(recipe, checkpoint)
         grids = {bits: groups[-1:] for bits, groups in search.grids.groups.items()}
