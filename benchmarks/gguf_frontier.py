@@ -37,8 +37,8 @@ from compot_deploy.exporters.gguf.exporter import GgufOptions, write
 from compot_deploy.exporters.gguf.quantize import row_bytes
 from compot_deploy.exporters.gguf.reader import read_header
 from compot_deploy.llama import LlamaModel
-from compot_deploy.models.source import ModelSource, open_source
 from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.source import ModelSource, open_source
 from compot_deploy.models.tokens import TokenWindows, load_tokenizer
 from compot_deploy.pipeline.deploy import compress
 from compot_deploy.pipeline.texts import calibration_windows, evaluation_windows

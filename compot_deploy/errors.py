@@ -76,3 +76,10 @@ class InterruptedRunError(CompotDeployError):
     """Stopped on request; finished layers are kept, and the same command goes on from there."""
 
     exit_code = EXIT_INTERRUPTED
+
+
+EXIT_CODES = (
+    "exit codes: 0 done and gate passed, 1 gate failed, 2 bad usage or input, 3 unsupported model, "
+    "4 missing runtime or extra, 75 interrupted (the same command resumes)"
+)
+"""For the end of every help text."""

@@ -34,9 +34,9 @@ from compot_deploy.exporters.gguf.exporter import (
     write_header,
 )
 from compot_deploy.exporters.gguf.reader import read_header
-from compot_deploy.models.source import TOKENIZER_FILES
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.hints import Architecture, find_architecture
+from compot_deploy.models.source import TOKENIZER_FILES
 
 FILE: Final = "model.gguf"
 

@@ -33,9 +33,9 @@ from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
 from compot_deploy.core.packed import PackedStorage, pack, unpack
 from compot_deploy.errors import ArtifactError, InputError, RecipeError
 from compot_deploy.exporters.huggingface.bnb import BnbStorage, matrix_of, quantization_config, tensors_of
-from compot_deploy.models.source import TOKENIZER_FILES
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.hints import Architecture, find_architecture
+from compot_deploy.models.source import TOKENIZER_FILES
 from compot_deploy.transformers_plugin.layout import (
     AUTO_MAP,
     CODE,

@@ -61,9 +61,9 @@ from compot_deploy.exporters.packing import (
     unpack_two_of_four,
     unsupported_grid,
 )
-from compot_deploy.models.source import TOKENIZER_FILES
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.hints import Architecture, find_architecture
+from compot_deploy.models.source import TOKENIZER_FILES
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 
 from compot_deploy.core.grid import DENSE, Grid, Pattern
 from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
-from compot_deploy.models.source import open_source
 from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.source import open_source
 
 
 def random_quantized(

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from compot_deploy.models.calibrate import BlockStream
 from reference_gguf import compressed, shared_change
 
 from compot_deploy.cli import main as cli
@@ -21,7 +22,6 @@ from compot_deploy.exporters.gguf import quantize as gguf_quantize
 from compot_deploy.exporters.gguf.exporter import GgufOptions, write
 from compot_deploy.exporters.gguf.folder import GgufExporter
 from compot_deploy.exporters.gguf.reader import read_header
-from compot_deploy.models.calibrate import BlockStream
 from compot_deploy.models.source import ModelSource
 from compot_deploy.pipeline import deploy as pipeline
 from compot_deploy.planning import settings

@@ -1,0 +1,104 @@
+"""Arguments to a recipe: one flag for every field of `Recipe`, made from the field itself."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from compot_deploy import __version__
+from compot_deploy.errors import EXIT_CODES, RecipeError
+from compot_deploy.recipe import Recipe, default_of, knob_type, knobs, recipe_from_mapping
+
+_GROUPS: Final = {
+    "model": "what and where",
+    "size": "size",
+    "method": "method",
+    "calibration": "calibration",
+    "output": "output",
+    "gate": "check and gate",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are our errors."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print."""
+        raise RecipeError(f"{message[0].upper()}{message[1:]}. See {self.prog} --help.")
+
+
+def parse_recipe(arguments: Sequence[str]) -> Recipe:
+    """A recipe from command-line arguments; flags win over the file given with --recipe.
+
+    Raises:
+        RecipeError: an unknown flag or a value outside its range.
+    """
+    return recipe_of(
+        recipe_parser(
+            "compot-deploy",
+            "Compress a transformer with COMPOT and quantization, export it, and prove its accuracy. "
+            "Other commands: plan, check, report, inspect, run, serve; see compot-deploy COMMAND --help.",
+        ).parse_args(arguments)
+    )
+
+
+def recipe_parser(prog: str, description: str) -> Parser:
+    """A parser with one flag for every option of a recipe."""
+    parser = Parser(
+        prog=prog,
+        description=description,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", nargs="?", default=None, metavar="MODEL", help=_help("model"))
+    parser.add_argument("--recipe", type=Path, help="TOML file with the same knobs; flags win over it")
+    parser.add_argument("--version", action="version", version=f"compot-deploy {__version__}")
+    add_options(parser, only={knob.name for knob in knobs()} - {"model"})
+    return parser
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """The recipe of parsed arguments."""
+    values = {key: value for key, value in vars(options).items() if value is not None}
+    path = values.pop("recipe", None)
+    if path is not None:
+        return Recipe.from_toml(path, **values)
+    return recipe_from_mapping(values, origin="the command line")
+
+
+def add_options(parser: argparse.ArgumentParser, only: set[str]) -> None:
+    """Flags for some options of a recipe."""
+    groups: dict[str, Any] = {}
+    for knob in knobs():
+        if knob.name not in only:
+            continue
+        title = _GROUPS[knob.metadata["group"]]
+        group = groups.setdefault(title, None) or parser.add_argument_group(title)
+        groups[title] = group
+        kind, choices, several = knob_type(knob.name)
+        flag = "--" + knob.name.replace("_", "-")
+        if kind is bool:
+            group.add_argument(flag, action="store_const", const=True, default=None, help=_help(knob.name))
+        else:
+            group.add_argument(
+                flag,
+                dest=knob.name,
+                type=kind,
+                choices=choices or None,
+                action="append" if several else "store",
+                default=None,
+                metavar=None if choices else kind.__name__.upper(),
+                help=_help(knob.name),
+            )
+
+
+def _help(name: str) -> str:
+    knob = next(knob for knob in knobs() if knob.name == name)
+    text = str(knob.metadata["help"]).replace("%", "%%")
+    value = default_of(knob)
+    shown = " ".join(value) if isinstance(value, tuple) else value
+    unit = f" {knob.metadata['unit']}" if knob.metadata["unit"] else ""
+    return text if value is None or value is False else f"{text} (default: {shown}{unit})"

@@ -1,0 +1,159 @@
+"""What a person sees: tables, a line or a bar of progress, nothing of third parties' chatter."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Final, Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from compot_deploy.errors import EXIT_GATE_FAILED, EXIT_OK
+from compot_deploy.pipeline.check import Deployment
+from compot_deploy.progress import Progress
+from compot_deploy.report import inspection
+from compot_deploy.report.document import tables, verdict
+
+_PROSE: Final = ("Greedy text", "Structure", "Gate")
+"""Tables that are read, not compared down a column."""
+
+_SECONDS_BETWEEN_LINES: Final = 20.0
+
+
+class ProgressOnScreen(Progress, Protocol):
+    """A progress that takes the screen for a while."""
+
+    def __enter__(self) -> Progress:
+        """Begin."""
+        ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the screen as it is."""
+        ...
+
+
+class _Bars:
+    """Draws one bar per label."""
+
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> _Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, done: int, total: int, label: str) -> None:
+        if label not in self._tasks:
+            self._tasks[label] = self._bars.add_task(label, total=total)
+        self._bars.update(self._tasks[label], completed=done, total=total)
+
+
+class _Lines:
+    """Prints a line when a stage begins and every 20 seconds while it lasts."""
+
+    def __init__(self, stream: Console) -> None:
+        self._stream = stream
+        self._began: dict[str, float] = {}
+        self._told: dict[str, float] = {}
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, done: int, total: int, label: str) -> None:
+        now = time.monotonic()
+        began = self._began.setdefault(label, now)
+        if label not in self._told:
+            self._told[label] = now
+            self._stream.print(Text(f"{label}: {done} of {total}"))
+        elif now - self._told[label] >= _SECONDS_BETWEEN_LINES and done:
+            self._told[label] = now
+            left = (now - began) / done * (total - done)
+            self._stream.print(Text(f"{label}: {done} of {total}, about {_minutes(left)} left"))
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def console(stream: Any) -> Console:
+    """A console without a terminal has no width: tables get room there rather than being folded at 80."""
+    return Console(file=stream, width=None if stream.isatty() else 140, highlight=False)
+
+
+def progress_on(stream: Console) -> ProgressOnScreen:
+    """Bars on a terminal; elsewhere (a file, a pipe, CI) a line now and then, with the time that is left."""
+    if not stream.is_terminal:
+        return _Lines(stream)
+    return _Bars(
+        Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=stream,
+        )
+    )
+
+
+def show(deployment: Deployment, out: Console) -> int:
+    """Print a report; returns the exit code."""
+    for table in tables(deployment.report):
+        print_table(out, table.title, table.columns, table.rows)
+        for note in table.notes:
+            out.print(Text(f"  {note}"), style="dim")
+    out.print(Text(f"{deployment.folder}: {verdict(deployment.report)}"), style="bold")
+    return EXIT_OK if deployment.passed else EXIT_GATE_FAILED
+
+
+def print_overview(out: Console, overview: inspection.Overview) -> None:
+    """Print a table with lines below it."""
+    print_table(out, overview.title, overview.columns, overview.rows)
+    for line in overview.lines:
+        out.print(Text(line))
+
+
+def print_table(out: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of finished strings."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_lines=title in _PROSE)
+    for number, column in enumerate(columns):
+        left = number == 0 or title in _PROSE
+        table.add_column(column, justify="left" if left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(re.sub(r"\s*\n\s*", " ⏎ ", cell.strip())) for cell in row))
+    out.print(table)
+
+
+def quiet_libraries() -> None:
+    """Keep the progress bars and advice of libraries out of ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # It misses an optional kernel, aloud, whenever it is imported.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
