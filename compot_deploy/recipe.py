@@ -127,6 +127,12 @@ class Recipe:
         "allocation that pools singular values as they are, not per byte",
     )
 
+    compare: tuple[str, ...] = _knob(
+        (),
+        "also judge these methods at the same bytes, beside the result: compot, svd-llm, plain, auto; may be given "
+        "several times, or separated by commas",
+    )
+
     # Calibration
     calibration: str | None = _knob(
         None,
@@ -329,6 +335,9 @@ class Recipe:
                 f"--atoms-per-nonzero {self.atoms_per_nonzero:g}: a column cannot use more atoms than there are; "
                 "give 1 (dense codes) or more."
             )
+        for method in self.compare:
+            if method not in ("auto", "compot", "svd-llm", "plain"):
+                raise RecipeError(f"--compare {method}: choose among auto, compot, svd-llm, plain.")
         self._check_plan()
         if self.code_pattern != "column" and (self.atoms_per_nonzero != 2 or self.method == "svd-llm"):
             other = "--method svd-llm" if self.method == "svd-llm" else "--atoms-per-nonzero"
@@ -485,8 +494,10 @@ def recipe_from_mapping(values: Mapping[str, Any], origin: str) -> Recipe:
     for name, value in values.items():
         kind = hints[name]
         converted = tuple(value) if isinstance(value, list) else value
-        if isinstance(converted, str) and name == "format":
+        if isinstance(converted, str) and name in ("format", "compare"):
             converted = (converted,)
+        if isinstance(converted, tuple) and name == "compare":
+            converted = tuple(part for entry in converted for part in str(entry).split(","))
         if isinstance(converted, int) and not isinstance(converted, bool) and _accepts(kind, float):
             converted = float(converted) if not _accepts(kind, int) else converted
         if not _fits(converted, kind):
@@ -498,6 +509,11 @@ def recipe_from_mapping(values: Mapping[str, Any], origin: str) -> Recipe:
 def override(recipe: Recipe, **values: Any) -> Recipe:
     """A copy with some knobs changed, validated again."""
     return replace(recipe, **values)
+
+
+def one_form_options() -> tuple[Field[Any], ...]:
+    """Options that settle the one form of all factorised matrices."""
+    return tuple(knob for knob in knobs() if knob.name in _ONE_FORM)
 
 
 def knobs() -> Sequence[Field[Any]]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from compot_deploy.core.matrix import Dense, Matrix
 from compot_deploy.core.store import StoredMatrices, Without, save_matrices
+from compot_deploy.errors import RecipeError
 from compot_deploy.models.compressed import CompressedModel, Tables
 from compot_deploy.models.tokens import TokenWindows
 from compot_deploy.pipeline.size import fit_size, other_bytes
@@ -26,6 +27,7 @@ from compot_deploy.planning.sensitivity import measure_effects
 from compot_deploy.planning.settings import Settings, resolve
 from compot_deploy.progress import Progress, silent
 from compot_deploy.quant import rtn
+from compot_deploy.recipe import default_of, one_form_options, override
 from compot_deploy.report.facts import Frontier
 from compot_deploy.report.plan import frontier_of
 
@@ -48,7 +50,7 @@ class Compression:
         unquantized_absent: why they were not kept.
         frontier: loss predicted against bytes, where a knapsack planned.
         effects: what a unit of squared error of each matrix costs, where a knapsack planned.
-        baseline: the same factors through GPTQ, where another quantizer is compared with it.
+        beside: the same model compressed otherwise, by what that is called.
         importance: matrix to the diagonal of its Gram relative to its mean, shape (in,); for formats that round.
     """
 
@@ -61,7 +63,7 @@ class Compression:
     unquantized_absent: str = ""
     frontier: Frontier | None = None
     effects: Mapping[str, float] = field(default_factory=dict)
-    baseline: Mapping[str, Matrix] | None = None
+    beside: Mapping[str, Mapping[str, Matrix]] = field(default_factory=dict)
     importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -76,7 +78,13 @@ def compress(settings: Settings, work: Path, progress: Progress = silent) -> Com
         plan = plan_by_rule(settings, progress)
         outcome = carry_out(context, [plan], _extras(settings, plan))
     tables = _tables(settings, work)
-    baseline = StoredMatrices({**outcome.baseline, **tables}) if outcome.baseline else None
+    files = {**tables, **_outside(settings, work)}
+    beside: dict[str, Mapping[str, Matrix]] = {}
+    if settings.baseline is not None and outcome.baseline:
+        name = f"gptq {settings.baseline.dictionary_grid}"
+        beside[name] = StoredMatrices({**outcome.baseline, **files})
+    compared, complaints = _compared(settings, outcome.plan, work, progress)
+    beside |= {name: StoredMatrices({**made, **files}) for name, made in compared.items()}
     plan_notes = _notes_of_plan(settings, outcome.plan) if draft is not None else ()
     return Compression(
         model=_model(settings, {**outcome.files, **tables}, work),
@@ -88,14 +96,49 @@ def compress(settings: Settings, work: Path, progress: Progress = silent) -> Com
             *(notes_on(draft.curves) if draft is not None else ()),
             *outcome.notes,
             *_notes(context.windows, outcome.facts),
+            *complaints,
         ),
         unquantized=StoredMatrices(outcome.factors) if outcome.factors else None,
         unquantized_absent=_why_not_split(settings, outcome),
         frontier=None if draft is None else frontier_of(draft, outcome.plan, settings.recipe.budget),
         effects={} if draft is None else draft.effects,
-        baseline=baseline,
+        beside=beside,
         importance=context.importances(),
     )
+
+
+def _compared(
+    settings: Settings, plan: Plan, work: Path, progress: Progress
+) -> tuple[dict[str, Mapping[str, Path]], tuple[str, ...]]:
+    """Other methods at the bytes of a plan: their matrices, and why some have none."""
+    made: dict[str, Mapping[str, Path]] = {}
+    complaints = []
+    for method in settings.recipe.compare:
+        try:
+            other = _other(settings, method, plan)
+            context = context_of(other, work, progress)
+            outcome = carry_out(context, draft_of(other, context).plans[:1])
+        except RecipeError as error:
+            complaints.append(f"{method} is not compared: {str(error).rstrip('.')}")
+            continue
+        made[method] = outcome.files
+    return made, tuple(complaints)
+
+
+def _other(settings: Settings, method: str, plan: Plan) -> Settings:
+    """The same recipe by another method, its forms planned within the bytes of a plan."""
+    plain = {option.name: default_of(option) for option in one_form_options()}
+    recipe = override(
+        settings.recipe,
+        method=method,
+        bits=8 * (plan.bytes + 1) / settings.weights,
+        size=None,
+        allocation="auto",
+        quantizer="gptq",
+        compare=(),
+        **plain,
+    )
+    return resolve(recipe, settings.source)
 
 
 def context_of(settings: Settings, work: Path, progress: Progress = silent) -> PlanningContext:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +17,7 @@ from compot_deploy.accuracy.evaluate import AccuracyReport, Evaluation, Gate, ch
 from compot_deploy.accuracy.runners import RUNNERS, TorchRunner
 from compot_deploy.accuracy.texts import TEXT_RUNNERS, TorchTexts, check_texts, measure_texts
 from compot_deploy.core.grid import Grid
-from compot_deploy.core.matrix import Matrix, Quantized, leaves
+from compot_deploy.core.matrix import Factorized, Matrix
 from compot_deploy.core.storage import matrix_bytes
 from compot_deploy.core.store import write_text
 from compot_deploy.errors import ArtifactError
@@ -30,7 +31,7 @@ from compot_deploy.models.tasks import Task, task_of
 from compot_deploy.models.whole import model_of, replaced, whole_model
 from compot_deploy.progress import Progress, silent
 from compot_deploy.recipe import DEFAULT_GROUP
-from compot_deploy.report.document import Report, Rival, Sizes, to_json, to_junit
+from compot_deploy.report.document import Alternative, Report, Sizes, to_json, to_junit
 from compot_deploy.report.html.page import to_html
 from compot_deploy.report.manifest import frontier_of, layers_of, memory_of, origin_of, plain_memory_of
 from compot_deploy.report.model_card import model_card
@@ -57,7 +58,7 @@ class Subject:
         artifact: name of the folder, where it is not there yet.
         factors: factorised matrices before quantization, multiplied out; they split the method loss.
         factors_absent: why there are none.
-        baseline: the matrices of the same model through another quantizer, which is read beside it.
+        beside: matrices of the same model compressed otherwise, by what that is called.
     """
 
     folder: Path
@@ -68,7 +69,7 @@ class Subject:
     artifact: str | None = None
     factors: Mapping[str, Matrix] | None = None
     factors_absent: str = "the folder does not hold the factors before quantization"
-    baseline: Mapping[str, Matrix] | None = None
+    beside: Mapping[str, Mapping[str, Matrix]] = field(default_factory=dict)
 
     @property
     def task(self) -> Task:
@@ -102,9 +103,12 @@ def judge_folder(subject: Subject, evaluation: Evaluation, gate: Gate, progress:
         layers=layers_of(manifest),
         frontier=frontier_of(manifest),
         origin=origin_of(manifest),
-        rival=None
-        if subject.baseline is None or subject.original is None
-        else _beside(subject, subject.original, subject.baseline, evaluation),
+        alternatives=()
+        if subject.original is None
+        else tuple(
+            _beside(subject, subject.original, name, matrices, evaluation)
+            for name, matrices in subject.beside.items()
+        ),
     )
 
 
@@ -162,27 +166,39 @@ FACTORED: Final = "factorised, before quantization"
 
 
 def _beside(
-    subject: Subject, original: ModelSource, matrices: Mapping[str, Matrix], evaluation: Evaluation
-) -> Rival:
-    """The same model through another quantizer."""
-    task, manifest = subject.task, subject.manifest
+    subject: Subject,
+    original: ModelSource,
+    name: str,
+    matrices: Mapping[str, Matrix],
+    evaluation: Evaluation,
+) -> Alternative:
+    """The same model compressed otherwise, against the original."""
+    task, manifest, model = subject.task, subject.manifest, subject.model
     exporter = EXPORTERS[manifest.exporter]
-    storage = exporter.storage(exporter.options(manifest.recipe))
-    grid = next(
-        leaf.grid
-        for name, matrix in matrices.items()
-        if subject.model.role(name) == "linear"
-        for leaf in leaves(matrix)
-        if isinstance(leaf, Quantized)
-    )
-    models = whole_model(original), model_of(replace(subject.model, matrices=matrices))
+    sizes = matrix_bytes(matrices, exporter.storage(exporter.options(manifest.recipe)))
+    models = whole_model(original), model_of(replace(model, matrices=matrices))
     if task.generates:
-        first, second = (TorchRunner(model, "torch") for model in models)
+        first, second = (
+            TorchRunner(torch_model, label)
+            for torch_model, label in zip(models, ("original", name), strict=True)
+        )
         loss = measure(first, second, evaluation)
     else:
-        one, two = (TorchTexts(model, task) for model in models)
+        one, two = (
+            TorchTexts(torch_model, task, label)
+            for torch_model, label in zip(models, ("original", name), strict=True)
+        )
         loss = measure_texts(task, one, two, evaluation)
-    return Rival(name=f"gptq {grid}", bytes=sum(matrix_bytes(matrices, storage).values()), loss=loss)
+    linears = [path for path in matrices if model.role(path) == "linear"]
+    weights = sum(math.prod(matrices[path].shape) for path in linears)
+    return Alternative(
+        name=name,
+        bytes=sum(sizes.values()),
+        bits=8 * sum(sizes[path] for path in linears) / weights,
+        factorized=sum(isinstance(matrices[path], Factorized) for path in linears),
+        linears=len(linears),
+        loss=loss,
+    )
 
 
 def sizes_of(manifest: Manifest) -> Sizes:

@@ -61,7 +61,7 @@ def export(
             artifact=target.resolve().name,
             factors=compression.unquantized,
             factors_absent=compression.unquantized_absent,
-            baseline=compression.baseline,
+            beside=compression.beside,
         )
         report = judge_folder(subject, evaluation, gate, progress)
         write_report(folder, report, manifest)

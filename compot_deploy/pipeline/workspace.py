@@ -26,6 +26,7 @@ _DOES_NOT_CHANGE_WEIGHTS: Final = frozenset(
         "force",
         "format",
         "archive",
+        "compare",
         "evaluation",
         "evaluation_tokens",
         "max_perplexity_ratio",

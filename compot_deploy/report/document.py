@@ -64,17 +64,23 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Rival:
-    """The same factors in as many bytes, quantized by another quantizer: what the choice of quantizer costs.
+class Alternative:
+    """The same model compressed in another way, judged beside this one.
 
     Attributes:
-        name: quantizer and grid, ``gptq int4/g32``.
-        bytes: of the weights.
-        loss: its method loss.
+        name: how: ``plain``, ``gptq int4/g32``.
+        bytes: of its weights, tables included.
+        bits: per weight of its linears.
+        factorized: how many linears are factorised.
+        linears: how many there are.
+        loss: original → alternative, in torch.
     """
 
     name: str
     bytes: int
+    bits: float
+    factorized: int
+    linears: int
     loss: Loss
 
 
@@ -99,7 +105,8 @@ class Report:
         layers: one entry per matrix, in block order.
         frontier: what a plan could have chosen; None where nothing was planned.
         origin: calibration and provenance.
-        rival: the same factors through GPTQ, where another quantizer was chosen; None otherwise.
+        alternatives: the same model compressed otherwise, judged beside this one: other methods at the same bytes, or
+            the same factors through GPTQ, where another quantizer was chosen.
     """
 
     model: str
@@ -118,7 +125,7 @@ class Report:
     layers: tuple[LayerFigures, ...] = ()
     frontier: Frontier | None = None
     origin: Origin = field(default_factory=Origin)
-    rival: Rival | None = None
+    alternatives: tuple[Alternative, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -397,8 +404,7 @@ def loss_table(report: Report) -> Table:
     if accuracy.factorization is not None:
         columns = {"factorisation": accuracy.factorization, "quantization": accuracy.quantization}
     columns["method"] = accuracy.method
-    if report.rival is not None:
-        columns[f"method, {report.rival.name}"] = report.rival.loss
+    columns |= {f"method, {other.name}": other.loss for other in report.alternatives}
     columns |= {
         "export, exact": accuracy.export_exact,
         "export, shipped": accuracy.export_shipped,
@@ -420,13 +426,16 @@ def loss_table(report: Report) -> Table:
         notes.append(f"No method and total loss: {accuracy.reference_absent}.")
     elif accuracy.factorization is not None:
         notes.append("The method loss is split: factorisation alone, then what quantization adds to it.")
-    rival = report.rival
-    if rival is not None:
-        notes.append(
-            f"{rival.name} is the same model with the same factors, quantized by {rival.name.split()[0]} instead, in "
-            f"{rival.bytes:,} bytes of weights; this one has {report.sizes.weights:,}."
-        )
+    notes += [alternative_note(report, other) for other in report.alternatives]
     return Table("Accuracy", ("", *columns), rows, tuple(notes))
+
+
+def alternative_note(report: Report, other: Alternative) -> str:
+    """What an alternative is, beside the report's own model."""
+    return (
+        f"{other.name} is the same model at {other.bits:.3f} bits per weight, {other.factorized} of {other.linears} "
+        f"linears factorised, in {other.bytes:,} bytes of weights; this one has {report.sizes.weights:,}."
+    )
 
 
 def choice_table(report: Report) -> Table:

@@ -15,6 +15,7 @@ from compot_deploy.errors import MissingDependencyError
 from compot_deploy.report.document import (
     ABSENT,
     Report,
+    alternative_note,
     estimate,
     figure,
     finding_table,
@@ -213,11 +214,11 @@ def _loss(report: Report, drawn: Mapping[str, Plot]) -> str:
         )
         losses["quantization"] = ("quantization", accuracy.quantization, "factors → quantized factors")
     losses["method"] = ("method", accuracy.method, "original → compressed, in torch")
-    if report.rival is not None:
-        losses["rival"] = (
-            f"method, {html_text(report.rival.name)}",
-            report.rival.loss,
-            "the same factors, another quantizer",
+    for number, other in enumerate(report.alternatives):
+        losses[f"alternatives.{number}"] = (
+            f"method, {html_text(other.name)}",
+            other.loss,
+            "original → compressed otherwise, in torch",
         )
     losses["export_exact"] = ("export, exact", accuracy.export_exact, "compressed → file, computed exactly")
     losses["export_shipped"] = (
@@ -292,11 +293,7 @@ def _loss(report: Report, drawn: Mapping[str, Plot]) -> str:
         for _, loss, _ in measured.values()
         if loss is not None
     )
-    if report.rival is not None:
-        notes.append(
-            f"{report.rival.name} is the same model with the same factors, quantized otherwise, in "
-            f"{report.rival.bytes:,} bytes of weights; this one has {report.sizes.weights:,}."
-        )
+    notes += [alternative_note(report, other) for other in report.alternatives]
     if bad:
         notes.append(f"{bad} logits are NaN or infinite; their positions are left out.")
     summary = "".join(
@@ -415,7 +412,7 @@ def _text_card(text: Continuation) -> str:
 
 def _place(key: str) -> str:
     """Where a comparison lies in report.json."""
-    return "rival.loss.comparison" if key == "rival" else f"accuracy.{key}.comparison"
+    return f"{key}.loss.comparison" if key.startswith("alternatives.") else f"accuracy.{key}.comparison"
 
 
 def _shared(first: str, second: str) -> int:
