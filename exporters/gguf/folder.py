@@ -35,8 +35,8 @@ from compot_deploy.exporters.gguf.exporter import (
 )
 from compot_deploy.exporters.gguf.reader import read_header
 from compot_deploy.models.compressed import CompressedModel
-from compot_deploy.models.hints import Architecture, find_architecture
-from compot_deploy.models.source import TOKENIZER_FILES
+from compot_deploy.models.hints import ARCHITECTURES, find_architecture
+from compot_deploy.models.source import TOKENIZER_FILES, ModelSource
 
 FILE: Final = "model.gguf"
 
@@ -78,17 +78,21 @@ class GgufExporter:
             provenance=knobs.get("provenance") or {},
         )
 
+    def supports(self, source: ModelSource) -> str | None:
+        """Llama.cpp has code for each kind of model, and knows tensors by names of its own."""
+        if source.architecture is not None:
+            return None
+        return f"GGUF has no way for a {source.model_type} here: {', '.join(sorted(ARCHITECTURES))} have one."
+
     def storage(self, options: GgufOptions) -> GgufStorage | ProductStorage:
         """What a leaf takes in the file."""
         return ProductStorage(options.type) if options.layout == "dense" else GgufStorage(options.layout)
 
-    def check(
-        self,
-        architecture: Architecture,
-        config: Mapping[str, Any],
-        grids: Mapping[str, Grid | None],
-        options: GgufOptions,
-    ) -> None:
+    def multiplies_out(self, options: GgufOptions) -> bool:
+        """Whether the file holds products of dictionary and codes, in llama.cpp's own types."""
+        return options.layout == "dense"
+
+    def check(self, source: ModelSource, grids: Mapping[str, Grid | None], options: GgufOptions) -> None:
         """Refuse what cannot be written, before any work is done for it.
 
         Raises:
@@ -102,7 +106,7 @@ class GgufExporter:
         storage = GgufStorage(options.layout)
         for role, grid in grids.items():
             try:
-                storage.check(int(config["hidden_size"]), grid)
+                storage.check(int(source.config["hidden_size"]), grid)
             except RecipeError as error:
                 raise RecipeError(f"{role}: {error}") from None
 

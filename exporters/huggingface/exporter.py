@@ -35,7 +35,7 @@ from compot_deploy.errors import ArtifactError, InputError, RecipeError
 from compot_deploy.exporters.huggingface.bnb import BnbStorage, matrix_of, quantization_config, tensors_of
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.hints import Architecture, find_architecture
-from compot_deploy.models.source import TOKENIZER_FILES
+from compot_deploy.models.source import TOKENIZER_FILES, ModelSource
 from compot_deploy.transformers_plugin.layout import (
     AUTO_MAP,
     CODE,
@@ -100,16 +100,20 @@ class HuggingFaceExporter:
         floating = knobs.get("embeddings") == knobs.get("head") == "none"
         return HuggingFaceOptions(layout="bnb" if plain and floating else "compot")
 
+    def supports(self, source: ModelSource) -> str | None:
+        """Every decoder with an architecture."""
+        return None if source.architecture is not None else f"no folder for a {source.model_type} here."
+
     def storage(self, options: HuggingFaceOptions) -> PackedStorage | BnbStorage:
         """What a leaf takes in the file."""
         return BnbStorage() if options.layout == "bnb" else PackedStorage()
 
+    def multiplies_out(self, options: HuggingFaceOptions) -> bool:
+        """Factors are stored, not their product."""
+        return False
+
     def check(
-        self,
-        architecture: Architecture,
-        config: Mapping[str, Any],
-        grids: Mapping[str, Grid | None],
-        options: HuggingFaceOptions,
+        self, source: ModelSource, grids: Mapping[str, Grid | None], options: HuggingFaceOptions
     ) -> None:
         """Every grid can be stored; nothing is refused."""
 

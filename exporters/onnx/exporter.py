@@ -26,7 +26,7 @@ from torch import Tensor
 from compot_deploy.core.diagnostics import Finding, errors
 from compot_deploy.core.grid import Codebook, Grid, Pattern
 from compot_deploy.core.matrix import Dense, Factorized, Leaf, Matrix, Pair, Quantized
-from compot_deploy.errors import ArtifactError, InputError, RecipeError
+from compot_deploy.errors import ArtifactError, InputError, RecipeError, UnsupportedModelError
 from compot_deploy.exporters.onnx.config import (
     check_supported,
     config_json,
@@ -62,8 +62,8 @@ from compot_deploy.exporters.packing import (
     unsupported_grid,
 )
 from compot_deploy.models.compressed import CompressedModel
-from compot_deploy.models.hints import Architecture, find_architecture
-from compot_deploy.models.source import TOKENIZER_FILES
+from compot_deploy.models.hints import find_architecture
+from compot_deploy.models.source import TOKENIZER_FILES, ModelSource
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,16 @@ class OnnxExporter:
             raise RecipeError(f"--onnx-codes {codes}: choose one of {', '.join(get_args(OnnxCodes))}.")
         return OnnxOptions(ops=cast(OnnxOps, ops), codes=cast(OnnxCodes, codes))
 
+    def supports(self, source: ModelSource) -> str | None:
+        """Whether the graph can express what the configuration asks for."""
+        if source.architecture is None:
+            return f"there is no graph for a {source.model_type} here."
+        try:
+            check_supported(source.architecture, source.config)
+        except UnsupportedModelError as error:
+            return str(error)
+        return None
+
     def storage(self, options: OnnxOptions) -> OnnxStorage:
         """What a leaf takes in the file."""
         return OnnxStorage(
@@ -128,32 +138,28 @@ class OnnxExporter:
             codes=options.codes,
         )
 
-    def check(
-        self,
-        architecture: Architecture,
-        config: Mapping[str, Any],
-        grids: Mapping[str, Grid | None],
-        options: OnnxOptions,
-    ) -> None:
+    def multiplies_out(self, options: OnnxOptions) -> bool:
+        """The graph multiplies with dictionary and codes, one after the other."""
+        return False
+
+    def check(self, source: ModelSource, grids: Mapping[str, Grid | None], options: OnnxOptions) -> None:
         """Refuse what cannot be written, before any work is done for it.
 
         Args:
-            architecture: of the model.
-            config: its configuration.
+            source: a model that `supports` has no objection to.
             grids: grid by role (``dictionary``, ``codes``, ``head`` and so on; the token embedding is
                 ``embedding``), None for floating point.
             options: of the export.
 
         Raises:
-            UnsupportedModelError: a feature of the model that the graph cannot express.
             RecipeError: a grid that ONNX cannot store, or a context out of range.
         """
-        check_supported(architecture, config)
         for role, grid in grids.items():
             complaint = grid and unsupported_grid(grid, options.ops, role == "embedding", options.codes)
             if complaint:
                 raise RecipeError(f"{role}: {complaint}")
-        longest = decoder_shape(architecture, config).context
+        assert source.architecture is not None
+        longest = decoder_shape(source.architecture, source.config).context
         if options.context is not None and not 1 <= options.context <= longest:
             raise RecipeError(
                 f"A context of {options.context} tokens is out of range: the model has 1 to {longest}."
