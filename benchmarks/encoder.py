@@ -25,7 +25,9 @@ from torch import Tensor
 
 from compot_deploy.core.grid import DENSE
 from compot_deploy.core.store import write_tensors
-from compot_deploy.numerics.compot import METHODS, Alternation, singular_spectrum
+from compot_deploy.numerics.factors import Alternation
+from compot_deploy.numerics.methods import METHODS
+from compot_deploy.numerics.spectrum import singular_spectrum
 from compot_deploy.numerics.whiten import Whitening, whiten
 from compot_deploy.planning.spectral import ALLOCATIONS, Allocation, MatrixSize, PaperStorage, Sparsity
 

@@ -24,7 +24,9 @@ from compot_deploy.embedded import MODEL  # noqa: E402
 from compot_deploy.models.calibrate import BlockStream  # noqa: E402
 from compot_deploy.models.checkpoint import open_checkpoint  # noqa: E402
 from compot_deploy.models.tokens import load_tokenizer  # noqa: E402
-from compot_deploy.numerics.compot import Alternation, compot, svd_llm  # noqa: E402
+from compot_deploy.numerics.compot import compot  # noqa: E402
+from compot_deploy.numerics.factors import Alternation  # noqa: E402
+from compot_deploy.numerics.svd_llm import svd_llm  # noqa: E402
 from compot_deploy.numerics.whiten import Whitening, whiten  # noqa: E402
 from compot_deploy.pipeline.texts import calibration_windows  # noqa: E402
 from compot_deploy.quant import gptq, rtn  # noqa: E402

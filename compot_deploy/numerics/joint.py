@@ -33,7 +33,11 @@ from torch import Tensor
 from compot_deploy.core.grid import DENSE, Grid, Pattern
 from compot_deploy.core.matrix import Dense, Factorized, Leaf, Pair, Quantized
 from compot_deploy.errors import InputError, RecipeError
-from compot_deploy.numerics.compot import Alternation, compot, principal_directions, refit_codes, threshold
+from compot_deploy.numerics.coding import threshold
+from compot_deploy.numerics.compot import compot
+from compot_deploy.numerics.factors import Alternation
+from compot_deploy.numerics.least_squares import refit_codes
+from compot_deploy.numerics.spectrum import principal_directions
 from compot_deploy.numerics.whiten import Whitening
 from compot_deploy.quant import gptq, rtn
 from compot_deploy.quant.descent import descend

@@ -42,7 +42,7 @@ from compot_deploy.models.calibrate import BlockStream, Gram, Replacements, impo
 from compot_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.tokens import TokenWindows, load_tokenizer
-from compot_deploy.numerics.compot import singular_spectrum
+from compot_deploy.numerics.spectrum import singular_spectrum
 from compot_deploy.numerics.whiten import whiten
 from compot_deploy.pipeline.evaluation import Deployment, gate_of, judge_folder, write_report
 from compot_deploy.pipeline.footprint import fit_size, predicted_bytes

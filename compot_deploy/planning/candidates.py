@@ -19,7 +19,7 @@ from typing_extensions import assert_never
 from compot_deploy.core.grid import DENSE, Grid, Pattern
 from compot_deploy.core.matrix import Dense, Matrix, Quantized
 from compot_deploy.core.storage import Storage
-from compot_deploy.numerics.compot import Alternation
+from compot_deploy.numerics.factors import Alternation
 from compot_deploy.numerics.joint import SHORT_ALTERNATION, Level, joint, split
 from compot_deploy.numerics.whiten import Whitening
 from compot_deploy.planning.knapsack import Candidate, Curve, Form, GridChoice, Joint, Plain, water_levels

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair
-from compot_deploy.numerics.compot import METHODS, Factors, alternation_of
+from compot_deploy.numerics.factors import Factors, alternation_of
+from compot_deploy.numerics.methods import METHODS
 from compot_deploy.numerics.quantize_factors import quantize_factors
 from compot_deploy.numerics.whiten import Whitening
 from compot_deploy.planning.spectral import Choice

@@ -17,7 +17,7 @@ from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.gguf.storage import ProductStorage
 from compot_deploy.models.checkpoint import Checkpoint, checkpoint_shape
-from compot_deploy.numerics.compot import singular_spectrum
+from compot_deploy.numerics.spectrum import singular_spectrum
 from compot_deploy.planning.candidates import Search
 from compot_deploy.planning.knapsack import GridChoice, Plain
 from compot_deploy.planning.spectral import (
