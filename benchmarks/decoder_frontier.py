@@ -49,7 +49,7 @@ from compot_deploy.accuracy.metrics import compare as compare_predictions
 from compot_deploy.accuracy.runners import TorchRunner, torch_runner
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Dense, Matrix
-from compot_deploy.core.storage import matrix_bytes
+from compot_deploy.core.storage import PaperStorage, matrix_bytes
 from compot_deploy.core.store import StoredMatrices, write_text
 from compot_deploy.embedded import MODEL
 from compot_deploy.models.checkpoint import open_checkpoint
@@ -66,8 +66,8 @@ from compot_deploy.planning.carry_out import (
     measure_curves,
     measure_effects,
 )
-from compot_deploy.planning.knapsack import GridChoice, Plain, Plan, knapsack, smallest_bytes
-from compot_deploy.planning.spectral import PaperStorage
+from compot_deploy.planning.knapsack import Plan, knapsack, smallest_bytes
+from compot_deploy.planning.schemes import GridChoice, Plain
 from compot_deploy.recipe import Recipe
 
 STORAGE = PaperStorage()

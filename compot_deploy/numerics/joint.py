@@ -13,7 +13,7 @@ Letters: ``W`` the weight (m × n), ``G`` the Gram of its inputs, ``A`` the dict
 
 Precision follows energy: atoms are dealt out in *levels*, strongest first, each with grids and a pattern of
 its own. A direction that carries most of a matrix needs eight bits, one at the noise needs two or none
-(reverse water-filling; see `compot_deploy.planning.knapsack`). Levels are quantized in order, and what one
+(reverse water-filling; see `compot_deploy.planning.water_levels`). Levels are quantized in order, and what one
 loses is part of what the next ones are fitted to.
 
 The objective, the squared whitened error ``‖Lᵀ(W − ÂŜ)‖²``, is evaluated in float64 on the integers.

@@ -23,7 +23,7 @@ from compot_deploy import __version__
 from compot_deploy.accuracy.evaluate import Evaluation
 from compot_deploy.core.grid import DENSE
 from compot_deploy.core.matrix import Dense, Matrix
-from compot_deploy.core.storage import Storage
+from compot_deploy.core.storage import InMemory, Storage
 from compot_deploy.core.store import (
     StoredMatrices,
     Without,
@@ -72,8 +72,10 @@ from compot_deploy.planning.carry_out import (
     verdict,
 )
 from compot_deploy.planning.compress import LinearFacts, factorize_linear, quantize_linear
-from compot_deploy.planning.knapsack import Curve, InMemory, Joint, Plain, plain_plan, smallest_bytes
+from compot_deploy.planning.curves import Curve
 from compot_deploy.planning.knapsack import Plan as KnapsackPlan
+from compot_deploy.planning.knapsack import plain_plan, smallest_bytes
+from compot_deploy.planning.schemes import Joint, Plain
 from compot_deploy.planning.settings import (
     budget_of,
     check_format,
@@ -89,7 +91,8 @@ from compot_deploy.planning.settings import (
     stores,
     table_grid,
 )
-from compot_deploy.planning.spectral import Allocation, Choice, MatrixSize
+from compot_deploy.planning.sizing import Choice, MatrixSize
+from compot_deploy.planning.spectral import Allocation
 from compot_deploy.progress import Progress, silent
 from compot_deploy.quant import rtn
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe, override, recipe_from_mapping

@@ -37,8 +37,9 @@ from compot_deploy.pipeline.evaluation import HTML, facts_of, gate_of, sizes_of,
 from compot_deploy.pipeline.texts import EVALUATION, evaluation_json
 from compot_deploy.pipeline.workspace import RECIPE, targets_of
 from compot_deploy.planning.compress import LinearFacts
-from compot_deploy.planning.knapsack import Form, Joint, Plain, Plan
-from compot_deploy.planning.knapsack import describe as describe_form
+from compot_deploy.planning.knapsack import Plan
+from compot_deploy.planning.schemes import Form, Joint, Plain
+from compot_deploy.planning.schemes import describe as describe_form
 from compot_deploy.planning.settings import table_grid
 from compot_deploy.recipe import Recipe
 from compot_deploy.report.document import Report

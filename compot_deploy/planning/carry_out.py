@@ -34,21 +34,11 @@ from compot_deploy.models.checkpoint import Checkpoint, checkpoint_shape
 from compot_deploy.models.hints import SharedInput
 from compot_deploy.models.tokens import TokenWindows
 from compot_deploy.numerics.whiten import Whitening, whiten
-from compot_deploy.planning.candidates import VERSION, Search, curve, forms, realize
+from compot_deploy.planning.candidates import VERSION, Search, forms, realize
 from compot_deploy.planning.compress import LinearFacts
-from compot_deploy.planning.knapsack import (
-    Curve,
-    Form,
-    Joint,
-    Plain,
-    Plan,
-    describe,
-    form_from_data,
-    form_to_data,
-    knapsack,
-    smallest_bytes,
-    too_little,
-)
+from compot_deploy.planning.curves import Curve, curve
+from compot_deploy.planning.knapsack import Plan, knapsack, smallest_bytes, too_little
+from compot_deploy.planning.schemes import Form, Joint, Plain, describe, form_from_data, form_to_data
 from compot_deploy.planning.screening import screen
 from compot_deploy.progress import Progress, silent
 from compot_deploy.quant import QUANTIZERS, rtn

@@ -12,7 +12,7 @@ from compot_deploy.numerics.factors import Factors, alternation_of
 from compot_deploy.numerics.methods import METHODS
 from compot_deploy.numerics.quantize_factors import quantize_factors
 from compot_deploy.numerics.whiten import Whitening
-from compot_deploy.planning.spectral import Choice
+from compot_deploy.planning.sizing import Choice
 from compot_deploy.quant import QUANTIZERS
 from compot_deploy.recipe import Recipe
 

@@ -16,284 +16,24 @@ curves alone, so a larger budget never gives a worse plan, and equal inputs give
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from types import MappingProxyType
-from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
+from typing import Final
 
 import numpy as np
-from typing_extensions import assert_never
 
-from compot_deploy.core.grid import DENSE, Grid, Pattern
+from compot_deploy.core.grid import Grid
 from compot_deploy.core.storage import Storage
 from compot_deploy.errors import RecipeError
-from compot_deploy.numerics.joint import Level
+from compot_deploy.planning.curves import Candidate, Curve, lower_hull
+from compot_deploy.planning.schemes import Plain
 
 _STEPS: Final = 1 << 16
 """Resolution of the knapsack: bytes are rounded up to this part of what the largest forms need together."""
 
 _MOST_COMBINATIONS: Final = 64
 """Of forms of matrices that read one input; beyond it only the lower convex hull is kept."""
-
-
-# -- what a matrix can become -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Plain:
-    """A matrix that is not factorised: quantized on one grid, or None: kept as it is."""
-
-    grid: Grid | None
-
-    def bytes(self, inputs: int, outputs: int, storage: Storage) -> int:
-        """As stored."""
-        return storage.leaf_bytes(inputs, outputs, self.grid)
-
-    def __str__(self) -> str:
-        return "unquantized" if self.grid is None else str(self.grid)
-
-
-@dataclass(frozen=True)
-class Joint:
-    """Dictionaries and codes, quantized jointly; see `compot_deploy.numerics.joint`."""
-
-    levels: tuple[Level, ...]
-
-    def bytes(self, inputs: int, outputs: int, storage: Storage) -> int:
-        """As stored; `outputs` of all matrices together where they share the dictionary."""
-        return sum(
-            storage.leaf_bytes(inputs, level.atoms, level.dictionary)
-            + storage.leaf_bytes(level.atoms, outputs, level.codes, level.pattern)
-            for level in self.levels
-        )
-
-    def __str__(self) -> str:
-        return " + ".join(map(str, self.levels))
-
-
-Form: TypeAlias = Plain | Joint
-
-Point: TypeAlias = tuple[int | float, float]
-"""Bytes and squared error."""
-
-
-@runtime_checkable
-class LoadedStorage(Protocol):
-    """A storage that knows what a leaf takes once it is loaded."""
-
-    def memory_bytes(self, rows: int, columns: int, grid: Grid | None, pattern: Pattern = DENSE) -> int:
-        """Bytes of a leaf in memory; the arguments are those of `Storage.leaf_bytes`."""
-        ...
-
-
-@dataclass(frozen=True)
-class InMemory:
-    """The storage of a model that is loaded: what the format says, or as in the file with dense codes.
-
-    Attributes:
-        storage: of the file.
-    """
-
-    storage: Storage
-
-    def leaf_bytes(self, rows: int, columns: int, grid: Grid | None, pattern: Pattern = DENSE) -> int:
-        """See `compot_deploy.core.storage.Storage`."""
-        if isinstance(self.storage, LoadedStorage):
-            return self.storage.memory_bytes(rows, columns, grid, pattern)
-        return self.storage.leaf_bytes(rows, columns, grid)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A form with its price and its measured worth.
-
-    Attributes:
-        form: what the matrix becomes.
-        bytes: as stored.
-        errors: relative squared whitened error of each matrix that it covers, after quantization.
-    """
-
-    form: Form
-    bytes: int
-    errors: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What can be chosen for the matrices that read one input.
-
-    Attributes:
-        names: of the matrices.
-        alone: candidates of each matrix for itself, in the order of `names`.
-        together: candidates that cover all of them with one dictionary; none for a single matrix.
-        unmeasured: how many forms were on the list and promised too little to be measured.
-    """
-
-    names: tuple[str, ...]
-    alone: tuple[tuple[Candidate, ...], ...]
-    together: tuple[Candidate, ...] = ()
-    unmeasured: int = 0
-
-    def __post_init__(self) -> None:
-        if len(self.alone) != len(self.names):
-            raise ValueError(
-                f"{self.names}: {len(self.alone)} lists of candidates for {len(self.names)} names."
-            )
-
-    def only(self, keep: Callable[[Form], bool]) -> Curve:
-        """The curve with the candidates that `keep` says yes to."""
-        return Curve(
-            self.names,
-            tuple(tuple(entry for entry in entries if keep(entry.form)) for entries in self.alone),
-            tuple(entry for entry in self.together if keep(entry.form)),
-        )
-
-
-# -- precision by energy ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class GridChoice:
-    """Grids that a format holds.
-
-    Attributes:
-        groups: sizes of groups by bits.
-        step: atoms of a level come in multiples of this.
-    """
-
-    groups: Mapping[int, tuple[int, ...]]
-    step: int = 8
-
-    @property
-    def grids(self) -> tuple[Grid, ...]:
-        """All of them."""
-        return tuple(Grid(bits, group) for bits, groups in self.groups.items() for group in groups)
-
-
-_DICTIONARY_LOSS: Final = MappingProxyType({2: 0.05, 3: 0.012, 4: 0.003, 8: 2e-5})
-_CODE_LOSS: Final = MappingProxyType({2: 0.16, 3: 0.045, 4: 0.013, 8: 1e-4})
-"""Part of an atom's energy that is lost at so many bits. The dictionary's inputs are correlated, which
-feedback turns to account; the codes' are not."""
-
-
-def water_levels(
-    energies: Sequence[float],
-    inputs: int,
-    outputs: int,
-    *,
-    budget: int,
-    storage: Storage,
-    grids: GridChoice,
-    most_levels: int = 4,
-) -> tuple[Level, ...]:
-    """Precision by energy: the best number of atoms and bits for each, within a budget (water-filling).
-
-    Every atom takes the bits at which another byte buys less than a common price; the lowest price that
-    fits the budget is taken. Atoms of equal bits make a level, small levels join the one above.
-
-    Args:
-        energies: squared singular values of the whitened weight, largest first.
-        inputs: m.
-        outputs: n, of all matrices together.
-        budget: bytes for dictionary and codes.
-        storage: what a leaf costs.
-        grids: what the format holds.
-        most_levels: levels that are kept apart.
-
-    Returns:
-        Strongest first; empty if not even one step of atoms fits.
-    """
-    if not energies or energies[0] <= 0.0:
-        return ()
-    steps = [
-        (a, s, inputs * (a + 0.25) + outputs * (s + 0.25), _DICTIONARY_LOSS[a] + _CODE_LOSS[s])
-        for a, s in product(sorted(grids.groups), repeat=2)
-    ]
-    steps = [
-        step
-        for step in steps
-        if not any(other is not step and other[2] <= step[2] and other[3] <= step[3] for other in steps)
-    ]
-
-    def at(price: float) -> tuple[Level, ...]:
-        chosen: list[tuple[int, int]] = []
-        for energy in energies:
-            best, least = None, energy
-            for a, s, bits, loss in steps:
-                value = energy * loss + price * bits
-                if value < least:
-                    best, least = (a, s), value
-            if best is None:
-                break
-            chosen.append(best)
-        return _levels(chosen, inputs, outputs, storage, grids, most_levels)
-
-    def fits(levels: tuple[Level, ...]) -> bool:
-        return Joint(levels).bytes(inputs, outputs, storage) <= budget
-
-    low, high = math.log(energies[0] * 1e-12), math.log(energies[0])
-    best: tuple[Level, ...] = ()
-    for _ in range(40):
-        middle = (low + high) / 2
-        levels = at(math.exp(middle))
-        if fits(levels):
-            best, high = levels, middle
-        else:
-            low = middle
-    return best
-
-
-def _levels(
-    chosen: Sequence[tuple[int, int]],
-    inputs: int,
-    outputs: int,
-    storage: Storage,
-    grids: GridChoice,
-    most: int,
-) -> tuple[Level, ...]:
-    runs: list[tuple[tuple[int, int], int]] = []
-    for bits in chosen:
-        if runs and runs[-1][0] == bits:
-            runs[-1] = (bits, runs[-1][1] + 1)
-        else:
-            runs.append((bits, 1))
-    while len(runs) > most:
-        # The smallest run joins its stronger neighbour, or the second the first.
-        position = min(range(1, len(runs)), key=lambda index: runs[index][1])
-        bits, count = runs.pop(position)
-        runs[position - 1] = (runs[position - 1][0], runs[position - 1][1] + count)
-    levels = []
-    debt = 0
-    for (a, s), count in runs:
-        # Whole steps; what a level is given too much is taken from the next.
-        atoms = -(-(count - debt) // grids.step) * grids.step
-        if atoms <= 0:
-            debt -= count
-            continue
-        debt = atoms - (count - debt)
-        levels.append((atoms, a, s))
-    total = sum(atoms for atoms, _, _ in levels)
-    if total > min(inputs, outputs):
-        levels[-1] = (levels[-1][0] - grids.step, *levels[-1][1:])
-        levels = [level for level in levels if level[0] > 0]
-    return tuple(
-        Level(
-            atoms,
-            _cheapest(inputs, atoms, [Grid(a, group) for group in grids.groups[a]], storage, prefer=64),
-            _cheapest(atoms, outputs, [Grid(s, group) for group in grids.groups[s]], storage),
-        )
-        for atoms, a, s in levels
-    )
-
-
-def _cheapest(rows: int, columns: int, grids: Sequence[Grid], storage: Storage, prefer: int = 0) -> Grid:
-    """The grid of fewest bytes; a dictionary prefers groups that follow its inputs."""
-    preferred = [grid for grid in grids if grid.group == prefer] or list(grids)
-    return min(preferred, key=lambda grid: (storage.leaf_bytes(rows, columns, grid), grid.group))
-
-
-# -- the knapsack -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -374,18 +114,6 @@ def frontier(
     """The plans of several budgets, for a plot; budgets that cannot be met are left out."""
     problem = _Problem.of(curves, weights)
     return problem.plans([budget for budget in budgets if budget >= problem.smallest])
-
-
-def better_of(plans: Sequence[Plan], effect: Callable[[Plan], float]) -> Plan:
-    """The plan whose measured effect on the model is least; the first wins a tie.
-
-    The loss of a plan adds up effects that were measured one at a time. This is the check that the sum was
-    right about plans that come close to each other.
-    """
-    if not plans:
-        raise ValueError("There is no plan to choose from.")
-    effects = [effect(plan) for plan in plans]
-    return plans[min(range(len(plans)), key=effects.__getitem__)]
 
 
 @dataclass(frozen=True)
@@ -488,22 +216,6 @@ def _hull(front: Sequence[_Option]) -> list[_Option]:
     return [option for option in front if (option.bytes, option.loss) in kept]
 
 
-def lower_hull(points: Iterable[Point]) -> list[Point]:
-    """The lower convex hull of some points, from the smallest on, falling."""
-    hull: list[Point] = []
-    for size, error in sorted(points):
-        if hull and error >= hull[-1][1]:
-            continue
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], (size, error)):
-            hull.pop()
-        hull.append((size, error))
-    return hull
-
-
-def _slope(first: Point, second: Point) -> float:
-    return (second[1] - first[1]) / (second[0] - first[0])
-
-
 class _Table:
     """Dynamic programming: the least loss of the first inputs within every number of units up to `room`."""
 
@@ -539,60 +251,3 @@ class _Table:
             chosen.append(options[number])
             left -= needs[number]
         return chosen[::-1]
-
-
-def form_to_data(form: Form) -> dict[str, Any]:
-    """A form as JSON takes it; `form_from_data` is the inverse."""
-
-    def grid(value: Grid | None) -> list[int] | None:
-        return None if value is None else [value.bits, value.group]
-
-    match form:
-        case Plain():
-            return {"plain": grid(form.grid)}
-        case Joint():
-            return {
-                "joint": [
-                    {
-                        "atoms": level.atoms,
-                        "dictionary": grid(level.dictionary),
-                        "codes": grid(level.codes),
-                        "pattern": [level.pattern.kept, level.pattern.of],
-                    }
-                    for level in form.levels
-                ]
-            }
-        case _:
-            assert_never(form)
-
-
-def form_from_data(data: Mapping[str, Any]) -> Form:
-    """Read what `form_to_data` wrote."""
-
-    def grid(value: Sequence[int] | None) -> Grid | None:
-        return None if value is None else Grid(value[0], value[1])
-
-    if "plain" in data:
-        return Plain(grid(data["plain"]))
-    return Joint(
-        tuple(
-            Level(level["atoms"], grid(level["dictionary"]), grid(level["codes"]), Pattern(*level["pattern"]))
-            for level in data["joint"]
-        )
-    )
-
-
-def describe(form: Form) -> str:
-    """A few characters for a table: int4/g32, or the atoms and bits of each level."""
-    match form:
-        case Plain():
-            return str(form)
-        case Joint():
-            parts = []
-            for level in form.levels:
-                bits = [grid.bits if grid else 32 for grid in (level.dictionary, level.codes)]
-                sparse = "" if level.pattern.is_dense else f" {level.pattern}"
-                parts.append(f"{level.atoms}@{bits[0]}/{bits[1]}{sparse}")
-            return "joint " + " ".join(parts)
-        case _:
-            assert_never(form)

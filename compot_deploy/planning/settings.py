@@ -12,22 +12,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from compot_deploy.core.grid import Grid, Pattern
-from compot_deploy.core.storage import Storage
+from compot_deploy.core.storage import PaperStorage, Storage
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.gguf.storage import ProductStorage
 from compot_deploy.models.checkpoint import Checkpoint, checkpoint_shape
 from compot_deploy.numerics.spectrum import singular_spectrum
 from compot_deploy.planning.candidates import Search
-from compot_deploy.planning.knapsack import GridChoice, Plain
-from compot_deploy.planning.spectral import (
-    ALLOCATIONS,
-    Allocation,
-    MatrixSize,
-    PaperStorage,
-    Precision,
-    Sparsity,
-)
+from compot_deploy.planning.schemes import GridChoice, Plain
+from compot_deploy.planning.sizing import MatrixSize, Precision, Sparsity
+from compot_deploy.planning.spectral import ALLOCATIONS, Allocation
 from compot_deploy.quant import require_bitsandbytes
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe, override
 

@@ -25,7 +25,9 @@ from compot_deploy.numerics.compot import compot
 from compot_deploy.numerics.factors import Alternation
 from compot_deploy.numerics.joint import Level, joint
 from compot_deploy.numerics.whiten import whiten
-from compot_deploy.planning.knapsack import Candidate, Curve, Joint, Plain, knapsack
+from compot_deploy.planning.curves import Candidate, Curve
+from compot_deploy.planning.knapsack import knapsack
+from compot_deploy.planning.schemes import Joint, Plain
 from compot_deploy.planning.settings import search_of
 from compot_deploy.recipe import Recipe
 

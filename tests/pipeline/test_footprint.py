@@ -19,7 +19,9 @@ from compot_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.numerics.joint import Level
 from compot_deploy.pipeline.footprint import fit_size, model_of_stand_ins
-from compot_deploy.planning.knapsack import Candidate, Chosen, Form, Joint, Plain, Plan
+from compot_deploy.planning.curves import Candidate
+from compot_deploy.planning.knapsack import Chosen, Plan
+from compot_deploy.planning.schemes import Form, Joint, Plain
 from compot_deploy.recipe import Recipe
 
 HEAD = Level(16, Grid(8, 32), Grid(8, 32))

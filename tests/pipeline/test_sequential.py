@@ -22,7 +22,8 @@ from compot_deploy.pipeline import deploy as pipeline
 from compot_deploy.planning import carry_out as planning
 from compot_deploy.planning.candidates import Search
 from compot_deploy.planning.carry_out import Task
-from compot_deploy.planning.knapsack import GridChoice, Plan, plain_plan
+from compot_deploy.planning.knapsack import Plan, plain_plan
+from compot_deploy.planning.schemes import GridChoice
 from compot_deploy.planning.settings import shape_of
 from compot_deploy.recipe import Recipe
 
