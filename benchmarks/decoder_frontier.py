@@ -46,7 +46,7 @@ from torch import Tensor
 
 from compot_deploy.accuracy.metrics import Prediction, concatenate, predict, summarize
 from compot_deploy.accuracy.metrics import compare as compare_predictions
-from compot_deploy.accuracy.runners import TorchRunner, torch_runner
+from compot_deploy.accuracy.torch_runner import TorchRunner, torch_runner
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Dense, Matrix
 from compot_deploy.core.storage import PaperStorage, matrix_bytes

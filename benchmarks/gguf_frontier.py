@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compot_deploy.accuracy.metrics import Prediction, compare, concatenate, predict, summarize
-from compot_deploy.accuracy.runners import torch_runner
+from compot_deploy.accuracy.torch_runner import torch_runner
 from compot_deploy.core.matrix import Dense, Matrix
 from compot_deploy.core.store import write_text
 from compot_deploy.embedded import MODEL

@@ -19,7 +19,12 @@ numbers disagree.
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    pass
+
 
 EXIT_OK: Final = 0
 EXIT_GATE_FAILED: Final = 1
@@ -76,3 +81,15 @@ class InterruptedRunError(CompotDeployError):
     """Stopped on request; finished layers are kept, and the same command goes on from there."""
 
     exit_code = EXIT_INTERRUPTED
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line without its full stop; its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def a_few(names: Sequence[str]) -> str:
+    """The first three of some names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

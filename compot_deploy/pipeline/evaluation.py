@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Final
 
 from compot_deploy import __version__
-from compot_deploy.accuracy.evaluate import Evaluation, Gate, check, measure
-from compot_deploy.accuracy.runners import RUNNERS, Runner, TorchRunner, compressed_runner, torch_runner
+from compot_deploy.accuracy.evaluate import Evaluation, check, measure
+from compot_deploy.accuracy.gate import Gate
+from compot_deploy.accuracy.runner import Runner
+from compot_deploy.accuracy.runners import RUNNERS
+from compot_deploy.accuracy.torch_runner import TorchRunner, compressed_runner, torch_runner
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Matrix, Quantized, leaves
 from compot_deploy.core.storage import matrix_bytes

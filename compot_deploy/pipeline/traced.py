@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compot_deploy import __version__
-from compot_deploy.accuracy.evaluate import Criterion
+from compot_deploy.accuracy.gate import Criterion
 from compot_deploy.accuracy.onnx_losses import Losses, measure
 from compot_deploy.core.diagnostics import Finding, errors
 from compot_deploy.core.grid import Grid

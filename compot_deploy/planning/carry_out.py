@@ -24,7 +24,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compot_deploy.accuracy.runners import TorchRunner, torch_runner
+from compot_deploy.accuracy.torch_runner import TorchRunner, torch_runner
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.core.storage import Storage

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 from xml.etree import ElementTree
 
-from compot_deploy.accuracy.evaluate import AccuracyReport, GreedyMatch, Loss, shown
+from compot_deploy.accuracy.gate import shown
+from compot_deploy.accuracy.losses import AccuracyReport, GreedyMatch, Loss
 from compot_deploy.accuracy.metrics import METRICS_VERSION, Estimate
 from compot_deploy.core.diagnostics import Finding, errors
 from compot_deploy.errors import InputError

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from compot_deploy.accuracy.evaluate import Criterion, GateResult, criterion, shown
+from compot_deploy.accuracy.gate import Criterion, GateResult, criterion, shown
 from compot_deploy.accuracy.metrics import Comparison
 from compot_deploy.errors import InputError
 from compot_deploy.recipe import size_in_bytes

@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 
-from compot_deploy.accuracy.runners import onnx_runner
+from compot_deploy.accuracy.onnx_runner import onnx_runner
 from compot_deploy.cli import main as cli
 from compot_deploy.errors import (
     EXIT_BAD_INPUT,

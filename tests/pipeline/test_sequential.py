@@ -12,7 +12,7 @@ import torch
 from matrices import same_matrix
 from torch import Tensor
 
-from compot_deploy.accuracy.runners import torch_runner
+from compot_deploy.accuracy.torch_runner import torch_runner
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.store import StoredMatrices
 from compot_deploy.exporters import EXPORTERS

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 
-from compot_deploy.accuracy.runners import torch_runner
+from compot_deploy.accuracy.torch_runner import torch_runner
 from compot_deploy.cli.main import main
 from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.matrix import Factorized, Quantized, leaves

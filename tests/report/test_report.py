@@ -11,15 +11,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from compot_deploy.accuracy.evaluate import (
-    AccuracyReport,
-    Continuation,
-    Criterion,
-    EvaluationFacts,
-    GateResult,
-    GreedyMatch,
-    Loss,
-)
+from compot_deploy.accuracy.gate import Criterion, GateResult
+from compot_deploy.accuracy.losses import AccuracyReport, Continuation, EvaluationFacts, GreedyMatch, Loss
 from compot_deploy.accuracy.metrics import KL_EDGES, METRICS_VERSION, Comparison, Divergence, Estimate
 from compot_deploy.core.diagnostics import Finding, errors
 from compot_deploy.errors import InputError

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from test_report import FINDINGS, loss, report
 
-from compot_deploy.accuracy.evaluate import Continuation
+from compot_deploy.accuracy.losses import Continuation
 from compot_deploy.accuracy.metrics import Estimate
 from compot_deploy.report.document import Report, Rival, Sizes, to_json
 from compot_deploy.report.facts import Frontier, FrontierPoint, LayerFigures, Origin

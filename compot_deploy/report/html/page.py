@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from compot_deploy.accuracy.evaluate import Continuation, Loss
+from compot_deploy.accuracy.losses import Continuation, Loss
 from compot_deploy.errors import MissingDependencyError
 from compot_deploy.report.document import (
     ABSENT,

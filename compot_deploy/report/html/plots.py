@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from compot_deploy.accuracy.evaluate import Loss
+from compot_deploy.accuracy.losses import Loss
 from compot_deploy.accuracy.metrics import KL_EDGES
 from compot_deploy.errors import MissingDependencyError
 from compot_deploy.report.document import Report, figure, readable_bytes

@@ -31,7 +31,8 @@ from transformers import (
 
 from compot_deploy.accuracy.embeddings import Texts, compare_texts
 from compot_deploy.accuracy.onnx_losses import Losses, measure, run_folder, run_torch
-from compot_deploy.accuracy.runners import OnnxRunner, TorchRunner
+from compot_deploy.accuracy.onnx_runner import OnnxRunner
+from compot_deploy.accuracy.torch_runner import TorchRunner
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair
 from compot_deploy.errors import InputError, MissingDependencyError, RecipeError, UnsupportedModelError
