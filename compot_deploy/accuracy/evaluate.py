@@ -30,8 +30,9 @@ from typing import Final
 
 from compot_deploy.accuracy.gate import Gate, judge
 from compot_deploy.accuracy.lockstep import NOISE_WINDOWS, batches_of, noise_floor, read_in_lockstep
-from compot_deploy.accuracy.losses import AccuracyReport, Continuation, EvaluationFacts, GreedyMatch, Loss
+from compot_deploy.accuracy.losses import GreedyMatch, Loss
 from compot_deploy.accuracy.metrics import METRICS_VERSION, Comparison, common_prefix
+from compot_deploy.accuracy.outcome import AccuracyReport, Continuation, EvaluationFacts
 from compot_deploy.accuracy.runner import Runner
 from compot_deploy.errors import InputError
 from compot_deploy.models.tokens import TokenWindows

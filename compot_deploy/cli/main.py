@@ -71,9 +71,10 @@ from compot_deploy.pipeline.traced import overview as traced_overview
 from compot_deploy.recipe import Recipe, default_of, knob_type, knobs, recipe_from_mapping
 from compot_deploy.report import inspection
 from compot_deploy.report import plan as plan_report
-from compot_deploy.report.document import tables, verdict
+from compot_deploy.report.document import verdict
 from compot_deploy.report.gate import Demands, GateFile, parse_growth, read_baseline, read_gate
 from compot_deploy.report.summary import STEP_SUMMARY, to_summary, write_summary
+from compot_deploy.report.tables import tables
 
 _GROUPS: Final = {
     "model": "what and where",

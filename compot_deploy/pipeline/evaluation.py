@@ -31,10 +31,12 @@ from compot_deploy.models.tokens import load_tokenizer
 from compot_deploy.pipeline.texts import read_evaluation
 from compot_deploy.progress import Progress, silent
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe, recipe_from_mapping
-from compot_deploy.report.document import SCHEMA_MINOR, Report, Rival, Sizes, from_json, to_json, to_junit
+from compot_deploy.report.document import SCHEMA_MINOR, Report, Rival, Sizes
 from compot_deploy.report.facts import Origin
 from compot_deploy.report.gate import Demands
 from compot_deploy.report.html.page import to_html
+from compot_deploy.report.json import from_json, to_json
+from compot_deploy.report.junit import to_junit
 from compot_deploy.report.manifest import frontier_of, layers_of, memory_of, origin_of, plain_memory_of
 from compot_deploy.report.model_card import model_card
 

@@ -29,7 +29,8 @@ from compot_deploy.accuracy.gate import Criterion, GateResult, criterion, shown
 from compot_deploy.accuracy.metrics import Comparison
 from compot_deploy.errors import InputError
 from compot_deploy.recipe import size_in_bytes
-from compot_deploy.report.document import Report, from_json
+from compot_deploy.report.document import Report
+from compot_deploy.report.json import from_json
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -13,9 +13,9 @@ from toy_models import VOCABULARY, ToyRunner, save_toy_onnx, toy_weights
 from compot_deploy.accuracy import lockstep
 from compot_deploy.accuracy.evaluate import Evaluation, check
 from compot_deploy.accuracy.gate import Criterion, Gate, judge
-from compot_deploy.accuracy.losses import AccuracyReport, Continuation
 from compot_deploy.accuracy.metrics import Comparison, compare, concatenate, predict, summarize
 from compot_deploy.accuracy.onnx_runner import OnnxRunner
+from compot_deploy.accuracy.outcome import AccuracyReport, Continuation
 from compot_deploy.accuracy.runner import Runner
 from compot_deploy.accuracy.torch_runner import torch_runner
 from compot_deploy.errors import InputError, RecipeError

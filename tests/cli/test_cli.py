@@ -26,7 +26,7 @@ from compot_deploy.errors import (
     EXIT_UNSUPPORTED_MODEL,
 )
 from compot_deploy.exporters.artifact import verify
-from compot_deploy.report.document import from_json
+from compot_deploy.report.json import from_json
 from compot_deploy.report.model_card import model_card
 
 QUICK = ["--samples", "4", "--length", "32", "--evaluation-tokens", "128", "--rounds", "3"]

@@ -33,7 +33,7 @@ from compot_deploy.planning.schemes import Form, GridChoice, Joint, Plain, form_
 from compot_deploy.quant import Quantizer, gptq, rtn
 from compot_deploy.recipe import Recipe
 from compot_deploy.report import plan as plan_report
-from compot_deploy.report.document import from_json
+from compot_deploy.report.json import from_json
 
 SETTINGS: dict[str, Any] = {
     "samples": 6,

@@ -27,7 +27,8 @@ from compot_deploy.pipeline import deploy as pipeline
 from compot_deploy.planning import settings
 from compot_deploy.planning.candidates import Search
 from compot_deploy.recipe import Recipe
-from compot_deploy.report.document import Report, from_json
+from compot_deploy.report.document import Report
+from compot_deploy.report.json import from_json
 
 pytest.importorskip("xllamacpp", reason="llama.cpp's library is the extra llama")
 
