@@ -29,11 +29,15 @@ from cospadi import cospadi
 from torch import Tensor
 
 from compot_deploy.core.grid import DENSE, Grid, Pattern
+from compot_deploy.core.storage import PaperStorage
 from compot_deploy.exporters.gguf.ggml_types import GGML_TYPES
-from compot_deploy.numerics.compot import METHODS, Alternation, Factors, singular_spectrum
+from compot_deploy.numerics.factors import Alternation, Factors
+from compot_deploy.numerics.methods import METHODS
 from compot_deploy.numerics.quantize_factors import quantize_factors
+from compot_deploy.numerics.spectrum import singular_spectrum
 from compot_deploy.numerics.whiten import Whitening
-from compot_deploy.planning.spectral import ALLOCATIONS, MatrixSize, PaperStorage, Precision, Sparsity
+from compot_deploy.planning.sizing import MatrixSize, Precision, Sparsity
+from compot_deploy.planning.spectral import ALLOCATIONS
 from compot_deploy.quant import gptq
 
 VERSION: Final = 1

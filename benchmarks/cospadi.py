@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from compot_deploy.core.grid import DENSE, Pattern
-from compot_deploy.numerics.compot import Factors, principal_directions
+from compot_deploy.numerics.factors import Factors
+from compot_deploy.numerics.spectrum import principal_directions
 from compot_deploy.numerics.whiten import Whitening, relative_error
 
 ROUNDS: Final = 10

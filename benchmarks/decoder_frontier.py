@@ -46,10 +46,10 @@ from torch import Tensor
 
 from compot_deploy.accuracy.metrics import Prediction, concatenate, predict, summarize
 from compot_deploy.accuracy.metrics import compare as compare_predictions
-from compot_deploy.accuracy.runners import TorchRunner, torch_runner
+from compot_deploy.accuracy.torch_runner import TorchRunner, torch_runner
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Dense, Matrix
-from compot_deploy.core.storage import matrix_bytes
+from compot_deploy.core.storage import PaperStorage, matrix_bytes
 from compot_deploy.core.store import StoredMatrices, write_text
 from compot_deploy.embedded import MODEL
 from compot_deploy.models.source import open_source
@@ -58,16 +58,11 @@ from compot_deploy.numerics.whiten import Whitening
 from compot_deploy.pipeline.texts import calibration_windows, evaluation_windows
 from compot_deploy.planning import candidates
 from compot_deploy.planning.candidates import Search, realize
-from compot_deploy.planning.carry_out import (
-    Task,
-    carry_out,
-    choose,
-    collect_grams,
-    measure_curves,
-    measure_effects,
-)
-from compot_deploy.planning.knapsack import GridChoice, Plain, Plan, knapsack, smallest_bytes
-from compot_deploy.planning.spectral import PaperStorage
+from compot_deploy.planning.carry_out import Task, carry_out, choose, collect_grams
+from compot_deploy.planning.knapsack import Plan, knapsack, smallest_bytes
+from compot_deploy.planning.measure import measure_curves
+from compot_deploy.planning.schemes import GridChoice, Plain
+from compot_deploy.planning.sensitivity import measure_effects
 from compot_deploy.recipe import Recipe
 
 STORAGE = PaperStorage()

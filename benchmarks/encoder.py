@@ -24,10 +24,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compot_deploy.core.grid import DENSE
+from compot_deploy.core.storage import PaperStorage
 from compot_deploy.core.store import write_tensors
-from compot_deploy.numerics.compot import METHODS, Alternation, singular_spectrum
+from compot_deploy.numerics.factors import Alternation
+from compot_deploy.numerics.methods import METHODS
+from compot_deploy.numerics.spectrum import singular_spectrum
 from compot_deploy.numerics.whiten import Whitening, whiten
-from compot_deploy.planning.spectral import ALLOCATIONS, Allocation, MatrixSize, PaperStorage, Sparsity
+from compot_deploy.planning.sizing import MatrixSize, Sparsity
+from compot_deploy.planning.spectral import ALLOCATIONS, Allocation
 
 LINES, TOKENS, BATCH, SHORTEST = 256, 128, 16, 200
 EFFECT_LINES = 64

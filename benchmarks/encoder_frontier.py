@@ -16,17 +16,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import re
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
-import torch
 from baselines import LLAMA_TYPES, Baseline, Small, baselines, paper_row
 from encoder import Encoder
+from encoder_laboratory import SEARCH, STORAGE, Laboratory
 from frontier import (
     MIXED,
     PLANNED,
@@ -38,7 +34,6 @@ from frontier import (
     as_data,
     compare,
     compare_at_sizes,
-    digest,
     distinct,
     draw,
     next_larger,
@@ -52,31 +47,16 @@ from torch import Tensor
 
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.storage import matrix_bytes
-from compot_deploy.core.store import load_matrices, save_matrices, write_text
-from compot_deploy.numerics.whiten import Whitening
-from compot_deploy.planning.candidates import Realized, Search, content_key, curve, forms, realize
-from compot_deploy.planning.knapsack import (
-    Curve,
-    Form,
-    GridChoice,
-    Joint,
-    Plain,
-    Plan,
-    better_of,
-    describe,
-    knapsack,
-    smallest_bytes,
-)
-from compot_deploy.planning.spectral import ALLOCATIONS, PaperStorage
-from compot_deploy.quant import gptq
+from compot_deploy.core.store import write_text
+from compot_deploy.planning.candidates import Search
+from compot_deploy.planning.curves import Curve
+from compot_deploy.planning.knapsack import Plan, knapsack, smallest_bytes
+from compot_deploy.planning.schemes import GridChoice, Plain, describe
+from compot_deploy.planning.spectral import ALLOCATIONS
 
-STORAGE = PaperStorage()
-SEARCH = Search(GridChoice({2: (32, 64, 128), 3: (32, 64, 128), 4: (32, 64, 128), 8: (128,)}))
 FLOATING = Search(GridChoice({}), unquantized=True, floating=(0.4, 0.55, 0.7, 0.85))
 """Sizes of factorised forms as parts of the unquantized matrix, for the paper's row."""
 
-PROBE = Plain(Grid(2, 128))
-QUANTIZER, QUANTIZER_NAME = partial(gptq, sweeps=2), "gptq, 2 sweeps"
 FLOORS = {1.4: 0.72, 2.0: 0.82, 2.5: 0.88, 3.0: 0.93, 3.5: 0.968, 4.5: 0.988}
 BUDGETS = (1.4, 1.5, 2.0, 2.5, 3.0, 3.5, 4.5)
 PLAN_SECONDS = 20.0
@@ -89,123 +69,6 @@ SCORES = (
     Score("error", "mean whitened error", higher=False),
     Score("neighbours", "same nearest neighbour", ".0%"),
 )
-
-
-class Laboratory:
-    """The encoder, its shared inputs, and every candidate that was ever measured on it."""
-
-    def __init__(self, encoder: Encoder, cache: Path, search: Search = SEARCH) -> None:
-        self.encoder = encoder
-        self.cache = cache
-        self.search = search
-        self.groups: dict[str, list[str]] = {}
-        for name in encoder.weights:
-            self.groups.setdefault(re.sub(r"\.(query|key|value)$", "", name), []).append(name)
-        self.weights = encoder.weights
-        self.numbers = sum(weight.numel() for weight in encoder.weights.values())
-        factors = {name: whitening.factor for name, whitening in encoder.whitenings.items()}
-        self.made_from = digest({**encoder.weights, "embeddings": encoder.original}) + digest(factors)
-
-    def whitening_of(self, name: str) -> Whitening:
-        """Of the input of a linear."""
-        return self.encoder.whitenings[name]
-
-    def whitening(self, names: Sequence[str]) -> Whitening:
-        """Of the input that these matrices read."""
-        return self.encoder.whitenings[names[0]]
-
-    def realized(self, form: Form, names: Sequence[str]) -> Realized:
-        """A form for some matrices of one input."""
-        weights = {name: self.encoder.weights[name] for name in names}
-        whitening = self.whitening(names)
-        key = content_key(form, weights, whitening, self.search, QUANTIZER_NAME)
-        matrices, facts = self.cache / f"{key}.safetensors", self.cache / f"{key}.json"
-        if not facts.exists():
-            made = realize(
-                form, weights, whitening, self.search, dictionary_name="+".join(names), quantizer=QUANTIZER
-            )
-            save_matrices(matrices, made.matrices)
-            write_text(facts, json.dumps(dict(made.errors)))
-        return _Stored(matrices, facts).realized
-
-    def errors(self, form: Form, names: Sequence[str]) -> Mapping[str, float]:
-        """Squared errors of a form, without its matrices where they are known."""
-        weights = {name: self.encoder.weights[name] for name in names}
-        key = content_key(form, weights, self.whitening(names), self.search, QUANTIZER_NAME)
-        facts = self.cache / f"{key}.json"
-        return json.loads(facts.read_text()) if facts.exists() else self.realized(form, names).errors
-
-    def forms(self, names: Sequence[str]) -> tuple[Form, ...]:
-        """What is tried for some matrices of one input."""
-        weight = torch.cat([self.encoder.weights[name] for name in names], dim=1)
-        return forms(weight, self.whitening(names), STORAGE, self.search)
-
-    def curves(self) -> list[Curve]:
-        """Every input's candidates, measured."""
-        curves = []
-        for shared, names in self.groups.items():
-            started = time.perf_counter()
-            sizes = {name: tuple(self.encoder.weights[name].shape) for name in names}
-            plain: dict[str, list[tuple[Form, float]]] = {name: [] for name in names}
-            together: list[tuple[Form, Mapping[str, float]]] = []
-            # Plain grids do not care who else reads the input: all matrices of it are done at once.
-            for form in self.forms(names):
-                errors = self.errors(form, names)
-                if isinstance(form, Joint) and len(names) > 1:
-                    together.append((form, errors))
-                else:
-                    for name in names:
-                        plain[name].append((form, errors[name]))
-            curves.append(curve(names, plain, together, sizes, STORAGE))  # type: ignore[arg-type]
-            print(f"{shared}: {time.perf_counter() - started:.0f} s", flush=True)
-        return curves
-
-    def effects(self) -> dict[str, float]:
-        """What a unit of squared error of each matrix costs the output, measured one matrix at a time."""
-        result = {}
-        for names in self.groups.values():
-            probe = self.realized(PROBE, names)
-            for name in names:
-                weight = probe.matrices[name].dequantize()
-                result[name] = self.remembered("effect", {name: weight}) / probe.errors[name]
-        return result
-
-    def remembered(self, label: str, weights: Mapping[str, Tensor]) -> float:
-        """The encoder's effect of some weights, from the cache where it was measured before."""
-        digest = hashlib.sha256(label.encode())
-        for name, weight in weights.items():
-            digest.update(name.encode())
-            digest.update(weight.float().contiguous().numpy().tobytes())
-        path = self.cache / f"effect-{digest.hexdigest()[:24]}.json"
-        if not path.exists():
-            write_text(path, json.dumps(self.encoder.effect(weights)))
-        return float(json.loads(path.read_text()))
-
-    def product(self, plan: Plan) -> dict[str, Tensor]:
-        """Every matrix of a plan, multiplied out."""
-        made: dict[str, Tensor] = {}
-        for entry in plan.chosen:
-            names = entry.names
-            if isinstance(entry.candidate.form, Plain):
-                names = next(tuple(group) for group in self.groups.values() if names[0] in group)
-            matrices = self.realized(entry.candidate.form, names).matrices
-            made |= {name: matrices[name].dequantize() for name in entry.names}
-        return {name: made[name] for name in self.encoder.weights}
-
-    def scores(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
-        """Judge on the test lines, or what was found before for exactly these weights."""
-        path = self.cache / f"scores-{self.made_from[:6]}{self.made_from[24:30]}-{digest(weights)}.json"
-        if not path.exists():
-            write_text(path, json.dumps(asdict(self.encoder.evaluate(weights))))
-        found: dict[str, float] = json.loads(path.read_text())
-        return found
-
-
-class _Stored:
-    """Matrices and errors of a candidate on disk."""
-
-    def __init__(self, matrices: Path, facts: Path) -> None:
-        self.realized = Realized(load_matrices(matrices), json.loads(facts.read_text()))
 
 
 def planned(
@@ -228,7 +91,7 @@ def planned(
         if budget >= smallest_bytes(plain):
             plans.append(knapsack(plain, budget, weights))
             points.append(_plan_point(laboratory, jobs, MIXED, MIXED, plans[1]))
-        best = better_of(plans, lambda plan: laboratory.remembered("effect", laboratory.product(plan)))
+        best = min(plans, key=lambda plan: laboratory.remembered("effect", laboratory.product(plan)))
         points.append(_plan_point(laboratory, jobs, PLANNED, PLANNED, best))
         print(
             f"    {'the plan' if best is plans[0] else 'the plain mix is better'}: {_census(best)}",

@@ -30,7 +30,9 @@ import torch
 from torch import Tensor
 
 from compot_deploy.core.grid import Pattern
-from compot_deploy.numerics.compot import Alternation, compot, principal_directions
+from compot_deploy.numerics.compot import compot
+from compot_deploy.numerics.factors import Alternation
+from compot_deploy.numerics.spectrum import principal_directions
 from compot_deploy.numerics.whiten import Whitening, whiten
 
 

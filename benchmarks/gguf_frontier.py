@@ -29,18 +29,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compot_deploy.accuracy.metrics import Prediction, compare, concatenate, predict, summarize
-from compot_deploy.accuracy.runners import torch_runner
+from compot_deploy.accuracy.torch_runner import torch_runner
 from compot_deploy.core.matrix import Dense, Matrix
 from compot_deploy.core.store import write_text
 from compot_deploy.embedded import MODEL
-from compot_deploy.exporters.gguf.exporter import GgufOptions, write
 from compot_deploy.exporters.gguf.quantize import row_bytes
 from compot_deploy.exporters.gguf.reader import read_header
-from compot_deploy.llama import LlamaModel
+from compot_deploy.exporters.gguf.writer import GgufOptions, write
+from compot_deploy.llama.model import LlamaModel
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.source import ModelSource, open_source
 from compot_deploy.models.tokens import TokenWindows, load_tokenizer
-from compot_deploy.pipeline.deploy import compress
+from compot_deploy.pipeline.compress import compress
 from compot_deploy.pipeline.texts import calibration_windows, evaluation_windows
 from compot_deploy.planning.carry_out import Task, collect_grams, importances
 from compot_deploy.planning.settings import search_of, storage_of

@@ -19,7 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 from compot_deploy.exporters.gguf.library import Library, load_library
-from compot_deploy.llama import LlamaModel
+from compot_deploy.llama.model import LlamaModel
 
 STEPS = 32
 FIELDS = ("anonymous", "file", "libraries")

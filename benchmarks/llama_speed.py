@@ -34,7 +34,7 @@ from compot_deploy.core.grid import DENSE, Grid, Pattern
 from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
 from compot_deploy.exporters.gguf import exporter as gguf
 from compot_deploy.exporters.gguf import quantize as gguf_quantize
-from compot_deploy.llama import LlamaModel
+from compot_deploy.llama.model import LlamaModel
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.hints import find_architecture
 

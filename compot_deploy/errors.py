@@ -19,7 +19,12 @@ numbers disagree.
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    pass
+
 
 EXIT_OK: Final = 0
 EXIT_GATE_FAILED: Final = 1
@@ -83,3 +88,15 @@ EXIT_CODES = (
     "4 missing runtime or extra, 75 interrupted (the same command resumes)"
 )
 """For the end of every help text."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line without its full stop; its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def a_few(names: Sequence[str]) -> str:
+    """The first three of some names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

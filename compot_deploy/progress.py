@@ -16,3 +16,20 @@ class Progress(Protocol):
 
 def silent(done: int, total: int, label: str) -> None:
     """A progress that tells nobody."""
+
+
+class Ticker:
+    """Counts the steps of a job whose number is known, for a progress callback.
+
+    Args:
+        total: how many steps there are.
+        progress: told after every one of them.
+    """
+
+    def __init__(self, total: int, progress: Progress) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def __call__(self, label: str) -> None:
+        """One more step of `label` is done."""
+        self._done += 1
+        self._progress(self._done, self._total, label)

@@ -16,15 +16,17 @@ import torch
 
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "compot-deploy"  # the same file every time
-from compot_deploy.models.calibrate import BlockStream  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch  # noqa: E402
 
 from compot_deploy.core.grid import DENSE, Grid, Pattern  # noqa: E402
 from compot_deploy.embedded import MODEL  # noqa: E402
 from compot_deploy.models.source import open_source  # noqa: E402
+from compot_deploy.models.streaming import BlockStream  # noqa: E402
 from compot_deploy.models.tokens import load_tokenizer  # noqa: E402
-from compot_deploy.numerics.compot import Alternation, compot, svd_llm  # noqa: E402
+from compot_deploy.numerics.compot import compot  # noqa: E402
+from compot_deploy.numerics.factors import Alternation  # noqa: E402
+from compot_deploy.numerics.svd_llm import svd_llm  # noqa: E402
 from compot_deploy.numerics.whiten import Whitening, whiten  # noqa: E402
 from compot_deploy.pipeline.texts import calibration_windows  # noqa: E402
 from compot_deploy.quant import gptq, rtn  # noqa: E402

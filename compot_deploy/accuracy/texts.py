@@ -15,14 +15,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from compot_deploy.accuracy.evaluate import (
-    AccuracyReport,
-    Evaluation,
-    Gate,
-    Loss,
-    facts_of,
-    judge,
-)
+from compot_deploy.accuracy.evaluate import Evaluation, facts_of
+from compot_deploy.accuracy.gate import Gate, judge
+from compot_deploy.accuracy.losses import Loss
 from compot_deploy.accuracy.metrics import (
     METRICS_VERSION,
     Comparison,
@@ -32,6 +27,7 @@ from compot_deploy.accuracy.metrics import (
     predict,
     summarize,
 )
+from compot_deploy.accuracy.outcome import AccuracyReport
 from compot_deploy.errors import ArtifactError, InputError
 from compot_deploy.models.tasks import Batch, Task, pooled
 from compot_deploy.progress import Progress, silent

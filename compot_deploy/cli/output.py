@@ -27,7 +27,8 @@ from compot_deploy.errors import EXIT_GATE_FAILED, EXIT_OK
 from compot_deploy.pipeline.check import Deployment
 from compot_deploy.progress import Progress
 from compot_deploy.report import inspection
-from compot_deploy.report.document import tables, verdict
+from compot_deploy.report.document import verdict
+from compot_deploy.report.tables import tables
 
 _PROSE: Final = ("Greedy text", "Structure", "Gate")
 """Tables that are read, not compared down a column."""

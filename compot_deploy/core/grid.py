@@ -105,11 +105,6 @@ class Pattern:
         """Whether every entry may be non-zero."""
         return self.kept == self.of
 
-    @property
-    def density(self) -> float:
-        """Fraction of entries that may be non-zero."""
-        return self.kept / self.of
-
     def __str__(self) -> str:
         return "dense" if self.is_dense else f"{self.kept}:{self.of}"
 

@@ -16,7 +16,7 @@ from compot_deploy.llama.model import LlamaModel, find_gguf
 
 
 class LlamaRunner:
-    """A GGUF file behind the Runner protocol of `compot_deploy.accuracy.runners`.
+    """A GGUF file behind the protocol `compot_deploy.accuracy.runner.Runner`.
 
     Args:
         path: the file, or a folder with exactly one ``*.gguf``.

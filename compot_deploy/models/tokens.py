@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from compot_deploy.errors import InputError, MissingDependencyError
+from compot_deploy.errors import InputError, MissingDependencyError, first_line
 
 SELF: Final = "self"
 HELD_OUT_SHARE: Final = 0.1
@@ -103,9 +103,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{folder} holds no tokenizer that can be read ({reason}). "
+            f"{folder} holds no tokenizer that can be read ({first_line(error)}). "
             "Save one with tokenizer.save_pretrained(folder)."
         ) from None
     bare, special = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
@@ -272,9 +271,8 @@ def text_of_dataset(name: str) -> str:
         )
         return "\n".join(str(row["text"]) for row in rows.select(range(min(len(rows), 20_000))))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{name} is neither a file nor a data set with a text column that can be had here ({reason})."
+            f"{name} is neither a file nor a data set with a text column that can be had here ({first_line(error)})."
         ) from None
 
 

@@ -13,7 +13,7 @@ Letters: ``W`` the weight (m × n), ``G`` the Gram of its inputs, ``A`` the dict
 
 Precision follows energy: atoms are dealt out in *levels*, strongest first, each with grids and a pattern of
 its own. A direction that carries most of a matrix needs eight bits, one at the noise needs two or none
-(reverse water-filling; see `compot_deploy.planning.knapsack`). Levels are quantized in order, and what one
+(reverse water-filling; see `compot_deploy.planning.water_levels`). Levels are quantized in order, and what one
 loses is part of what the next ones are fitted to.
 
 The objective, the squared whitened error ``‖Lᵀ(W − ÂŜ)‖²``, is evaluated in float64 on the integers.
@@ -33,7 +33,11 @@ from torch import Tensor
 from compot_deploy.core.grid import DENSE, Grid, Pattern
 from compot_deploy.core.matrix import Dense, Factorized, Leaf, Pair, Quantized
 from compot_deploy.errors import InputError, RecipeError
-from compot_deploy.numerics.compot import Alternation, compot, principal_directions, refit_codes, threshold
+from compot_deploy.numerics.coding import threshold
+from compot_deploy.numerics.compot import compot
+from compot_deploy.numerics.factors import Alternation
+from compot_deploy.numerics.least_squares import refit_codes
+from compot_deploy.numerics.spectrum import principal_directions
 from compot_deploy.numerics.whiten import Whitening
 from compot_deploy.quant import gptq, rtn
 from compot_deploy.quant.descent import descend

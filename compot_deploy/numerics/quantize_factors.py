@@ -17,7 +17,8 @@ from torch import Tensor
 
 from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.matrix import Dense, Leaf
-from compot_deploy.numerics.compot import Factors, refit_codes
+from compot_deploy.numerics.factors import Factors
+from compot_deploy.numerics.least_squares import refit_codes
 from compot_deploy.numerics.whiten import Whitening, relative_error
 from compot_deploy.quant import Quantizer, gptq
 
@@ -59,7 +60,7 @@ def quantize_factors(
     weigh most come first, where feedback can still mend them. The atoms of an N:M pattern stay in place.
 
     Args:
-        factors: from a method of `compot_deploy.numerics.compot`.
+        factors: from one of `compot_deploy.numerics.methods`.
         weight: W, what the factors stand for.
         whitening: of the inputs.
         dictionary_grid: None keeps the dictionary in float32.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from compot_deploy.accuracy.evaluate import Gate
+from compot_deploy.accuracy.gate import Gate
 from compot_deploy.core.store import write_text
 from compot_deploy.embedded import MODEL
 from compot_deploy.errors import ArtifactError, InputError
@@ -28,10 +28,12 @@ from compot_deploy.pipeline.limits import TOTAL_LIMITS, gate_of
 from compot_deploy.pipeline.texts import read_evaluation
 from compot_deploy.progress import Progress, silent
 from compot_deploy.recipe import recipe_from_mapping
-from compot_deploy.report.document import SCHEMA_MINOR, Report, Sizes, from_json, to_json, to_junit
+from compot_deploy.report.document import SCHEMA_MINOR, Report, Sizes
 from compot_deploy.report.facts import Origin
 from compot_deploy.report.gate import Demands
 from compot_deploy.report.html.page import to_html
+from compot_deploy.report.json import from_json, to_json
+from compot_deploy.report.junit import to_junit
 from compot_deploy.report.manifest import frontier_of, layers_of, origin_of
 
 

@@ -20,9 +20,11 @@ from compot_deploy.pipeline.texts import calibration_windows
 from compot_deploy.planning.by_rule import plan_by_rule
 from compot_deploy.planning.carry_out import Extras, LinearFacts, Outcome, carry_out, choose
 from compot_deploy.planning.context import PlanningContext, collect_grams
+from compot_deploy.planning.curves import Curve
 from compot_deploy.planning.draft import Draft
-from compot_deploy.planning.knapsack import Curve, Joint, Plan, plain_plan, smallest_bytes
+from compot_deploy.planning.knapsack import Plan, plain_plan, smallest_bytes
 from compot_deploy.planning.measure import check_budget, measure_curves, notes_on
+from compot_deploy.planning.schemes import Joint
 from compot_deploy.planning.sensitivity import measure_effects
 from compot_deploy.planning.settings import Settings, resolve
 from compot_deploy.progress import Progress, silent
@@ -211,7 +213,8 @@ def with_grids_of(plan: Plan, settings: Settings) -> Plan:
     """The same plan on the grids of other settings."""
     from dataclasses import replace
 
-    from compot_deploy.planning.knapsack import Candidate, Form, Separate
+    from compot_deploy.planning.curves import Candidate
+    from compot_deploy.planning.schemes import Form, Separate
 
     def changed(form: Form) -> Form:
         if isinstance(form, Separate):

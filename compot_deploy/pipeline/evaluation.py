@@ -13,9 +13,12 @@ from typing import Final
 import torch
 
 from compot_deploy import __version__
-from compot_deploy.accuracy.evaluate import AccuracyReport, Evaluation, Gate, check, measure
-from compot_deploy.accuracy.runners import RUNNERS, TorchRunner
+from compot_deploy.accuracy.evaluate import Evaluation, check, measure
+from compot_deploy.accuracy.gate import Gate
+from compot_deploy.accuracy.outcome import AccuracyReport
+from compot_deploy.accuracy.runners import RUNNERS
 from compot_deploy.accuracy.texts import TEXT_RUNNERS, TorchTexts, check_texts, measure_texts
+from compot_deploy.accuracy.torch_runner import TorchRunner
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Factorized, Matrix
 from compot_deploy.core.storage import matrix_bytes
@@ -31,8 +34,10 @@ from compot_deploy.models.tasks import Task, task_of
 from compot_deploy.models.whole import model_of, replaced, whole_model
 from compot_deploy.progress import Progress, silent
 from compot_deploy.recipe import DEFAULT_GROUP
-from compot_deploy.report.document import Alternative, Report, Sizes, to_json, to_junit
+from compot_deploy.report.document import Alternative, Report, Sizes
 from compot_deploy.report.html.page import to_html
+from compot_deploy.report.json import to_json
+from compot_deploy.report.junit import to_junit
 from compot_deploy.report.manifest import frontier_of, layers_of, memory_of, origin_of, plain_memory_of
 from compot_deploy.report.model_card import model_card
 

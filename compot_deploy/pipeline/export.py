@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from compot_deploy import __version__
-from compot_deploy.accuracy.evaluate import Evaluation, Gate
+from compot_deploy.accuracy.evaluate import Evaluation
+from compot_deploy.accuracy.gate import Gate
 from compot_deploy.core.store import write_text
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.archive import write_archive

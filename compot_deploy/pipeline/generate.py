@@ -6,7 +6,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from compot_deploy.accuracy.runners import Runner, huggingface_runner, onnx_runner
+from compot_deploy.accuracy.onnx_runner import onnx_runner
+from compot_deploy.accuracy.runner import Runner
+from compot_deploy.accuracy.runners import huggingface_runner
 from compot_deploy.errors import ArtifactError, InputError
 from compot_deploy.models.tasks import task_of
 from compot_deploy.models.tokens import load_tokenizer

@@ -19,15 +19,16 @@ from compot_deploy.core.packed import PackedStorage
 from compot_deploy.core.storage import matrix_bytes
 from compot_deploy.errors import InputError, RecipeError, UnsupportedModelError
 from compot_deploy.models.sites import Gram, InputGroup, Products, Site, add_gram, real_rows, tables_of
-from compot_deploy.numerics.compot import singular_spectrum
+from compot_deploy.numerics.spectrum import singular_spectrum
 from compot_deploy.numerics.whiten import whiten
 from compot_deploy.planning.by_rule import allocate, chosen_of
 from compot_deploy.planning.candidates import Search, realize
 from compot_deploy.planning.carry_out import LinearFacts, facts_of
-from compot_deploy.planning.knapsack import GridChoice
-from compot_deploy.planning.spectral import MatrixSize
+from compot_deploy.planning.schemes import GridChoice
+from compot_deploy.planning.sizing import MatrixSize
 from compot_deploy.progress import Progress, silent
-from compot_deploy.quant import QUANTIZERS, require_bitsandbytes
+from compot_deploy.quant import QUANTIZERS
+from compot_deploy.quant.bnb import require_bitsandbytes
 from compot_deploy.recipe import recipe_from_mapping
 from compot_deploy.transformers_plugin.layout import AUTO_CLASSES, Entry, door_name, entry_of, to_json
 from compot_deploy.transformers_plugin.modeling import compressed_class, linears_of

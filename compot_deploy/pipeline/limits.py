@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from compot_deploy.accuracy.evaluate import Gate
+from compot_deploy.accuracy.gate import Gate
 from compot_deploy.errors import RecipeError
 from compot_deploy.models.tasks import Task, TaskKind
 from compot_deploy.recipe import Recipe, default_of, knobs

@@ -20,7 +20,8 @@ from compot_deploy.core.matrix import Dense, Factorized, Leaf, Matrix, Pair, Qua
 from compot_deploy.core.store import Without
 from compot_deploy.errors import RecipeError
 from compot_deploy.models.compressed import CompressedModel, Tables
-from compot_deploy.planning.knapsack import Form, Joint, Plain, Plan, Separate
+from compot_deploy.planning.knapsack import Plan
+from compot_deploy.planning.schemes import Form, Joint, Plain, Separate
 from compot_deploy.planning.settings import Settings, options_of
 
 _ATTEMPTS: Final = 8

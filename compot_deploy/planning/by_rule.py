@@ -8,17 +8,13 @@ from dataclasses import replace
 
 from compot_deploy.core.storage import Storage
 from compot_deploy.errors import RecipeError
-from compot_deploy.numerics.compot import singular_spectrum
-from compot_deploy.planning.knapsack import Candidate, Chosen, Plain, Plan, Separate
+from compot_deploy.numerics.spectrum import singular_spectrum
+from compot_deploy.planning.curves import Candidate
+from compot_deploy.planning.knapsack import Chosen, Plan
+from compot_deploy.planning.schemes import Plain, Separate
 from compot_deploy.planning.settings import Settings, stores
-from compot_deploy.planning.spectral import (
-    ALLOCATIONS,
-    Allocation,
-    Choice,
-    MatrixSize,
-    Precision,
-    Sparsity,
-)
+from compot_deploy.planning.sizing import Choice, MatrixSize, Precision, Sparsity
+from compot_deploy.planning.spectral import ALLOCATIONS, Allocation
 from compot_deploy.progress import Progress, silent
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe, override
 

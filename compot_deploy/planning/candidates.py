@@ -19,20 +19,14 @@ from typing_extensions import assert_never
 from compot_deploy.core.grid import DENSE, Grid, Pattern
 from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
 from compot_deploy.core.storage import Storage
-from compot_deploy.numerics.compot import METHODS, Alternation, alternation_of
+from compot_deploy.numerics.factors import Alternation, alternation_of
 from compot_deploy.numerics.joint import SHORT_ALTERNATION, Level, joint, split
+from compot_deploy.numerics.methods import METHODS
 from compot_deploy.numerics.quantize_factors import quantize_factors
 from compot_deploy.numerics.whiten import Whitening
-from compot_deploy.planning.knapsack import (
-    Candidate,
-    Curve,
-    Form,
-    GridChoice,
-    Joint,
-    Plain,
-    Separate,
-    water_levels,
-)
+from compot_deploy.planning.curves import Candidate, Curve
+from compot_deploy.planning.schemes import Form, GridChoice, Joint, Plain, Separate
+from compot_deploy.planning.water_levels import water_levels
 from compot_deploy.quant import Quantizer, gptq
 
 VERSION: Final = 1

@@ -24,18 +24,9 @@ from compot_deploy.models.streaming import Replacements
 from compot_deploy.numerics.whiten import Whitening, whiten
 from compot_deploy.planning.candidates import Realized, realize
 from compot_deploy.planning.context import PlanningContext
-from compot_deploy.planning.knapsack import (
-    Chosen,
-    Curve,
-    Form,
-    Plain,
-    Plan,
-    Separate,
-    describe,
-    form_to_data,
-    knapsack,
-    smallest_bytes,
-)
+from compot_deploy.planning.curves import Curve
+from compot_deploy.planning.knapsack import Chosen, Plan, knapsack, smallest_bytes
+from compot_deploy.planning.schemes import Form, Plain, Separate, describe, form_to_data
 from compot_deploy.planning.sensitivity import Effect
 from compot_deploy.quant import QUANTIZERS
 

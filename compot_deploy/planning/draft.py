@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from compot_deploy.planning.context import PlanningContext
-from compot_deploy.planning.knapsack import Curve, Plan
+from compot_deploy.planning.curves import Curve
+from compot_deploy.planning.knapsack import Plan
 
 
 @dataclass(frozen=True)

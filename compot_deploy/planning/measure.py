@@ -20,15 +20,9 @@ from compot_deploy.models.sites import InputGroup
 from compot_deploy.numerics.whiten import Whitening
 from compot_deploy.planning.candidates import VERSION, Search, curve, forms, realize
 from compot_deploy.planning.context import PlanningContext
-from compot_deploy.planning.knapsack import (
-    Curve,
-    Form,
-    Joint,
-    Plain,
-    form_from_data,
-    form_to_data,
-    too_little,
-)
+from compot_deploy.planning.curves import Curve
+from compot_deploy.planning.knapsack import too_little
+from compot_deploy.planning.schemes import Form, Joint, Plain, form_from_data, form_to_data
 from compot_deploy.planning.screening import screen
 from compot_deploy.quant import QUANTIZERS, rtn
 

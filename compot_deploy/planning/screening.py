@@ -23,29 +23,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Final, TypeAlias
 
 from compot_deploy.core.grid import Grid
-from compot_deploy.planning.knapsack import Form, Joint, Plain, Point, lower_hull
+from compot_deploy.planning.curves import LEAST_ERROR, Point, between, height, lower_hull, sum_of_hulls
+from compot_deploy.planning.schemes import Form, Joint, Plain
 
 Measure: TypeAlias = Callable[[Form, Sequence[str]], Mapping[str, float]]
 """The squared error of each of some matrices in a form; a factorised form gives all of them one dictionary."""
 
+
 Nearest: TypeAlias = Callable[[str, Grid], float]
 """The squared error of a matrix that is rounded to nearest on a grid."""
+
 
 Prices: TypeAlias = Mapping[Form, int]
 """Bytes of every form on a list."""
 
+
 _NEGLIGIBLE: Final = 5e-4
 """Squared error below which nobody promises much: a sixtieth of what 2 bits cost, fifty times what 8 bits do."""
 
+
 _SPARSE: Final = 0.9
 """Error of sparse codes as part of what dense ones of the same bytes have, while none was measured."""
-
-_LEAST_ERROR: Final = 1e-30
-"""Has a logarithm; a matrix of zeros has no error at all."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def _plain_forms(
 
     def by_rounding(name: str, grid: Grid) -> float:
         if (name, grid) not in rounded:
-            rounded[name, grid] = max(nearest(name, grid), _LEAST_ERROR)
+            rounded[name, grid] = max(nearest(name, grid), LEAST_ERROR)
         return rounded[name, grid]
 
     def promised(form: Plain) -> float:
@@ -207,7 +208,7 @@ def _factorised_forms(
         known = [(prices[one], found[one]) for one in dense if one in found]
         inside = known[0][0] <= size <= known[-1][0]
         if shared and not inside:
-            ratios = [math.log(max(error, _LEAST_ERROR) / between(shared, at)) for at, error in known]
+            ratios = [math.log(max(error, LEAST_ERROR) / between(shared, at)) for at, error in known]
             value = between(shared, size) * math.exp(sum(ratios) / len(ratios))
         else:
             value = between(known, size)
@@ -231,43 +232,6 @@ def _factorised_forms(
 
 def _is_sparse(form: Form) -> bool:
     return isinstance(form, Joint) and not all(level.pattern.is_dense for level in form.levels)
-
-
-# -- curves as numbers --------------------------------------------------------------------------------
-
-
-def height(hull: Sequence[Point], size: int | float) -> float:
-    """What a hull has for so many bytes; infinite below its smallest point."""
-    if not hull or size < hull[0][0]:
-        return math.inf
-    for (low, before), (high, after) in pairwise(hull):
-        if size < high:
-            return before + (after - before) * (size - low) / (high - low)
-    return hull[-1][1]
-
-
-def sum_of_hulls(hulls: Sequence[Sequence[Point]]) -> list[Point]:
-    """The lower hull of all sums with one point of each hull (Minkowski): their edges, steepest first."""
-    start = (sum(hull[0][0] for hull in hulls), sum(hull[0][1] for hull in hulls))
-    edges = [
-        (after[0] - before[0], after[1] - before[1]) for hull in hulls for before, after in pairwise(hull)
-    ]
-    points = [start]
-    for wide, deep in sorted(edges, key=lambda edge: edge[1] / edge[0]):
-        points.append((points[-1][0] + wide, points[-1][1] + deep))
-    return points
-
-
-def between(points: Sequence[Point], size: int | float) -> float:
-    """The error at so many bytes, its logarithm linear between points and beyond them, never rising."""
-    ordered = [(at, math.log(max(error, _LEAST_ERROR))) for at, error in sorted(points)]
-    if len(ordered) == 1:
-        return math.exp(ordered[0][1])
-    after = next((place for place, (at, _) in enumerate(ordered) if at >= size), len(ordered) - 1)
-    before = max(0, after - 1)
-    (low, first), (high, second) = ordered[before], ordered[max(1, after)]
-    slope = min(0.0, (second - first) / (high - low)) if high > low else 0.0
-    return math.exp(first + slope * (size - low))
 
 
 def promise(predicted: float, size: int | float, hull: Sequence[Point]) -> float:

@@ -20,7 +20,7 @@ from compot_deploy.models.whole import replaced, whole_model
 from compot_deploy.numerics.whiten import Whitening
 from compot_deploy.planning.candidates import forms, realize
 from compot_deploy.planning.context import PlanningContext
-from compot_deploy.planning.knapsack import Form, Joint, Plain
+from compot_deploy.planning.schemes import Form, Joint, Plain
 from compot_deploy.quant import QUANTIZERS
 
 _POSITIONS: Final = 1024

@@ -10,14 +10,13 @@ from typing import Any, Final
 import torch
 
 from compot_deploy.core.grid import Grid, Pattern
-from compot_deploy.core.storage import Storage
+from compot_deploy.core.storage import InMemory, PaperStorage, Storage
 from compot_deploy.errors import RecipeError, UnsupportedModelError
 from compot_deploy.exporters import EXPORTERS, Exporter
 from compot_deploy.models.source import ModelSource
 from compot_deploy.planning.candidates import Search
-from compot_deploy.planning.knapsack import GridChoice, InMemory, Plain
-from compot_deploy.planning.spectral import PaperStorage
-from compot_deploy.quant import require_bitsandbytes
+from compot_deploy.planning.schemes import GridChoice, Plain
+from compot_deploy.quant.bnb import require_bitsandbytes
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe, override
 
 _GROUPS: Final = {

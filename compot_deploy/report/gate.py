@@ -25,11 +25,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from compot_deploy.accuracy.evaluate import Criterion, GateResult, criterion, shown
+from compot_deploy.accuracy.gate import Criterion, GateResult, criterion, shown
 from compot_deploy.accuracy.metrics import Comparison, Estimate
 from compot_deploy.errors import InputError
 from compot_deploy.recipe import size_in_bytes
-from compot_deploy.report.document import Report, from_json
+from compot_deploy.report.document import Report
+from compot_deploy.report.json import from_json
 
 if sys.version_info >= (3, 11):
     import tomllib

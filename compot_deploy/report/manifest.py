@@ -7,10 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, cast
 
 from compot_deploy.core.grid import DENSE, Codebook, Grid, Pattern
-from compot_deploy.core.storage import Storage
+from compot_deploy.core.storage import InMemory, Storage
 from compot_deploy.errors import InputError
 from compot_deploy.exporters.manifest import LeafRecord, Manifest, MatrixRecord
-from compot_deploy.planning.knapsack import InMemory
 from compot_deploy.recipe import DEFAULT_GROUP
 from compot_deploy.report.facts import Frontier, FrontierPoint, LayerFigures, Origin
 

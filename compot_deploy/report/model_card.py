@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from compot_deploy.exporters.manifest import Manifest
-from compot_deploy.report.document import Report, to_markdown
+from compot_deploy.report.document import Report
+from compot_deploy.report.markdown import to_markdown
 
 _USE = {
     "onnx": """```python

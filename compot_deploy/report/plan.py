@@ -9,20 +9,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from compot_deploy.core.grid import Grid
+from compot_deploy.core.storage import InMemory
 from compot_deploy.errors import MissingDependencyError
 from compot_deploy.planning.carry_out import name_of
+from compot_deploy.planning.curves import Curve
 from compot_deploy.planning.draft import Draft
-from compot_deploy.planning.knapsack import (
-    Curve,
-    InMemory,
-    Plain,
-    Plan,
-    describe,
-    form_to_data,
-    frontier,
-    smallest_bytes,
-)
+from compot_deploy.planning.knapsack import Plan, frontier, smallest_bytes
 from compot_deploy.planning.measure import counted, notes_on
+from compot_deploy.planning.schemes import Plain, describe, form_to_data
 from compot_deploy.report.facts import Frontier, FrontierPoint
 from compot_deploy.report.inspection import Overview
 

@@ -8,17 +8,11 @@ from typing import Final, TypeAlias
 
 from compot_deploy.accuracy.metrics import Estimate
 from compot_deploy.errors import InputError
-from compot_deploy.report.document import (
-    ABSENT,
-    Report,
-    Table,
-    estimate,
-    percent,
-    readable_bytes,
-    table_markdown,
-    to_markdown,
-)
+from compot_deploy.report.document import Report
+from compot_deploy.report.figures import ABSENT, estimate, percent, readable_bytes
 from compot_deploy.report.gate import Demands
+from compot_deploy.report.markdown import table_markdown, to_markdown
+from compot_deploy.report.tables import Table
 
 STEP_SUMMARY: Final = "GITHUB_STEP_SUMMARY"
 """Environment variable that names the file of the running job's summary."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from compot_deploy.errors import ArtifactError
+from compot_deploy.errors import ArtifactError, first_line
 from compot_deploy.transformers_plugin.layout import (
     AUTO_MAP,
     BASE_TYPE,
@@ -65,7 +65,7 @@ class CompotConfig(PretrainedConfig):
         except Exception as error:  # strict validation, KeyError, TypeError: whatever a damaged file provokes
             raise ArtifactError(
                 f"transformers cannot make a configuration of {self.base_config.get(BASE_TYPE)!r} of "
-                f"base_config: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+                f"base_config: {first_line(error)}."
             ) from error
 
     def to_dict(self) -> dict[str, Any]:

@@ -24,16 +24,11 @@ from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.errors import ArtifactError, RecipeError
 from compot_deploy.exporters.gguf import quantize as gguf_quantize
-from compot_deploy.exporters.gguf.exporter import (
-    GgufOptions,
-    GgufStorage,
-    Layout,
-    ProductStorage,
-    read,
-    write,
-    write_header,
-)
+from compot_deploy.exporters.gguf.exporter import Layout
+from compot_deploy.exporters.gguf.model import read
 from compot_deploy.exporters.gguf.reader import read_header
+from compot_deploy.exporters.gguf.storage import GgufStorage, ProductStorage
+from compot_deploy.exporters.gguf.writer import GgufOptions, write, write_header
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.hints import ARCHITECTURES, find_architecture
 from compot_deploy.models.source import TOKENIZER_FILES, ModelSource

@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx
 
-from compot_deploy.errors import ArtifactError, MissingDependencyError
+from compot_deploy.errors import ArtifactError, MissingDependencyError, first_line
 from compot_deploy.exporters.onnx.tensors import GRAPH
 
 
@@ -43,7 +43,7 @@ def with_accuracy_level(path: Path, level: int) -> LeveledGraph:
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's DecodeError, or OSError
-        raise ArtifactError(f"{path} is not an ONNX file, or it is damaged: {_first_line(error)}") from error
+        raise ArtifactError(f"{path} is not an ONNX file, or it is damaged: {first_line(error)}.") from error
     for graph_or_function in (model.graph, *model.functions):
         _set_accuracy_level(graph_or_function, level)
     return LeveledGraph(
@@ -104,11 +104,6 @@ def open_session(folder: Path, accuracy_level: int | None = None, threads: int =
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's exceptions share no base class but this
         raise ArtifactError(
-            f"{path} does not load in ONNX Runtime {onnxruntime.__version__}: {_first_line(error)}. A file that "
+            f"{path} does not load in ONNX Runtime {onnxruntime.__version__}: {first_line(error)}. A file that "
             "onnxruntime cannot load is damaged, or needs a newer onnxruntime: export the model again."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -10,21 +10,16 @@ import tiny
 import torch
 from toy_models import VOCABULARY, ToyRunner, save_toy_onnx, toy_weights
 
-import compot_deploy.accuracy as accuracy
-from compot_deploy.accuracy.evaluate import AccuracyReport, Criterion, Evaluation, Gate, check, judge
+from compot_deploy.accuracy import lockstep
+from compot_deploy.accuracy.evaluate import Evaluation, check
+from compot_deploy.accuracy.gate import Criterion, Gate, judge
 from compot_deploy.accuracy.metrics import Comparison, compare, concatenate, predict, summarize
-from compot_deploy.accuracy.runners import OnnxRunner, Runner, torch_runner
+from compot_deploy.accuracy.onnx_runner import OnnxRunner
+from compot_deploy.accuracy.outcome import AccuracyReport, Continuation
+from compot_deploy.accuracy.runner import Runner
+from compot_deploy.accuracy.torch_runner import torch_runner
 from compot_deploy.errors import InputError, RecipeError
 from compot_deploy.models.tokens import make_windows
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # Thousands of tiny operations: a second thread only waits, for long where the machine is busy.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def decode(tokens: Sequence[int]) -> str:
@@ -154,8 +149,8 @@ def test_chunks_and_batches_are_irrelevant(
 ) -> None:
     models = toy(), toy(0.3, seed=1), toy(0.4, seed=2), toy(0.5, seed=3)
     whole = check(*models, evaluation(), Gate())
-    monkeypatch.setattr(accuracy, "LOGITS_AT_ONCE", logits_at_once)
-    monkeypatch.setattr(accuracy, "ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(lockstep, "LOGITS_AT_ONCE", logits_at_once)
+    monkeypatch.setattr(lockstep, "ROWS_AT_ONCE", rows_at_once)
     pieces = check(*models, evaluation(batch=batch), Gate())
     for name in ("method", "export_exact", "export_shipped", "total"):
         assert close(getattr(pieces, name).comparison, getattr(whole, name).comparison, 1e-4)
@@ -174,7 +169,7 @@ class Spy(ToyRunner):
 
 
 def test_only_a_few_logits_exist_at_a_time_and_each_model_reads_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accuracy, "LOGITS_AT_ONCE", 6 * VOCABULARY)
+    monkeypatch.setattr(lockstep, "LOGITS_AT_ONCE", 6 * VOCABULARY)
     embedding, output = toy_weights()
     spies = [Spy(embedding, output.dequantize()) for _ in range(4)]
     check(*spies, evaluation(), Gate())
@@ -357,9 +352,7 @@ def test_greedy_texts_are_compared_up_to_their_end() -> None:
         (2, 4, False),
         (2, 6, False),
     ]
-    assert report.continuations[0] == accuracy.Continuation(
-        "3 1", "1 2 3 4 5 6", "1 2 3 9", "1 2 3 9", "1 2 9"
-    )
+    assert report.continuations[0] == Continuation("3 1", "1 2 3 4 5 6", "1 2 3 9", "1 2 3 9", "1 2 9")
 
 
 # Input that does not fit

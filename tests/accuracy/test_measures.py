@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -21,15 +20,6 @@ from compot_deploy.accuracy.metrics import (
     predict,
     summarize,
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # Thousands of tiny operations: a second thread only waits, for long where the machine is busy.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def positions_of(reference: torch.Tensor, candidate: torch.Tensor, targets: torch.Tensor) -> Positions:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import builtins
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from toy_models import VOCABULARY, ToyRunner, save_toy_onnx, toy_weights
 
-from compot_deploy.accuracy.runners import (
-    RUNNERS,
-    OnnxRunner,
-    Runner,
-    TorchRunner,
-    compressed_runner,
-    onnx_runner,
-    torch_runner,
-)
+from compot_deploy.accuracy.onnx_runner import OnnxRunner, onnx_runner
+from compot_deploy.accuracy.runner import Runner
+from compot_deploy.accuracy.runners import RUNNERS
+from compot_deploy.accuracy.torch_runner import TorchRunner, compressed_runner, torch_runner
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
 from compot_deploy.errors import ArtifactError, InputError, MissingDependencyError, UnsupportedModelError
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.hints import ARCHITECTURES
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # Thousands of tiny operations: a second thread only waits, for long where the machine is busy.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 # A window of 8 is shorter than the test's texts, so that it matters.
 MODELS: list[tuple[str, dict[str, Any]]] = [

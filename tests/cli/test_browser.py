@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from compot_deploy.accuracy.runners import onnx_runner
+from compot_deploy.accuracy.onnx_runner import onnx_runner
 from compot_deploy.cli import main as cli
 from compot_deploy.cli.serve import BUNDLE, PageServer
 from compot_deploy.errors import EXIT_OK

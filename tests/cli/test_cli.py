@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 
-from compot_deploy.accuracy.runners import onnx_runner
+from compot_deploy.accuracy.onnx_runner import onnx_runner
 from compot_deploy.cli import main as cli
 from compot_deploy.errors import (
     EXIT_BAD_INPUT,
@@ -26,7 +26,7 @@ from compot_deploy.errors import (
     EXIT_UNSUPPORTED_MODEL,
 )
 from compot_deploy.exporters.artifact import verify
-from compot_deploy.report.document import from_json
+from compot_deploy.report.json import from_json
 from compot_deploy.report.model_card import model_card
 
 QUICK = ["--samples", "4", "--length", "32", "--evaluation-tokens", "128", "--rounds", "3"]

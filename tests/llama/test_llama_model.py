@@ -25,7 +25,9 @@ from compot_deploy.errors import ArtifactError, InputError
 from compot_deploy.exporters.gguf import exporter as gguf
 from compot_deploy.exporters.gguf import library as library_module
 from compot_deploy.exporters.gguf import planes as gguf_planes
-from compot_deploy.llama import LlamaError, LlamaModel, UnsupportedLlamaError, generate
+from compot_deploy.exporters.gguf.library import LlamaError, UnsupportedLlamaError
+from compot_deploy.llama import generate
+from compot_deploy.llama.model import LlamaModel
 from compot_deploy.llama.plugin import has_plugin, leaf, load_plugin
 from compot_deploy.llama.runner import LlamaRunner
 from compot_deploy.models.compressed import CompressedModel

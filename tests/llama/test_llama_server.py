@@ -23,8 +23,8 @@ from reference_gguf import compressed, shared_change
 from compot_deploy.core.grid import DENSE, Grid
 from compot_deploy.errors import InputError, MissingDependencyError
 from compot_deploy.exporters.gguf import exporter as gguf
-from compot_deploy.llama import LlamaModel
 from compot_deploy.llama import server as module
+from compot_deploy.llama.model import LlamaModel
 from compot_deploy.llama.server import ChatTemplate, Sampling, Service, make_server, open_service
 
 pytestmark = pytest.mark.consumer

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from compot_deploy.models.calibrate import BlockStream, collect_grams
+from compot_deploy.models.calibrate import collect_grams
 
 from compot_deploy.models.source import open_source
+from compot_deploy.models.streaming import BlockStream
 from compot_deploy.models.tokens import make_windows
 
 

@@ -17,13 +17,18 @@ from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.matrix import Quantized
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.gguf import planes as gguf_planes
-from compot_deploy.exporters.gguf.exporter import GgufStorage
+from compot_deploy.exporters.gguf.storage import GgufStorage
 from compot_deploy.models.source import open_source
 from compot_deploy.numerics import compot as factorize
-from compot_deploy.numerics.compot import Alternation, _best_swaps, arrange, compot, threshold
+from compot_deploy.numerics.arrange import _best_swaps, arrange
+from compot_deploy.numerics.coding import threshold
+from compot_deploy.numerics.compot import compot
+from compot_deploy.numerics.factors import Alternation
 from compot_deploy.numerics.joint import Level, joint
 from compot_deploy.numerics.whiten import whiten
-from compot_deploy.planning.knapsack import Candidate, Curve, Joint, Plain, knapsack
+from compot_deploy.planning.curves import Candidate, Curve
+from compot_deploy.planning.knapsack import knapsack
+from compot_deploy.planning.schemes import Joint, Plain
 from compot_deploy.planning.settings import search_of
 from compot_deploy.recipe import Recipe
 

@@ -10,15 +10,14 @@ from matrices import same_matrix
 
 from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.matrix import Dense, Factorized, Quantized
-from compot_deploy.core.storage import matrix_bytes
+from compot_deploy.core.storage import PaperStorage, matrix_bytes
 from compot_deploy.errors import InputError, RecipeError
 from compot_deploy.numerics import joint as joint_module
 from compot_deploy.numerics.compot import compot
 from compot_deploy.numerics.joint import Level, joint, split
 from compot_deploy.numerics.quantize_factors import quantize_factors
 from compot_deploy.numerics.whiten import Whitening, whiten
-from compot_deploy.planning.knapsack import Joint
-from compot_deploy.planning.spectral import PaperStorage
+from compot_deploy.planning.schemes import Joint
 
 INPUTS, OUTPUTS = 48, 80
 
@@ -110,7 +109,8 @@ def test_codes_are_the_best_for_the_quantized_dictionary(levels: tuple[Level, ..
     gradient = dictionary.T @ whitening.gram @ (weight - dictionary @ codes)
     start = dictionary.T @ whitening.gram @ weight
     support = codes != 0
-    assert int(support.sum()) == codes.numel() * levels[0].pattern.density
+    kept = levels[0].pattern
+    assert int(support.sum()) == codes.numel() * kept.kept / kept.of
     assert float(gradient[support].norm()) < 1e-4 * float(start.norm())
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from compot_deploy.pipeline.footprint import fit_size, model_of_stand_ins
 
 from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.matrix import Factorized, Leaf, Matrix, Pair, Quantized
@@ -19,7 +18,10 @@ from compot_deploy.exporters import EXPORTERS
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.source import ModelSource, open_source
 from compot_deploy.numerics.joint import Level
-from compot_deploy.planning.knapsack import Candidate, Chosen, Form, Joint, Plain, Plan
+from compot_deploy.pipeline.size import fit_size, model_of_stand_ins
+from compot_deploy.planning.curves import Candidate
+from compot_deploy.planning.knapsack import Chosen, Plan
+from compot_deploy.planning.schemes import Form, Joint, Plain
 from compot_deploy.recipe import Recipe
 
 HEAD = Level(16, Grid(8, 32), Grid(8, 32))

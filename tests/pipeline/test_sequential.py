@@ -12,7 +12,7 @@ import torch
 from matrices import same_matrix
 from torch import Tensor
 
-from compot_deploy.accuracy.runners import torch_runner
+from compot_deploy.accuracy.torch_runner import torch_runner
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.store import StoredMatrices
 from compot_deploy.exporters import EXPORTERS
@@ -22,7 +22,8 @@ from compot_deploy.pipeline import deploy as pipeline
 from compot_deploy.planning import carry_out as planning
 from compot_deploy.planning.candidates import Search
 from compot_deploy.planning.carry_out import Task
-from compot_deploy.planning.knapsack import GridChoice, Plan, plain_plan
+from compot_deploy.planning.knapsack import Plan, plain_plan
+from compot_deploy.planning.schemes import GridChoice
 from compot_deploy.planning.settings import shape_of
 from compot_deploy.recipe import Recipe
 

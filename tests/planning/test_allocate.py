@@ -5,16 +5,10 @@ from itertools import product
 import pytest
 
 from compot_deploy.core.grid import DENSE, Grid, Pattern
+from compot_deploy.core.storage import PaperStorage
 from compot_deploy.errors import RecipeError
-from compot_deploy.planning.spectral import (
-    ALLOCATIONS,
-    MatrixSize,
-    PaperStorage,
-    Precision,
-    Sparsity,
-    spectral,
-    uniform,
-)
+from compot_deploy.planning.sizing import MatrixSize, Precision, Sparsity
+from compot_deploy.planning.spectral import ALLOCATIONS, spectral, uniform
 
 RATIOS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
 STORAGE = PaperStorage()

@@ -11,23 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compot_deploy.core.grid import Grid, Pattern
+from compot_deploy.core.storage import InMemory, PaperStorage
 from compot_deploy.errors import RecipeError
 from compot_deploy.numerics.joint import Level
-from compot_deploy.planning.knapsack import (
-    Candidate,
-    Curve,
-    Form,
-    GridChoice,
-    InMemory,
-    Joint,
-    Plain,
-    better_of,
-    frontier,
-    knapsack,
-    smallest_bytes,
-    water_levels,
-)
-from compot_deploy.planning.spectral import PaperStorage
+from compot_deploy.planning.curves import Candidate, Curve
+from compot_deploy.planning.knapsack import frontier, knapsack, smallest_bytes
+from compot_deploy.planning.schemes import Form, GridChoice, Joint, Plain
+from compot_deploy.planning.water_levels import water_levels
 
 GRIDS = GridChoice(dict.fromkeys((2, 4, 8), (32, 64, 128)))
 FACTORIZED = Joint((Level(8, Grid(4, 32), Grid(4, 32)),))
@@ -209,15 +199,6 @@ def test_a_budget_beyond_need_says_so() -> None:
     assert "1000" in plan.notes[0]
     assert "80" in plan.notes[0]
     assert knapsack(curves, 79).notes == ()
-
-
-def test_the_measured_effect_decides_between_plans() -> None:
-    entries = (Candidate(Plain(Grid(2, 32)), 10, (0.2,)), Candidate(FACTORIZED, 9, (0.1,)))
-    curves = [Curve(("a",), (entries,))]
-    plans = [knapsack(curves, 10), knapsack([curves[0].only(lambda form: isinstance(form, Plain))], 10)]
-    assert better_of(plans, lambda plan: plan.loss) is plans[0]
-    assert better_of(plans, lambda plan: -plan.loss) is plans[1]
-    assert better_of(plans, lambda plan: 0.0) is plans[0]
 
 
 @settings(max_examples=30, deadline=None)

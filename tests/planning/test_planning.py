@@ -13,11 +13,11 @@ import pytest
 import tiny
 import torch
 
-from compot_deploy.accuracy.runners import torch_runner
+from compot_deploy.accuracy.torch_runner import torch_runner
 from compot_deploy.cli.main import main
 from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.matrix import Factorized, Quantized, leaves
-from compot_deploy.core.storage import matrix_bytes
+from compot_deploy.core.storage import InMemory, PaperStorage, matrix_bytes
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.artifact import verify
@@ -27,24 +27,13 @@ from compot_deploy.numerics.whiten import whiten
 from compot_deploy.pipeline.deploy import deploy, plan_only
 from compot_deploy.planning import carry_out as planning
 from compot_deploy.planning.candidates import Search, forms, realize
-from compot_deploy.planning.knapsack import (
-    Candidate,
-    Curve,
-    Form,
-    GridChoice,
-    InMemory,
-    Joint,
-    Plain,
-    Plan,
-    form_from_data,
-    form_to_data,
-    knapsack,
-)
-from compot_deploy.planning.spectral import PaperStorage
+from compot_deploy.planning.curves import Candidate, Curve
+from compot_deploy.planning.knapsack import Plan, knapsack
+from compot_deploy.planning.schemes import Form, GridChoice, Joint, Plain, form_from_data, form_to_data
 from compot_deploy.quant import Quantizer, gptq, rtn
 from compot_deploy.recipe import Recipe
 from compot_deploy.report import plan as plan_report
-from compot_deploy.report.document import from_json
+from compot_deploy.report.json import from_json
 
 SETTINGS: dict[str, Any] = {
     "samples": 6,

@@ -17,6 +17,7 @@ import torch
 
 from compot_deploy.cli.main import main
 from compot_deploy.core.grid import Grid, Pattern
+from compot_deploy.core.storage import PaperStorage
 from compot_deploy.embedded import MODEL
 from compot_deploy.errors import InterruptedRunError
 from compot_deploy.models.source import open_source
@@ -28,18 +29,11 @@ from compot_deploy.pipeline.texts import calibration_windows
 from compot_deploy.planning import carry_out as planning
 from compot_deploy.planning import settings
 from compot_deploy.planning.candidates import Search, realize
-from compot_deploy.planning.knapsack import Curve, Form, GridChoice, Joint, Plain, knapsack, smallest_bytes
-from compot_deploy.planning.screening import (
-    Measured,
-    between,
-    height,
-    lower_hull,
-    promise,
-    screen,
-    sum_of_hulls,
-)
+from compot_deploy.planning.curves import Curve, between, height, lower_hull, sum_of_hulls
+from compot_deploy.planning.knapsack import knapsack, smallest_bytes
+from compot_deploy.planning.schemes import Form, GridChoice, Joint, Plain
+from compot_deploy.planning.screening import Measured, promise, screen
 from compot_deploy.planning.settings import search_of, storage_of
-from compot_deploy.planning.spectral import PaperStorage
 from compot_deploy.quant import rtn
 from compot_deploy.recipe import Recipe
 from compot_deploy.report import plan as plan_report

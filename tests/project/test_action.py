@@ -19,7 +19,7 @@ from compot_deploy.cli import main as cli
 from compot_deploy.exporters.artifact import verify
 from compot_deploy.pipeline.deploy import deploy
 from compot_deploy.pipeline.evaluation import REPORT_FILES
-from compot_deploy.report.document import from_json, to_json
+from compot_deploy.report.json import from_json, to_json
 
 ROOT = Path(__file__).parents[2]
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))

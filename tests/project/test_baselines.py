@@ -36,7 +36,8 @@ from reference_baselines import slow_atom, slow_pursuit, slow_round_to_range
 from torch import Tensor
 
 from compot_deploy.core.grid import DENSE, Grid, Pattern
-from compot_deploy.numerics.compot import Alternation, compot
+from compot_deploy.numerics.compot import compot
+from compot_deploy.numerics.factors import Alternation
 from compot_deploy.numerics.whiten import Whitening, whiten
 
 COSINE = Score("cosine", "cosine")

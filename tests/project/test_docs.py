@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from compot_deploy.cli.main import parse_recipe
+from compot_deploy.cli.arguments import parse_recipe
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -28,7 +28,8 @@ from compot_deploy.exporters.huggingface.bnb import dequantized
 from compot_deploy.exporters.manifest import read_manifest
 from compot_deploy.exporters.packing import BNB_TYPES, pack_bnb4, pack_nbits, unpack_bnb4
 from compot_deploy.recipe import Recipe
-from compot_deploy.report.document import from_json, loss_table
+from compot_deploy.report.json import from_json
+from compot_deploy.report.tables import loss_table
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional kernel, aloud
 functional: Any = pytest.importorskip("bitsandbytes.functional")

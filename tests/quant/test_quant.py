@@ -11,7 +11,9 @@ from torch import Tensor
 from compot_deploy.core.grid import DENSE, Grid, Pattern
 from compot_deploy.core.matrix import Dense, Quantized
 from compot_deploy.errors import InputError
-from compot_deploy.numerics.compot import Alternation, compot, threshold
+from compot_deploy.numerics.coding import threshold
+from compot_deploy.numerics.compot import compot
+from compot_deploy.numerics.factors import Alternation
 from compot_deploy.numerics.quantize_factors import quantize_factors
 from compot_deploy.numerics.whiten import whiten
 from compot_deploy.quant import QUANTIZERS, gptq, rtn

@@ -15,7 +15,7 @@ from test_report_html import full
 from compot_deploy.accuracy.metrics import METRICS_VERSION, Estimate
 from compot_deploy.cli import main as cli
 from compot_deploy.errors import EXIT_BAD_INPUT, InputError
-from compot_deploy.report.document import Report, to_json, to_junit, verdict
+from compot_deploy.report.document import Report, verdict
 from compot_deploy.report.gate import (
     BYTE_LIMITS,
     GROWING,
@@ -26,6 +26,8 @@ from compot_deploy.report.gate import (
     read_baseline,
     read_gate,
 )
+from compot_deploy.report.json import to_json
+from compot_deploy.report.junit import to_junit
 from compot_deploy.report.summary import to_summary
 
 ROOT = Path(__file__).parents[2]

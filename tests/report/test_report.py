@@ -11,34 +11,18 @@ from xml.etree import ElementTree
 
 import pytest
 
-from compot_deploy.accuracy.evaluate import (
-    AccuracyReport,
-    Continuation,
-    Criterion,
-    EvaluationFacts,
-    GateResult,
-    GreedyMatch,
-    Loss,
-)
+from compot_deploy.accuracy.gate import Criterion, GateResult
+from compot_deploy.accuracy.losses import GreedyMatch, Loss
 from compot_deploy.accuracy.metrics import KL_EDGES, METRICS_VERSION, Comparison, Divergence, Estimate
+from compot_deploy.accuracy.outcome import AccuracyReport, Continuation, EvaluationFacts
 from compot_deploy.core.diagnostics import Finding, errors
 from compot_deploy.errors import InputError
-from compot_deploy.report.document import (
-    ABSENT,
-    SCHEMA_VERSION,
-    Report,
-    Sizes,
-    Table,
-    from_json,
-    gate_table,
-    loss_table,
-    size_table,
-    tables,
-    to_json,
-    to_junit,
-    to_markdown,
-    verdict,
-)
+from compot_deploy.report.document import SCHEMA_VERSION, Report, Sizes, verdict
+from compot_deploy.report.figures import ABSENT
+from compot_deploy.report.json import from_json, to_json
+from compot_deploy.report.junit import to_junit
+from compot_deploy.report.markdown import to_markdown
+from compot_deploy.report.tables import Table, gate_table, loss_table, size_table, tables
 
 
 def comparison(scale: float = 1.0) -> Comparison:

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from test_report import FINDINGS, loss, report
 
-from compot_deploy.accuracy.evaluate import Continuation
 from compot_deploy.accuracy.metrics import Estimate
-from compot_deploy.report.document import Report, Rival, Sizes, to_json
+from compot_deploy.accuracy.outcome import Continuation
+from compot_deploy.report.document import Report, Rival, Sizes
 from compot_deploy.report.facts import Frontier, FrontierPoint, LayerFigures, Origin
 from compot_deploy.report.html.page import to_html
 from compot_deploy.report.html.plots import plots
+from compot_deploy.report.json import to_json
 
 VOID = {"meta", "br", "wbr", "hr", "img", "link", "input"}
 HOSTILE = (

@@ -20,7 +20,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from compot_deploy.accuracy.runners import greedy, stream
+from compot_deploy.accuracy.runner import greedy, stream
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Quantized
 

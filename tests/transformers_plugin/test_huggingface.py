@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from compot_deploy.planning.factorization import grams_by_input
 from matrices import same_matrix
 from reference_onnx import (
     MODELS,
@@ -41,10 +42,10 @@ from compot_deploy.exporters.artifact import describe_matrices, seal
 from compot_deploy.exporters.huggingface.exporter import HuggingFaceOptions, account
 from compot_deploy.exporters.manifest import MANIFEST, read_manifest
 from compot_deploy.models.compressed import CompressedModel
-from compot_deploy.planning.factorization import factorize, grams_by_input
-from compot_deploy.transformers_plugin import CompotConfig, from_compressed
+from compot_deploy.pipeline.in_memory import factorize
+from compot_deploy.transformers_plugin.configuration import CompotConfig
 from compot_deploy.transformers_plugin.layout import AUTO_MAP, CODE, INDEX, WEIGHTS, read_config
-from compot_deploy.transformers_plugin.modeling import linears_of
+from compot_deploy.transformers_plugin.modeling import from_compressed, linears_of
 
 transformers.utils.logging.disable_progress_bar()
 EXPORTER = EXPORTERS["huggingface"]

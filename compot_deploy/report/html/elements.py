@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from compot_deploy.accuracy.metrics import Estimate
-from compot_deploy.report.document import ABSENT, Table, estimate, figure, percent, printable
-from compot_deploy.report.html.plots import Plot
+from compot_deploy.report.figures import ABSENT, estimate, figure, percent, printable
+from compot_deploy.report.html.drawing import Plot
+from compot_deploy.report.tables import Table
 
 LONGEST_TEXT: Final = 3_000
 """Characters of a continuation that are shown; report.json has the rest."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from compot_deploy.report.document import ABSENT, Report, choice_table
+from compot_deploy.report.document import Report
 from compot_deploy.report.facts import LayerFigures
+from compot_deploy.report.figures import ABSENT
+from compot_deploy.report.html.drawing import Plot
 from compot_deploy.report.html.elements import (
     MOST_ROWS,
     breakable,
@@ -21,7 +23,7 @@ from compot_deploy.report.html.elements import (
     plain_table,
     plot_figure,
 )
-from compot_deploy.report.html.plots import Plot
+from compot_deploy.report.tables import choice_table
 
 _PROJECTION: Final = "_proj"
 

@@ -1,35 +1,18 @@
 """The report as one HTML page that needs nothing else: no script, no network, no file beside it.
 
-Every figure that `compot_deploy.report.document.to_json` has is marked with its place there, ``data-field``, so that a
+Every figure that `compot_deploy.report.json.to_json` has is marked with its place there, ``data-field``, so that a
 program (and a test) can compare the two. All text is escaped: prompts, texts and names come from models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
 
-from compot_deploy.accuracy.evaluate import Continuation, Loss
-from compot_deploy.accuracy.metrics import Comparison
 from compot_deploy.errors import MissingDependencyError
-from compot_deploy.report.document import (
-    ABSENT,
-    Report,
-    alternative_note,
-    estimate,
-    figure,
-    finding_table,
-    greedy_matches,
-    limit_figure,
-    percent,
-    ratio,
-    readable_bytes,
-    verdict,
-)
+from compot_deploy.report.document import Report, verdict
+from compot_deploy.report.figures import ABSENT, limit_figure, ratio, readable_bytes
+from compot_deploy.report.html.drawing import Plot
 from compot_deploy.report.html.elements import (
-    FOLDED_ROWS,
-    LONGEST_TEXT,
-    folded,
     html_table,
     html_text,
     marked,
@@ -43,12 +26,14 @@ from compot_deploy.report.html.elements import (
     plot_figure,
     tile,
 )
+from compot_deploy.report.html.loss import loss_section
 from compot_deploy.report.html.matrices import matrix_section
-from compot_deploy.report.html.plots import Plot, plots, steps
+from compot_deploy.report.html.origin import origin_section
+from compot_deploy.report.html.plan import plan_section
+from compot_deploy.report.html.plots import plots
 from compot_deploy.report.html.style import STYLE
-
-_MOST_TEXTS: Final = 12
-"""Prompts that are shown."""
+from compot_deploy.report.html.texts import text_section
+from compot_deploy.report.tables import finding_table
 
 
 def to_html(report: Report) -> str:
@@ -66,12 +51,12 @@ def to_html(report: Report) -> str:
     sections = [
         _gate(report),
         _size(report, drawn),
-        _loss(report, drawn),
+        loss_section(report, drawn),
         matrix_section(report, drawn),
-        _plan(report, drawn),
-        _texts(report),
+        plan_section(report, drawn),
+        text_section(report),
         _structure(report),
-        _origin(report),
+        origin_section(report),
     ]
     title = f"{html_text(report.artifact)}: {'passed' if report.passed else 'failed'}"
     return (
@@ -85,9 +70,6 @@ def to_html(report: Report) -> str:
         + "\n".join(section for section in sections if section)
         + f"\n</main>\n{_foot(report)}\n</body>\n</html>\n"
     )
-
-
-# -- sections ------------------------------------------------------------------------------------------
 
 
 def _head(report: Report) -> str:
@@ -108,17 +90,17 @@ def _head(report: Report) -> str:
         against = "against the original"
     comparison = total.comparison
     if comparison.perplexity_ratio is not None:
-        shown = marked_estimate(f"{path}.perplexity_ratio", comparison.perplexity_ratio)
-        tiles.append(tile("perplexity ratio", shown, against))
+        value = marked_estimate(f"{path}.perplexity_ratio", comparison.perplexity_ratio)
+        tiles.append(tile("perplexity ratio", value, against))
     if comparison.top1_agreement is not None:
-        shown = marked_percent(f"{path}.top1_agreement", comparison.top1_agreement)
-        tiles.append(tile("same top token", shown, against))
+        value = marked_percent(f"{path}.top1_agreement", comparison.top1_agreement)
+        tiles.append(tile("same top token", value, against))
     if comparison.divergence is not None:
-        shown = marked_estimate(f"{path}.divergence.mean", comparison.divergence.mean)
-        tiles.append(tile("KL divergence", shown, "nats per token, mean"))
+        value = marked_estimate(f"{path}.divergence.mean", comparison.divergence.mean)
+        tiles.append(tile("KL divergence", value, "nats per token, mean"))
     if comparison.cosine is not None:
-        shown = marked_estimate(f"{path}.cosine", comparison.cosine)
-        tiles.append(tile("cosine of embeddings", shown, against))
+        value = marked_estimate(f"{path}.cosine", comparison.cosine)
+        tiles.append(tile("cosine of embeddings", value, against))
     tiles += [
         tile(
             "export error",
@@ -203,271 +185,9 @@ def _size(report: Report, drawn: Mapping[str, Plot]) -> str:
     )
 
 
-def _loss(report: Report, drawn: Mapping[str, Plot]) -> str:
-    accuracy = report.accuracy
-    losses: dict[str, tuple[str, Loss | None, str]] = {}
-    if accuracy.factorization is not None:
-        losses["factorization"] = (
-            "factorisation",
-            accuracy.factorization,
-            "original → factors, not quantized",
-        )
-        losses["quantization"] = ("quantization", accuracy.quantization, "factors → quantized factors")
-    losses["method"] = ("method", accuracy.method, "original → compressed, in torch")
-    for number, other in enumerate(report.alternatives):
-        losses[f"alternatives.{number}"] = (
-            f"method, {html_text(other.name)}",
-            other.loss,
-            "original → compressed otherwise, in torch",
-        )
-    losses["export_exact"] = ("export, exact", accuracy.export_exact, "compressed → file, computed exactly")
-    losses["export_shipped"] = (
-        "export, shipped",
-        accuracy.export_shipped,
-        "compressed → file as it ships",
-    )
-    losses["total"] = ("total", accuracy.total, "original → file as it ships")
-    losses["noise"] = ("noise floor", accuracy.noise, "torch against itself, token by token")
-    measured = {key: (name, loss, what) for key, (name, loss, what) in losses.items() if loss is not None}
-
-    def row(label: str, cell: Any) -> str:
-        cells = "".join(
-            f'<td class="number">{cell(_place(key), loss)}</td>' for key, (_, loss, _) in measured.items()
-        )
-        return f'<tr><th scope="row">{label}</th>{cells}</tr>\n'
-
-    def nested(path: str, formatter: Any) -> Any:
-        def cell(place: str, loss: Loss) -> str:
-            value: Any = loss.comparison
-            for part in path.split("."):
-                value = getattr(value, part)
-            return formatter(f"{place}.{path}", value)
-
-        return cell
-
-    figures = accuracy.export_exact.comparison
-    rows: list[str] = []
-    if figures.perplexity_ratio is not None:
-        rows += [
-            row("perplexity, from", nested("reference_perplexity", marked_estimate)),
-            row("perplexity, to", nested("candidate_perplexity", marked_estimate)),
-            row("perplexity ratio", nested("perplexity_ratio", marked_estimate)),
-        ]
-    if figures.divergence is not None:
-        rows += [
-            row("KL divergence, mean", nested("divergence.mean", marked_estimate)),
-            row("median", nested("divergence.median", marked_number)),
-            row("90 %", nested("divergence.p90", marked_number)),
-            row("99 %", nested("divergence.p99", marked_number)),
-            row("largest", nested("divergence.maximum", marked_number)),
-            row("same top token", nested("top1_agreement", marked_percent)),
-        ]
-    if figures.cosine is not None:
-        rows += [
-            row("cosine of embeddings, mean", nested("cosine", marked_estimate)),
-            row("lowest", nested("lowest_cosine", marked_number)),
-        ]
-    what = "logit" if figures.cosine is None else "vector"
-    rows += [
-        row(f"{what} NMSE", nested("nmse", marked_number)),
-        row(f"largest {what} difference", nested("largest_difference", marked_number)),
-    ]
-    if accuracy.export_exact.greedy:
-        rows.append(row("same greedy tokens", lambda _, loss: html_text(greedy_matches(loss.greedy))))
-    head = tuple(f"{name}<small>{what}</small>" for name, _, what in measured.values())
-    facts = accuracy.evaluation
-    notes = [
-        f"{facts.positions:,} positions in {facts.windows} windows of {facts.source}; figures of metrics version "
-        f"{accuracy.metrics_version}. KL divergence is in nats per token; ± is one standard error.",
-        *(f"{note}." for note in facts.notes),
-    ]
-    if accuracy.reference_absent is not None:
-        notes.append(f"No method and total loss: {accuracy.reference_absent}.")
-    elif accuracy.factorization is None and accuracy.split_absent is not None:
-        notes.append(
-            f"The method loss is not split into factorisation and quantization: {accuracy.split_absent}."
-        )
-    table = html_table(("", *head), rows, numbers=True, wide=True, escaped=True)
-    bad = sum(
-        loss.comparison.nonfinite_reference + loss.comparison.nonfinite_candidate
-        for _, loss, _ in measured.values()
-        if loss is not None
-    )
-    notes += [alternative_note(report, other) for other in report.alternatives]
-    if bad:
-        notes.append(f"{bad} logits are NaN or infinite; their positions are left out.")
-    summary = "".join(
-        f"<div><dt>{name}</dt><dd>{_in_a_line(loss.comparison)}</dd></div>"
-        for name, loss in steps(report).items()
-    )
-    return page_section(
-        "Loss",
-        f'<div class="columns">{plot_figure(drawn.get("divergence"))}<div><dl class="facts">{summary}</dl>'
-        f"{note_list(notes)}"
-        '<p class="note">Losses do not add up: each is measured between two models on the same tokens. The '
-        "noise floor is what the order of additions alone changes: an export loss near it is arithmetic."
-        f"</p></div></div>{table}",
-    )
-
-
-def _in_a_line(figures: Comparison) -> str:
-    """The figures of a loss that say most."""
-    parts = []
-    if figures.divergence is not None:
-        parts.append(f"{figure(figures.divergence.mean.value)} nats per token")
-    if figures.perplexity_ratio is not None:
-        parts.append(f"perplexity × {figures.perplexity_ratio.value:.4g}")
-    elif figures.top1_agreement is not None:
-        parts.append(f"{percent(figures.top1_agreement)} of the choices the same")
-    if figures.cosine is not None:
-        parts.append(f"cosine {estimate(figures.cosine)}")
-    return ", ".join(parts)
-
-
-def _plan(report: Report, drawn: Mapping[str, Plot]) -> str:
-    planned = report.frontier
-    if planned is None:
-        return ""
-    chosen = planned.chosen
-    listed = [
-        (
-            "budget",
-            f"{marked_bytes('frontier.budget', planned.budget)} bytes, counted in the {planned.counts}",
-        ),
-        (
-            "chosen",
-            f"{marked_bytes('frontier.chosen.bytes', chosen.bytes)} bytes, "
-            f"{marked('frontier.chosen.bits', chosen.bits, f'{chosen.bits:.3f}')} bits per weight",
-        ),
-        ("predicted loss", f"{marked_number('frontier.chosen.loss', chosen.loss)} nats per token"),
-    ]
-    facts = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in listed)
-    tables = ""
-    for title, key, points in (
-        ("All forms", "all_forms", planned.all_forms),
-        ("Plain integers alone", "plain", planned.plain),
-    ):
-        rows = [
-            f'<tr><td class="number">{marked_bytes(f"frontier.{key}.{n}.bytes", point.bytes)}</td>'
-            f'<td class="number">{marked(f"frontier.{key}.{n}.bits", point.bits, f"{point.bits:.3f}")}</td>'
-            f'<td class="number">{marked_number(f"frontier.{key}.{n}.loss", point.loss)}</td></tr>\n'
-            for n, point in enumerate(points)
-        ]
-        if rows:
-            tables += folded(
-                f"{title}: points of the plot",
-                html_table(("bytes", "bits per weight", "predicted loss"), rows, numbers=True),
-                FOLDED_ROWS + 1,
-            )
-    return page_section(
-        "Plan",
-        f'<div class="columns">{plot_figure(drawn.get("frontier"))}<div><dl class="facts">{facts}</dl>{tables}'
-        "</div></div>",
-    )
-
-
-def _texts(report: Report) -> str:
-    texts = report.accuracy.continuations
-    if not texts:
-        return ""
-    shown = "".join(_text_card(text) for text in texts[:_MOST_TEXTS])
-    if len(texts) > _MOST_TEXTS:
-        shown += f'<p class="note">{len(texts) - _MOST_TEXTS} more prompts are in report.json.</p>'
-    return page_section(
-        "Texts side by side",
-        '<p class="note">Greedy continuations. What differs from the first is marked from where it starts to '
-        f"differ.</p>{shown}",
-    )
-
-
-def _text_card(text: Continuation) -> str:
-    voices: dict[str, list[str]] = {}
-    for who, said in (
-        ("original", text.reference),
-        ("factorised", text.factorized),
-        ("compressed", text.compressed),
-        ("file, exact", text.exact),
-        ("file, as shipped", text.exported),
-    ):
-        if said is not None:
-            voices.setdefault(said, []).append(who)
-    first = next(iter(voices))
-    cards = []
-    for said, speakers in voices.items():
-        same = _shared(first, said)
-        told, cut = said[:LONGEST_TEXT], "…" if len(said) > LONGEST_TEXT else ""
-        rest = told[same:]
-        differing = f"<mark>{html_text(rest)}</mark>" if rest and said != first else html_text(rest)
-        ended = " <em>ends here</em>" if said != first and not rest and len(said) < len(first) else ""
-        cards.append(
-            f'<div class="voice"><h4>{" = ".join(speakers)}</h4>'
-            f"<p>{html_text(told[:same])}{differing}{cut}{ended}</p></div>"
-        )
-    prompt = text.prompt[:LONGEST_TEXT]
-    return (
-        f'<article class="text"><p class="prompt"><span>prompt</span>{html_text(prompt)}</p>'
-        f'<div class="voices">{"".join(cards)}</div></article>\n'
-    )
-
-
-def _place(key: str) -> str:
-    """Where a comparison lies in report.json."""
-    return f"{key}.loss.comparison" if key.startswith("alternatives.") else f"accuracy.{key}.comparison"
-
-
-def _shared(first: str, second: str) -> int:
-    """Characters that two texts have in common from the start."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((n for n, (one, other) in pairs if one != other), min(len(first), len(second)))
-
-
 def _structure(report: Report) -> str:
     table = finding_table(report)
     return page_section("Structure", plain_table(table)) if table.rows else ""
-
-
-def _origin(report: Report) -> str:
-    origin, facts = report.origin, report.accuracy.evaluation
-    windows = ""
-    if origin.calibration_windows is not None and origin.calibration_tokens is not None:
-        windows = (
-            f"{marked_bytes('origin.calibration_windows', origin.calibration_windows)} windows, "
-            f"{marked_bytes('origin.calibration_tokens', origin.calibration_tokens)} tokens; "
-        )
-    listed = [
-        ("calibration text", html_text(origin.calibration or "not recorded")),
-        ("calibration tokens", f"{windows}sha256 {_digest(origin.calibration_digest)}"),
-        ("evaluation text", html_text(facts.source)),
-        (
-            "evaluation tokens",
-            f"{marked_bytes('accuracy.evaluation.windows', facts.windows)} windows, "
-            f"{marked_bytes('accuracy.evaluation.tokens', facts.tokens)} tokens, "
-            f"{marked_bytes('accuracy.evaluation.positions', facts.positions)} positions; "
-            f"sha256 {_digest(facts.digest)}",
-        ),
-        ("original", f"{html_text(report.model)}, sha256 {_digest(origin.source)}"),
-        ("seed", ABSENT if origin.seed is None else str(origin.seed)),
-        ("judged", html_text(report.created)),
-        ("compot-deploy", html_text(report.package)),
-        ("original runs in", html_text(_runner(report.accuracy.method, "reference"))),
-        ("compressed runs in", html_text(report.accuracy.export_exact.reference)),
-        ("file runs in", html_text(report.accuracy.export_shipped.candidate)),
-    ]
-    facts_list = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in listed)
-    knobs = [
-        f'<tr><th scope="row"><code>{html_text(name)}</code></th><td>{html_text(_plain(value))}</td></tr>\n'
-        for name, value in report.recipe.items()
-    ]
-    versions = [
-        f'<tr><th scope="row"><code>{html_text(name)}</code></th><td>{html_text(value)}</td></tr>\n'
-        for name, value in report.versions.items()
-    ]
-    tables = ""
-    if knobs:
-        tables += folded("Recipe: every knob", html_table(("knob", "value"), knobs), len(knobs))
-    if versions:
-        tables += folded("Versions of libraries", html_table(("library", "version"), versions), len(versions))
-    return page_section("Calibration and provenance", f'<dl class="facts">{facts_list}</dl>{tables}')
 
 
 def _foot(report: Report) -> str:
@@ -476,19 +196,3 @@ def _foot(report: Report) -> str:
         f"{report.schema_version}.{report.schema_minor}, metrics version {report.accuracy.metrics_version}. Checked "
         "again by <code>compot-deploy check</code>.</p></footer>"
     )
-
-
-def _digest(value: str | None) -> str:
-    return ABSENT if value is None else f'<code class="digest">{html_text(value)}</code>'
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "not set"
-    if isinstance(value, tuple | list):
-        return ", ".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _runner(loss: Loss | None, which: str) -> str:
-    return ABSENT if loss is None else str(getattr(loss, which))

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from compot_deploy.models.calibrate import BlockStream
 from reference_gguf import compressed, shared_change
 
 from compot_deploy.cli import main as cli
@@ -19,15 +18,17 @@ from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MISSING_DEPENDENCY, EXIT_OK
 from compot_deploy.exporters.artifact import verify
 from compot_deploy.exporters.gguf import quantize as gguf_quantize
-from compot_deploy.exporters.gguf.exporter import GgufOptions, write
 from compot_deploy.exporters.gguf.folder import GgufExporter
 from compot_deploy.exporters.gguf.reader import read_header
+from compot_deploy.exporters.gguf.writer import GgufOptions, write
 from compot_deploy.models.source import ModelSource
+from compot_deploy.models.streaming import BlockStream
 from compot_deploy.pipeline import deploy as pipeline
 from compot_deploy.planning import settings
 from compot_deploy.planning.candidates import Search
 from compot_deploy.recipe import Recipe
-from compot_deploy.report.document import Report, from_json
+from compot_deploy.report.document import Report
+from compot_deploy.report.json import from_json
 
 pytest.importorskip("xllamacpp", reason="llama.cpp's library is the extra llama")
 

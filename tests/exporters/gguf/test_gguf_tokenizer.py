@@ -125,7 +125,7 @@ def test_ids_equal_those_of_hugging_face_on_a_thousand_lines(tmp_path: Path, kin
     pytest.importorskip("xllamacpp", reason="the extra llama is not installed")
     from transformers import AutoTokenizer
 
-    from compot_deploy.llama import LlamaModel
+    from compot_deploy.llama.model import LlamaModel
 
     folder = model_folder(tmp_path / "model", kind)
     path = tmp_path / "model.gguf"

@@ -60,8 +60,9 @@ from compot_deploy.exporters.packing import (
     unpack_two_of_four,
 )
 from compot_deploy.models.compressed import CompressedModel
-from compot_deploy.planning.spectral import ALLOCATIONS, MatrixSize, Precision, Sparsity
-from compot_deploy.report.document import from_json
+from compot_deploy.planning.sizing import MatrixSize, Precision, Sparsity
+from compot_deploy.planning.spectral import ALLOCATIONS
+from compot_deploy.report.json import from_json
 
 EXPORTER = EXPORTERS["onnx"]
 PACKED = OnnxOptions(codes="packed")

@@ -1,0 +1,150 @@
+"""The gate: limits on the losses, and the verdict that says yes or no."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from compot_deploy.accuracy.losses import Loss
+from compot_deploy.accuracy.metrics import Comparison, Estimate
+from compot_deploy.errors import InputError, RecipeError
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Limits that a model must keep to be shipped. Those on the total loss are off unless they are set.
+
+    Attributes:
+        max_perplexity_ratio: total: candidate over reference perplexity; 1.05 allows 5 % more.
+        max_kl: total: mean KL divergence in nats per token.
+        min_top1: total: fraction of positions with the same most likely token or class.
+        min_cosine: total: mean cosine between embeddings.
+        max_export_nmse: NMSE of compressed → exact. Always on: a faithful export adds rounding, about 1e-12,
+            and the first wrong scale, permutation or mask adds far more than 1e-4.
+    """
+
+    max_perplexity_ratio: float | None = None
+    max_kl: float | None = None
+    min_top1: float | None = None
+    min_cosine: float | None = None
+    max_export_nmse: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name in ("max_perplexity_ratio", "max_kl", "max_export_nmse"):
+            limit = getattr(self, name)
+            if limit is not None and not limit >= 0:
+                raise RecipeError(f"{name} = {limit}: a limit is a number that is not negative.")
+        if self.min_top1 is not None and not 0 <= self.min_top1 <= 1:
+            raise RecipeError(f"min_top1 = {self.min_top1}: give a fraction between 0 and 1.")
+        if self.min_cosine is not None and not -1 <= self.min_cosine <= 1:
+            raise RecipeError(f"min_cosine = {self.min_cosine}: give a number between -1 and 1.")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a limit on the total loss is set."""
+        limits = (self.max_perplexity_ratio, self.max_kl, self.min_top1, self.min_cosine)
+        return any(limit is not None for limit in limits)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One condition of the gate and how it went.
+
+    Attributes:
+        name: ``max_kl`` and so on, as in `Gate`; ``nonfinite_logits``.
+        value: measured; NaN where nothing could be measured, which fails.
+        threshold: the limit.
+        relation: what the value must be to the threshold.
+        passed: whether it is.
+        sentence: the same in words.
+    """
+
+    name: str
+    value: float
+    threshold: float
+    relation: Literal["at most", "at least"]
+    passed: bool
+    sentence: str
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """All criteria, in a fixed order, and the verdict: passed when every one of them is."""
+
+    criteria: tuple[Criterion, ...]
+    passed: bool
+
+
+def judge(
+    gate: Gate, export_exact: Loss, export_shipped: Loss, method: Loss | None, total: Loss | None
+) -> GateResult:
+    """Compare measured losses with the limits. Widening a limit never turns a pass into a failure.
+
+    Raises:
+        InputError: a limit on the total loss is set, but there is no total loss.
+    """
+    bad = sum(loss.comparison.nonfinite_candidate for loss in (export_exact, export_shipped))
+    bad += export_exact.comparison.nonfinite_reference
+    bad += 0 if method is None else method.comparison.nonfinite_reference
+    criteria = [
+        criterion(
+            "nonfinite_logits", float(bad), 0.0, "at most", "logits of any model that are NaN or infinite"
+        ),
+        criterion(
+            "max_export_nmse",
+            export_exact.comparison.nmse,
+            gate.max_export_nmse,
+            "at most",
+            "NMSE that the file adds, computed exactly",
+        ),
+    ]
+    if gate.needs_reference:
+        if total is None:
+            raise InputError("Limits on the total loss need the original model. Give it with --reference.")
+        criteria += _total_criteria(gate, total.comparison)
+    return GateResult(tuple(criteria), all(one.passed for one in criteria))
+
+
+def _total_criteria(gate: Gate, figures: Comparison) -> Iterator[Criterion]:
+    """The total loss against each limit that is set. What was not measured is NaN, which no limit lets pass."""
+
+    def value(estimate: Estimate | None) -> float:
+        return math.nan if estimate is None else estimate.value
+
+    if gate.max_perplexity_ratio is not None:
+        ratio, limit = value(figures.perplexity_ratio), gate.max_perplexity_ratio
+        yield criterion("max_perplexity_ratio", ratio, limit, "at most", "perplexity over the original's")
+    if gate.max_kl is not None:
+        mean = value(None if figures.divergence is None else figures.divergence.mean)
+        what = "mean KL divergence from the original in nats"
+        yield criterion("max_kl", mean, gate.max_kl, "at most", what)
+    if gate.min_top1 is not None:
+        what = "share of positions with the original's most likely token"
+        yield criterion("min_top1", value(figures.top1_agreement), gate.min_top1, "at least", what)
+    if gate.min_cosine is not None:
+        what = "mean cosine to the original's embeddings"
+        yield criterion("min_cosine", value(figures.cosine), gate.min_cosine, "at least", what)
+
+
+def criterion(
+    name: str, value: float, threshold: float, relation: Literal["at most", "at least"], what: str
+) -> Criterion:
+    """A value held against a limit. NaN, what could not be measured, fails."""
+    # NaN compares as False either way.
+    passed = value <= threshold if relation == "at most" else value >= threshold
+    verdict = "passed" if passed else "failed"
+    return Criterion(
+        name,
+        value,
+        threshold,
+        relation,
+        passed,
+        f"{what}: {shown(value)}, {relation} {shown(threshold)}: {verdict}",
+    )
+
+
+def shown(value: float) -> str:
+    """A figure of the gate: counts of a thousand and more with every digit, others with four."""
+    return f"{value:,.0f}" if abs(value) >= 1000 and value.is_integer() else f"{value:.4g}"

@@ -1,0 +1,105 @@
+"""Tokens in, logits out: what the accuracy checker compares, whatever the runtime.
+
+A runner hides a runtime behind two calls. `Runner.logits` reads windows of tokens and yields the logits a few
+positions at a time, so that nobody ever holds the logits of a whole text; `Runner.generate` continues a
+prompt greedily. Both walk through the key-value cache, the way the model is used when it is deployed, so a
+broken cache shows up in every figure. The loops `stream` and `greedy` are shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from compot_deploy.errors import InputError
+
+State = TypeVar("State")
+"""What a runtime carries from one call to the next: its key-value cache."""
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """A model that can be asked for logits and for greedy text."""
+
+    @property
+    def name(self) -> str:
+        """What is run and how, for reports: ``onnxruntime 1.32.0, as shipped``."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Width of the logits; every token id must be below it."""
+        ...
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence that the model can read, None where it does not say."""
+        ...
+
+    def logits(
+        self, tokens: Int64[Tensor, "batch length"], chunk: int
+    ) -> Iterator[Float[Tensor, "batch positions vocabulary"]]:
+        """Logits at every position, float32 on the CPU, in pieces of `chunk` positions, the last one shorter.
+
+        Args:
+            tokens: windows without padding, each read from its start with an empty cache.
+            chunk: positions per piece, at least 1.
+        """
+        ...
+
+    def generate(self, prompt: Sequence[int], new_tokens: int) -> tuple[int, ...]:
+        """Exactly `new_tokens` greedy tokens after the prompt; end-of-text tokens do not stop it."""
+        ...
+
+
+@runtime_checkable
+class RunnerFactory(Protocol):
+    """Opens an artifact of one kind."""
+
+    def __call__(self, folder: Path, *, exact: bool = False, threads: int = 0) -> Runner:
+        """A runner for an exported folder or file.
+
+        Args:
+            folder: the artifact.
+            exact: switch the runtime's approximations off (int8 activations, float16 cache), so that what
+                remains is the error of the exported file. The shipped settings otherwise.
+            threads: of the runtime; 0 lets it choose.
+        """
+        ...
+
+
+Advance = Callable[[Tensor, State | None], tuple[Tensor, State]]
+"""(tokens, state) → (logits of these tokens, next state): one call into a runtime; no state is the start."""
+
+
+def stream(
+    advance: Advance[State], tokens: Int64[Tensor, "batch length"], chunk: int
+) -> Iterator[Float[Tensor, "batch positions vocabulary"]]:
+    """Walk windows through a runtime, `chunk` positions per call."""
+    state: State | None = None
+    for piece in tokens.split(chunk, dim=1):
+        logits, state = advance(piece, state)
+        yield logits.float().cpu()
+
+
+def greedy(advance: Advance[State], prompt: Sequence[int], new_tokens: int) -> tuple[int, ...]:
+    """The most likely token, again and again; among equals the lowest id.
+
+    Raises:
+        InputError: the prompt is empty.
+    """
+    if not prompt:
+        raise InputError("A prompt without tokens cannot be continued: give at least one token.")
+    generated: list[int] = []
+    state: State | None = None
+    step = torch.tensor([list(prompt)])
+    for _ in range(new_tokens):
+        logits, state = advance(step, state)
+        generated.append(int(logits[0, -1].argmax()))
+        step = torch.tensor([generated[-1:]])
+    return tuple(generated)

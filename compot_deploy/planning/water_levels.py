@@ -1,0 +1,165 @@
+"""Precision by energy: strong atoms in more bits than weak ones, within a budget (water-filling)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from types import MappingProxyType
+from typing import Final
+
+from compot_deploy.core.grid import Grid
+from compot_deploy.core.storage import Storage
+from compot_deploy.numerics.joint import Level
+from compot_deploy.planning.schemes import GridChoice, Joint
+
+_DICTIONARY_LOSS: Final = MappingProxyType({2: 0.05, 3: 0.012, 4: 0.003, 8: 2e-5})
+_CODE_LOSS: Final = MappingProxyType({2: 0.16, 3: 0.045, 4: 0.013, 8: 1e-4})
+"""Part of an atom's energy that is lost at so many bits. The dictionary's inputs are correlated, which
+feedback turns to account; the codes' are not."""
+
+
+def water_levels(
+    energies: Sequence[float],
+    inputs: int,
+    outputs: int,
+    *,
+    budget: int,
+    storage: Storage,
+    grids: GridChoice,
+    most_levels: int = 4,
+) -> tuple[Level, ...]:
+    """Precision by energy: the best number of atoms and bits for each, within a budget (water-filling).
+
+    Every atom takes the bits at which another byte buys less than a common price; the lowest price that
+    fits the budget is taken. Atoms of equal bits make a level, small levels join the one above.
+
+    Args:
+        energies: squared singular values of the whitened weight, largest first.
+        inputs: m.
+        outputs: n, of all matrices together.
+        budget: bytes for dictionary and codes.
+        storage: what a leaf costs.
+        grids: what the format holds.
+        most_levels: levels that are kept apart.
+
+    Returns:
+        Strongest first; empty if not even one step of atoms fits.
+    """
+    if not energies or energies[0] <= 0.0:
+        return ()
+    choices = _choices(sorted(grids.groups), inputs, outputs)
+
+    def at(price: float) -> tuple[Level, ...]:
+        chosen = _at_price(energies, choices, price)
+        return _levels(chosen, inputs, outputs, storage, grids, most_levels)
+
+    def fits(levels: tuple[Level, ...]) -> bool:
+        return Joint(levels).bytes(inputs, outputs, storage) <= budget
+
+    low, high = math.log(energies[0] * 1e-12), math.log(energies[0])
+    best: tuple[Level, ...] = ()
+    for _ in range(40):
+        middle = (low + high) / 2
+        levels = at(math.exp(middle))
+        if fits(levels):
+            best, high = levels, middle
+        else:
+            low = middle
+    return best
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Bits of one atom.
+
+    Attributes:
+        dictionary: bits of each of its inputs.
+        codes: bits of each of its outputs.
+        cost: bits that it takes, scales counted.
+        loss: part of its energy that is lost.
+    """
+
+    dictionary: int
+    codes: int
+    cost: float
+    loss: float
+
+
+def _choices(bits: Sequence[int], inputs: int, outputs: int) -> list[_Choice]:
+    """What an atom can have, without what costs and loses more than another choice."""
+    every = [
+        _Choice(a, s, inputs * (a + 0.25) + outputs * (s + 0.25), _DICTIONARY_LOSS[a] + _CODE_LOSS[s])
+        for a, s in product(bits, repeat=2)
+    ]
+    return [
+        one
+        for one in every
+        if not any(other is not one and other.cost <= one.cost and other.loss <= one.loss for other in every)
+    ]
+
+
+def _at_price(energies: Sequence[float], choices: Sequence[_Choice], price: float) -> list[tuple[int, int]]:
+    """Bits of dictionary and codes of each atom at a price per bit; it ends where an atom is not worth any."""
+    chosen: list[tuple[int, int]] = []
+    for energy in energies:
+        best, least = None, energy
+        for choice in choices:
+            value = energy * choice.loss + price * choice.cost
+            if value < least:
+                best, least = choice, value
+        if best is None:
+            break
+        chosen.append((best.dictionary, best.codes))
+    return chosen
+
+
+def _levels(
+    chosen: Sequence[tuple[int, int]],
+    inputs: int,
+    outputs: int,
+    storage: Storage,
+    grids: GridChoice,
+    most: int,
+) -> tuple[Level, ...]:
+    """Levels of the bits that each atom was given: at most so many, in whole steps of atoms."""
+    runs: list[tuple[tuple[int, int], int]] = []
+    for bits in chosen:
+        if runs and runs[-1][0] == bits:
+            runs[-1] = (bits, runs[-1][1] + 1)
+        else:
+            runs.append((bits, 1))
+    while len(runs) > most:
+        # The smallest run joins its stronger neighbour, or the second the first.
+        position = min(range(1, len(runs)), key=lambda index: runs[index][1])
+        bits, count = runs.pop(position)
+        runs[position - 1] = (runs[position - 1][0], runs[position - 1][1] + count)
+    levels = []
+    debt = 0
+    for (a, s), count in runs:
+        # Whole steps; what a level is given too much is taken from the next.
+        atoms = -(-(count - debt) // grids.step) * grids.step
+        if atoms <= 0:
+            debt -= count
+            continue
+        debt = atoms - (count - debt)
+        levels.append((atoms, a, s))
+    total = sum(atoms for atoms, _, _ in levels)
+    if total > min(inputs, outputs):
+        levels[-1] = (levels[-1][0] - grids.step, *levels[-1][1:])
+        levels = [level for level in levels if level[0] > 0]
+    return tuple(
+        Level(
+            atoms,
+            _cheapest(inputs, atoms, [Grid(a, group) for group in grids.groups[a]], storage, prefer=64),
+            _cheapest(atoms, outputs, [Grid(s, group) for group in grids.groups[s]], storage),
+        )
+        for atoms, a, s in levels
+    )
+
+
+def _cheapest(rows: int, columns: int, grids: Sequence[Grid], storage: Storage, prefer: int = 0) -> Grid:
+    """The grid of fewest bytes; a dictionary prefers groups that follow its inputs."""
+    preferred = [grid for grid in grids if grid.group == prefer] or list(grids)
+    return min(preferred, key=lambda grid: (storage.leaf_bytes(rows, columns, grid), grid.group))
