@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from compot_deploy.accuracy.onnx_losses import run_folder
+from compot_deploy.pipeline.traced import REPORT, TEXTS, _texts, check_traced, is_traced
 from consumer_environments import python_with
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from compot_deploy.accuracy.onnx_losses import run_folder
 from compot_deploy.cli.main import main
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Factorized, Quantized
@@ -25,7 +26,6 @@ from compot_deploy.exporters.manifest import MANIFEST, read_manifest
 from compot_deploy.exporters.onnx.exporter import OnnxMatrices
 from compot_deploy.exporters.onnx.session import open_session
 from compot_deploy.exporters.onnx.tensors import DATA, GRAPH
-from compot_deploy.pipeline.traced import REPORT, TEXTS, _texts, check_traced, is_traced
 from compot_deploy.recipe import recipe_from_mapping
 
 

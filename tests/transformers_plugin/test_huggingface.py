@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from compot_deploy.planning.factorization import factorize, grams_by_input
 from matrices import same_matrix
 from reference_onnx import (
     MODELS,
@@ -41,7 +42,6 @@ from compot_deploy.exporters.artifact import describe_matrices, seal
 from compot_deploy.exporters.huggingface.exporter import HuggingFaceOptions, account
 from compot_deploy.exporters.manifest import MANIFEST, read_manifest
 from compot_deploy.models.compressed import CompressedModel
-from compot_deploy.planning.factorization import factorize, grams_by_input
 from compot_deploy.transformers_plugin import CompotConfig, from_compressed
 from compot_deploy.transformers_plugin.layout import AUTO_MAP, CODE, INDEX, WEIGHTS, read_config
 from compot_deploy.transformers_plugin.modeling import linears_of

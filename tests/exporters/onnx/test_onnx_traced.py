@@ -13,6 +13,8 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from compot_deploy.accuracy.embeddings import Texts, compare_texts
+from compot_deploy.accuracy.onnx_losses import Losses, measure, run_folder, run_torch
 from consumer_environments import python_with
 from matrices import same_matrix
 from reference_onnx import rounded, two_pairs
@@ -29,8 +31,6 @@ from transformers import (
     ViTModel,
 )
 
-from compot_deploy.accuracy.embeddings import Texts, compare_texts
-from compot_deploy.accuracy.onnx_losses import Losses, measure, run_folder, run_torch
 from compot_deploy.accuracy.runners import OnnxRunner, TorchRunner
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair
