@@ -5,13 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
 
 from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.models.tasks import Task
+
+_ADVICE: Final = "warn_if_padding_and_no_attention_mask"
+"""What some models of transformers call to look for padding in their tokens."""
 
 
 def on_meta(config: Any, task: Task) -> Any:
@@ -42,7 +45,14 @@ def _made(config: Any, task: Task, dtype: torch.dtype) -> Any:
         raise UnsupportedModelError(
             f"The model type {config.model_type!r} is not supported: {str(error).strip().splitlines()[0]}"
         ) from None
+    for module in model.modules():
+        if hasattr(module, _ADVICE):  # reads values of tokens, which there are none of on `meta`
+            setattr(module, _ADVICE, _nothing)
     return model.eval()
+
+
+def _nothing(*_: object) -> None:
+    """No advice: which tokens are padding is known here."""
 
 
 @contextmanager

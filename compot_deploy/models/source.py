@@ -119,7 +119,12 @@ class ModelSource:
     @property
     def context(self) -> int:
         """Longest sequence that the model was made for, in tokens."""
-        return int(getattr(self.settings.get_text_config(), "max_position_embeddings", None) or _CONTEXT)
+        longest = int(getattr(self.settings.get_text_config(), "max_position_embeddings", None) or _CONTEXT)
+        for name, table in self.meta.named_modules():
+            # RoBERTa and its relatives count positions from the one behind that of padding.
+            if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
+                longest = min(longest, table.num_embeddings - table.padding_idx - 1)
+        return longest
 
     @property
     def tied(self) -> bool:
@@ -320,9 +325,8 @@ def _loaded(folder: Path, task: Task) -> Mapping[str, Tensor] | None:
     missing = [key for key in found["missing_keys"] if not may_be_absent(key)]
     if missing or found["mismatched_keys"]:
         return None
-    return Held(
-        {name: value for name, value in model.state_dict().items() if name not in found["missing_keys"]}
-    )
+    state = {name: value for name, value in model.state_dict().items() if name not in found["missing_keys"]}
+    return Held(state, folder)
 
 
 def _matched(folder: Path, files: LazyTensors, meta: Any) -> Renamed:

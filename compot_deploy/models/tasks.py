@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+from compot_deploy.models.hints import ARCHITECTURES
 
 TaskKind: TypeAlias = Literal["generation", "masked", "classification", "token-classification", "embedding"]
 
@@ -40,11 +42,14 @@ class Task:
         kind: what it is for.
         auto_class: the class of transformers that loads it.
         noun: what it is called in sentences.
+        padding: token that fills up short texts, where the configuration has one: decoders that classify look for
+            it to find the end of a text.
     """
 
     kind: TaskKind
     auto_class: str
     noun: str
+    padding: int | None = None
 
     @property
     def unit(self) -> str:
@@ -71,20 +76,22 @@ class Task:
     def batches(self, windows: Sequence[Tensor]) -> list[Batch]:
         """Windows of tokens, padded on the right where their lengths differ.
 
-        A model that generates gets no attention mask: no token sees the padding behind it.
+        A model that generates gets no attention mask: no token sees the padding behind it. One that classifies texts
+        and has no token for padding reads them one by one.
         """
         found: list[Batch] = []
         rows: list[Tensor] = []
+        alone = self.kind == "classification" and self.padding is None
         for window in windows:
             longest = max([len(window), *(len(row) for row in rows)])
-            if rows and longest * (len(rows) + 1) > TOKENS_PER_BATCH:
+            if rows and (alone or longest * (len(rows) + 1) > TOKENS_PER_BATCH):
                 found.append(self._batch(rows))
                 rows = []
             rows.append(window)
         return [*found, self._batch(rows)] if rows else found
 
     def _batch(self, rows: Sequence[Tensor]) -> Batch:
-        ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+        ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=self.padding or 0)
         lengths = torch.tensor([len(row) for row in rows])
         real = torch.arange(ids.shape[1])[None] < lengths[:, None]
         arguments = {"input_ids": ids}
@@ -159,10 +166,16 @@ _BY_SUFFIX: Final[Mapping[str, Task]] = {
 
 
 def task_of(config: Mapping[str, Any]) -> Task | None:
-    """The task of a configuration; None where the class that it names has a head that is not known here."""
+    """The task of a configuration; None where the class that it names has a head that is not known here.
+
+    Decoders with a graph of ours keep their head where no class is named.
+    """
     classes = config.get("architectures") or ()
     name = str(classes[0]) if isinstance(classes, Sequence) and classes else ""
-    for suffix, task in _BY_SUFFIX.items():
-        if name.endswith(suffix):
-            return task
-    return None if "For" in name or name.endswith("DoubleHeadsModel") else EMBEDDING
+    known = [task for suffix, task in _BY_SUFFIX.items() if name.endswith(suffix)]
+    if not name and config.get("model_type") in ARCHITECTURES:
+        known = [GENERATION]
+    if not known and ("For" in name or name.endswith("DoubleHeadsModel")):
+        return None
+    task, padding = (*known, EMBEDDING)[0], config.get("pad_token_id")
+    return replace(task, padding=padding) if isinstance(padding, int) and padding >= 0 else task

@@ -37,14 +37,8 @@ class LazyTensors(Mapping[str, Tensor]):
                 ) from None
         else:
             tensor = self._unpickle(path)[name]
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            count = int((~torch.isfinite(tensor)).sum())
-            raise InputError(
-                f"{path}: {name} has {count} values that are NaN or infinite out of {tensor.numel()}. "
-                "The checkpoint is damaged; download or save it again."
-            )
         assert isinstance(tensor, Tensor)
-        return tensor
+        return _finite(tensor, name, path)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -101,13 +95,18 @@ class Renamed(Mapping[str, Tensor]):
 
 
 class Held(Mapping[str, Tensor]):
-    """Tensors in memory; each access gives a copy, so that nobody changes what others read."""
+    """Tensors in memory; each access checks that they are finite, and gives a copy: nobody changes what others read.
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = dict(tensors)
+    Args:
+        tensors: by name.
+        folder: where they were read.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        self._tensors, self._folder = dict(tensors), folder
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name].clone()
+        return _finite(self._tensors[name], name, self._folder).clone()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -117,6 +116,16 @@ class Held(Mapping[str, Tensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
+
+
+def _finite(tensor: Tensor, name: str, path: Path) -> Tensor:
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        count = int((~torch.isfinite(tensor)).sum())
+        raise InputError(
+            f"{path}: {name} has {count} values that are NaN or infinite out of {tensor.numel()}. "
+            "The checkpoint is damaged; download or save it again."
+        )
+    return tensor
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -1,0 +1,157 @@
+"""Tiny random models of types that no exporter knows by name, saved as real Hugging Face folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import tiny
+import torch
+import transformers
+
+VOCABULARY: Final = 320
+_SIZES: Final = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+_LARGE: Final = {"initializer_range": 0.15}
+_TOKENS: Final = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def _gpt2() -> Any:
+    return transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=256,
+        n_inner=160,
+        **_LARGE,
+        **_TOKENS,
+    )
+
+
+def _opt() -> Any:
+    return transformers.OPTConfig(
+        **_SIZES, ffn_dim=160, max_position_embeddings=256, word_embed_proj_dim=64, init_std=0.15, **_TOKENS
+    )
+
+
+def _gpt_neox() -> Any:
+    return transformers.GPTNeoXConfig(
+        **_SIZES, intermediate_size=160, max_position_embeddings=256, **_LARGE, **_TOKENS
+    )
+
+
+def _phi3() -> Any:
+    return transformers.Phi3Config(
+        **_SIZES,
+        num_key_value_heads=2,
+        intermediate_size=160,
+        max_position_embeddings=256,
+        original_max_position_embeddings=256,
+        **_LARGE,
+        **_TOKENS,
+    )
+
+
+def _gemma3() -> Any:
+    return transformers.Gemma3TextConfig(
+        **_SIZES,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=160,
+        max_position_embeddings=256,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        **_LARGE,
+        **_TOKENS,
+    )
+
+
+def _bert() -> Any:
+    return transformers.BertConfig(
+        **_SIZES, intermediate_size=160, max_position_embeddings=256, num_labels=3, pad_token_id=0, **_LARGE
+    )
+
+
+def _distilbert() -> Any:
+    return transformers.DistilBertConfig(
+        vocab_size=VOCABULARY,
+        dim=64,
+        n_layers=2,
+        n_heads=4,
+        hidden_dim=160,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        **_LARGE,
+    )
+
+
+def _roberta() -> Any:
+    return transformers.RobertaConfig(
+        **_SIZES, intermediate_size=160, max_position_embeddings=258, **_LARGE, pad_token_id=1
+    )
+
+
+def _gpt2_classes() -> Any:
+    made = _gpt2()
+    made.pad_token_id, made.num_labels = 2, 3
+    return made
+
+
+_MADE: Final[Mapping[str, tuple[Callable[[], Any], str]]] = MappingProxyType(
+    {
+        "gpt2": (_gpt2, "GPT2LMHeadModel"),
+        "opt": (_opt, "OPTForCausalLM"),
+        "gpt_neox": (_gpt_neox, "GPTNeoXForCausalLM"),
+        "phi3": (_phi3, "Phi3ForCausalLM"),
+        "gemma3": (_gemma3, "Gemma3ForCausalLM"),
+        "bert": (_bert, "BertModel"),
+        "bert masked": (_bert, "BertForMaskedLM"),
+        "bert classes": (_bert, "BertForSequenceClassification"),
+        "bert token classes": (_bert, "BertForTokenClassification"),
+        "distilbert": (_distilbert, "DistilBertModel"),
+        "roberta": (_roberta, "RobertaModel"),
+        "gpt2 classes": (_gpt2_classes, "GPT2ForSequenceClassification"),
+    }
+)
+
+DECODERS: Final = ("gpt2", "opt", "gpt_neox", "phi3", "gemma3")
+READERS: Final = (
+    "bert",
+    "bert masked",
+    "bert classes",
+    "bert token classes",
+    "distilbert",
+    "roberta",
+    "gpt2 classes",
+)
+"""Models that read whole texts."""
+
+KINDS: Final = (*DECODERS, *READERS)
+
+
+def model(kind: str, seed: int = 0) -> Any:
+    """A random model in float32, evaluation mode; biases and norms are random too."""
+    make, name = _MADE[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = getattr(transformers, name)(make()).float().eval()
+        with torch.no_grad():
+            for parameter in made.parameters():
+                if parameter.dim() == 1:
+                    parameter += 0.2 * torch.randn_like(parameter)
+    return made
+
+
+def save(folder: Path, kind: str, seed: int = 0) -> Path:
+    """A complete model folder, tokenizer included."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model(kind, seed).save_pretrained(folder)
+    tiny.tokenizer_files(folder)
+    return folder
