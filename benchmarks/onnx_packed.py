@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
 
 from compot_deploy.core.grid import Grid, Pattern
@@ -163,6 +162,8 @@ def main() -> None:
     if arguments.load:
         load(arguments.load)
         return
+    import onnxruntime  # after compot_deploy, which silences it
+
     torch.manual_seed(0)
     model = random_model(arguments.hidden, arguments.intermediate, arguments.layers)
     pairs = [pair for m in model.matrices.values() if isinstance(m, Factorized) for pair in m.pairs]
@@ -225,6 +226,8 @@ def main() -> None:
 
 def session_options() -> Any:
     """One thread, and no warnings."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3

@@ -12,8 +12,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from compot_deploy import errors
-from compot_deploy.transformers_plugin import registration as _registration
+from compot_deploy.silence import silence as _silence
+
+_silence()  # before anything that would report home is imported
+
+from compot_deploy import errors  # noqa: E402
+from compot_deploy.transformers_plugin import registration as _registration  # noqa: E402
 
 if TYPE_CHECKING:
     from compot_deploy.errors import CompotDeployError

@@ -5,12 +5,12 @@ Only the first function uses compot-deploy, to make the folder; the second one i
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from tokenizers import Tokenizer
 
 from compot_deploy.pipeline.deploy import deploy
@@ -23,6 +23,11 @@ def make(folder: Path) -> None:
 
 def write(folder: Path, prompt: str, tokens: int) -> str:
     """Continue a prompt greedily, one token at a time, with the cache that the graph hands back."""
+    os.environ.setdefault(
+        "ORT_DISABLE_TELEMETRY", "1"
+    )  # it reports to its maker unless told so before the import
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(folder / "onnx" / "model.onnx"), options)

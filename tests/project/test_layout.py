@@ -19,7 +19,7 @@ FOLDERS = {
 """Folder of the repository to the package that it is installed as."""
 
 FLOORS = (
-    ("errors", "progress", "embedded"),
+    ("errors", "progress", "silence", "embedded"),
     ("core",),
     ("quant",),
     ("numerics",),

@@ -1,0 +1,115 @@
+"""Nobody is told what is compressed, judged or run here: no look-up, no connection, nothing in the home directory."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+from watched import Watched, watch
+
+from compot_deploy.silence import GENERAL, SWITCHES, silence
+
+QUICK = ["--samples", "2", "--length", "32", "--evaluation-tokens", "64", "--max-perplexity-ratio", "1e9"]
+
+
+FONTS = re.compile(r"\.(cache|config)(/matplotlib(/fontlist-.*)?)?")
+COMPRESS = "from compot_deploy.cli.main import main\nassert main({arguments!r}) == 0"
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Watched]:
+    """An ONNX folder, and what making it did."""
+    pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    folder = tmp_path_factory.mktemp("silence")
+    text, source, out = folder / "words.txt", tiny.save(folder / "source", "llama"), folder / "out"
+    text.write_text("".join(f"{tiny.WORDS}{number} " for number in range(40)))
+    arguments = [str(source), "--calibration", str(text), "--out", str(out), "--method", "plain", *QUICK]
+    return out, watch(COMPRESS.format(arguments=arguments), folder / "watched")
+
+
+@pytest.fixture(scope="module")
+def exported(compressed: tuple[Path, Watched]) -> Path:
+    return compressed[0]
+
+
+def test_compressing_looks_nothing_up_and_leaves_nothing_at_home(compressed: tuple[Path, Watched]) -> None:
+    _, seen = compressed
+    assert seen.code == 0, seen.output
+    # The plots of the report are drawn by matplotlib, which keeps a list of this machine's fonts.
+    assert (seen.network, [path for path in seen.home if not FONTS.fullmatch(path)]) == ((), [])
+
+
+COMMANDS = {
+    "check": "from compot_deploy.cli.main import main\nassert main(['check', {folder!r}]) == 0",
+    "run": "from compot_deploy.cli.main import main\nassert main(['run', {folder!r}, '-p', 'the quick']) == 0",
+    "page": (
+        "import json, pathlib, tempfile\n"
+        "from compot_deploy.cli.serve import PageServer, model_files\n"
+        "import compot_deploy.cli.serve as serve\n"
+        "serve.page_files = lambda bundle: {{}}\n"
+        "with PageServer(pathlib.Path({folder!r}), 0): pass"
+    ),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_looks_nothing_up_and_leaves_nothing_at_home(
+    exported: Path, tmp_path: Path, command: str
+) -> None:
+    seen = watch(COMMANDS[command].format(folder=str(exported)), tmp_path)
+    assert seen.code == 0, seen.output
+    assert (seen.network, seen.home) == ((), ())
+
+
+@pytest.mark.slow
+def test_onnxruntime_stays_silent_while_it_waits(exported: Path, tmp_path: Path) -> None:
+    # Left to itself, 1.32 makes its first look-up five to ten seconds after a session is made.
+    program = (
+        "import pathlib, time\nfrom compot_deploy.accuracy.runners import onnx_runner\n"
+        f"runner = onnx_runner(pathlib.Path({str(exported)!r}))\ntime.sleep(13)"
+    )
+    seen = watch(program, tmp_path)
+    assert (seen.code, seen.network, seen.home) == (0, (), ()), seen.output
+
+
+def test_the_watch_sees_a_look_up_a_connection_and_a_file(tmp_path: Path) -> None:
+    seen = watch(
+        "import pathlib, socket\n"
+        "(pathlib.Path.home() / 'deviceid').write_text('1')\n"
+        "socket.getaddrinfo('127.0.0.1', 80)\n"
+        "try: socket.create_connection(('127.0.0.1', 1), 1)\n"
+        "except OSError: pass",
+        tmp_path,
+    )
+    assert seen.code == 0, seen.output
+    assert seen.home == ("deviceid",)
+    assert {line.split()[1] for line in seen.network} >= {"socket.getaddrinfo", "socket.connect"}
+
+
+def test_every_switch_is_set_where_the_user_says_nothing() -> None:
+    environment: dict[str, str] = {"HOME": "/h"}
+    silence(environment)
+    assert environment == {"HOME": "/h", GENERAL: "1", **SWITCHES}
+    silence(environment)
+    assert environment == {"HOME": "/h", GENERAL: "1", **SWITCHES}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_what_the_user_says_about_one_library_holds_for_it_alone(name: str) -> None:
+    environment = {name: "whatever"}
+    silence(environment)
+    assert environment == {**SWITCHES, name: "whatever"}
+
+
+@pytest.mark.parametrize("value", ["0", "False", "no"])
+def test_who_wants_to_be_tracked_is(value: str) -> None:
+    environment = {GENERAL: value}
+    silence(environment)
+    assert environment == {GENERAL: value}
+
+
+def test_importing_the_package_is_enough(tmp_path: Path) -> None:
+    seen = watch("import compot_deploy, os; print(os.environ['ORT_DISABLE_TELEMETRY'])", tmp_path)
+    assert (seen.code, seen.output) == (0, "1\n")
