@@ -27,6 +27,7 @@ from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.huggingface.bnb import dequantized
 from compot_deploy.exporters.manifest import read_manifest
 from compot_deploy.exporters.packing import BNB_TYPES, pack_bnb4, pack_nbits, unpack_bnb4
+from compot_deploy.models.source import open_source
 from compot_deploy.recipe import Recipe
 from compot_deploy.report.json import from_json
 from compot_deploy.report.tables import loss_table
@@ -249,19 +250,15 @@ def test_a_wrong_block_of_a_bnb_node_is_found(tmp_path: Path) -> None:
     assert [f.severity for f in findings if "should have" in f.sentence or "cross" in f.sentence] == ["error"]
 
 
-def test_other_formats_refuse_tables() -> None:
+def test_other_formats_refuse_tables(tmp_path: Path) -> None:
     recipe = Recipe(quantizer="bnb", quant="nf4")
-    config = {"hidden_size": 64, "model_type": "llama"}
-    from compot_deploy.models.hints import ARCHITECTURES
-
+    source = open_source(tiny.save(tmp_path / "llama"))
     grids = {"dictionary": recipe.dictionary_grid}
     for kind, knobs in (("onnx", {"onnx_ops": "qdq"}), ("gguf", {"gguf_layout": "sparse"})):
         exporter = EXPORTERS[kind]
         options = exporter.options(knobs)
-        if kind == "onnx":
-            config = {**tiny.config("llama").to_dict(), "rope_theta": 10000.0}
         with pytest.raises(RecipeError, match="nf4"):
-            exporter.check(ARCHITECTURES["llama"], config, grids, options)
+            exporter.check(source, grids, options)
     assert replace(recipe, quant="int8").code_grid == Grid(8, 32)
 
 

@@ -108,6 +108,7 @@ def compressed(
     """A model folder with every linear passed through `change`; None keeps it in float32."""
     checkpoint = open_source(folder)
     architecture = checkpoint.architecture
+    assert architecture is not None
     matrices: dict[str, Matrix] = {}
     tables = [architecture.embedding] + ([] if checkpoint.tied else [architecture.head])
     for name in (*architecture.linear_names(checkpoint.layers), *tables):

@@ -21,6 +21,7 @@ from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
 from compot_deploy.exporters.onnx.config import portable_config
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.hints import find_architecture
+from compot_deploy.models.source import ModelSource, open_source
 
 
 def reference_nbits_bytes(matrix: Quantized) -> list[list[bytes]]:
@@ -143,6 +144,12 @@ def _torch_model(settings: str) -> Any:
                 noise = torch.randn(parameter.shape, generator=generator) * 0.3
                 parameter.copy_(noise + (0.0 if name.endswith("bias") else 1.0))
     return model
+
+
+def source_of(settings: Mapping[str, Any], folder: Path) -> ModelSource:
+    """The model of `torch_model` as it is found on disk, without a tokenizer."""
+    torch_model(settings).save_pretrained(folder)
+    return open_source(folder)
 
 
 def compressed(

@@ -20,6 +20,7 @@ from reference_onnx import (
     padded_batch,
     rounded,
     share_dictionaries,
+    source_of,
     torch_logits,
     torch_model,
     two_pairs,
@@ -393,18 +394,17 @@ def test_what_the_graph_cannot_express_is_refused_from_the_configuration(
         check_supported(model.architecture, config)
 
 
-def test_grids_and_contexts_out_of_range_are_refused_before_any_work() -> None:
-    model = compressed(torch_model(MODELS["llama"]))
-    arguments = (model.architecture, model.config)
-    EXPORTER.check(*arguments, {"dictionary": Grid(4, 32), "codes": Grid(2, 64), "head": None}, OnnxOptions())
+def test_grids_and_contexts_out_of_range_are_refused_before_any_work(tmp_path: Path) -> None:
+    source = source_of(MODELS["llama"], tmp_path)
+    EXPORTER.check(source, {"dictionary": Grid(4, 32), "codes": Grid(2, 64), "head": None}, OnnxOptions())
     with pytest.raises(RecipeError, match="codes: ONNX stores 2-bit integers in groups of 32, 64 or 128"):
-        EXPORTER.check(*arguments, {"codes": Grid(2, 16)}, OnnxOptions())
+        EXPORTER.check(source, {"codes": Grid(2, 16)}, OnnxOptions())
     with pytest.raises(RecipeError, match="embedding: ONNX stores token embeddings in 4 or 8 bits, not 2"):
-        EXPORTER.check(*arguments, {"embedding": Grid(2, 32)}, OnnxOptions())
+        EXPORTER.check(source, {"embedding": Grid(2, 32)}, OnnxOptions())
     with pytest.raises(RecipeError, match="written as qdq in 4 or 8 bits, not 2"):
-        EXPORTER.check(*arguments, {"codes": Grid(2, 32)}, OnnxOptions(ops="qdq"))
+        EXPORTER.check(source, {"codes": Grid(2, 32)}, OnnxOptions(ops="qdq"))
     with pytest.raises(RecipeError, match="context of 129 tokens is out of range: the model has 1 to 128"):
-        EXPORTER.check(*arguments, {}, OnnxOptions(context=129))
+        EXPORTER.check(source, {}, OnnxOptions(context=129))
 
 
 def test_a_matrix_of_another_shape_is_named(tmp_path: Path) -> None:

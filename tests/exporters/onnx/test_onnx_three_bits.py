@@ -18,6 +18,7 @@ from reference_onnx import (
     reference_nbits_bytes,
     rounded,
     share_dictionaries,
+    source_of,
     torch_logits,
     torch_model,
     with_matrices,
@@ -177,14 +178,15 @@ def test_a_damaged_table_is_found(model: CompressedModel, folder: Path, tmp_path
     assert any("holds other numbers" in finding.sentence for finding in errors(EXPORTER.lint(tmp_path)))
 
 
-def test_three_bits_are_packed_or_refused(model: CompressedModel) -> None:
+def test_three_bits_are_packed_or_refused(tmp_path: Path) -> None:
+    source = source_of(MODELS["llama"], tmp_path)
     grids = {"dictionary": Grid(3, 32)}
-    EXPORTER.check(model.architecture, model.config, grids, PACKED)
+    EXPORTER.check(source, grids, PACKED)
     for options in (OnnxOptions(), OnnxOptions(ops="qdq")):
         with pytest.raises(RecipeError, match="not 3"):
-            EXPORTER.check(model.architecture, model.config, grids, options)
+            EXPORTER.check(source, grids, options)
     with pytest.raises(RecipeError, match="not 3"):
-        EXPORTER.check(model.architecture, model.config, {"embedding": Grid(3, 32)}, PACKED)
+        EXPORTER.check(source, {"embedding": Grid(3, 32)}, PACKED)
     with pytest.raises(RecipeError, match="for 3-bit integers"):
         Recipe(onnx_codes="packed", allocation="spectral")
     assert Recipe(onnx_codes="packed", bits=3.0).planned and Recipe(onnx_codes="packed").planned
