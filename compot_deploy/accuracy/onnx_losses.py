@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from compot_deploy.accuracy.embeddings import Difference, Texts, compare_texts
 from compot_deploy.core.matrix import Matrix
-from compot_deploy.exporters.onnx.exporter import OnnxMatrices
 from compot_deploy.exporters.onnx.interface import decodes
+from compot_deploy.exporters.onnx.matrices import OnnxMatrices
 from compot_deploy.exporters.onnx.placeholders import dequantized, matrix_of_module
 from compot_deploy.exporters.onnx.session import open_session
 from compot_deploy.exporters.onnx.tensors import GRAPH

@@ -52,13 +52,7 @@ from compot_deploy.errors import (
     RecipeError,
 )
 from compot_deploy.pipeline.deploy import plan_only, run
-from compot_deploy.pipeline.evaluation import (
-    HTML,
-    Deployment,
-    check_folder,
-    write_check,
-    write_report_again,
-)
+from compot_deploy.pipeline.evaluation import HTML, Deployment, check_folder, write_check, write_report_again
 from compot_deploy.pipeline.generate import generate
 from compot_deploy.pipeline.traced import (
     TracedDeployment,

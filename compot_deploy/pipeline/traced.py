@@ -38,9 +38,10 @@ from compot_deploy.exporters.artifact import (
     write_manifest,
 )
 from compot_deploy.exporters.manifest import MANIFEST_FORMAT, Manifest
-from compot_deploy.exporters.onnx.exporter import OnnxExporter, OnnxMatrices
+from compot_deploy.exporters.onnx.exporter import OnnxExporter
 from compot_deploy.exporters.onnx.interface import interface_of
-from compot_deploy.exporters.onnx.lint import lint_onnx
+from compot_deploy.exporters.onnx.lint.folder import lint_onnx
+from compot_deploy.exporters.onnx.matrices import OnnxMatrices
 from compot_deploy.exporters.onnx.tensors import GRAPH
 from compot_deploy.exporters.onnx.traced import export
 from compot_deploy.exporters.staging import staged_folder
