@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compot_deploy.accuracy.metrics import (
-    Comparison,
-)
+from compot_deploy.accuracy.metrics import Comparison
 
 
 @dataclass(frozen=True)

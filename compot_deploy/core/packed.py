@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
+from compot_deploy.core.bits import check_range, join_codes, split_codes
 from compot_deploy.core.grid import DENSE, Grid, Pattern
 from compot_deploy.core.matrix import Dense, Leaf, Quantized
 from compot_deploy.core.storage import SCALE_BITS
@@ -116,14 +117,12 @@ def pack(leaf: Leaf, pattern: Pattern = DENSE) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     if form.sparse:
         mask = values != 0
-        found["mask"] = _join(_padded(mask.to(torch.uint8), -(-form.inputs // 8) * 8), 1)
+        found["mask"] = join_codes(_padded(mask.to(torch.uint8), -(-form.inputs // 8) * 8), 1)
         values = _compact(values, mask, form)
     if not isinstance(leaf, Quantized):
         found["values" if form.sparse else "weight"] = values
         return found
-    low, high = (int(value) for value in torch.aminmax(leaf.integers))
-    if low < leaf.grid.lowest or high > leaf.grid.highest:
-        raise ValueError(f"Integers from {low} to {high} do not fit {leaf.grid}.")
+    check_range(leaf)
     found["integers"] = pack_rows(values, leaf.grid)
     found["scales"] = leaf.scales.T.contiguous().view(torch.int16)
     return found
@@ -170,7 +169,7 @@ def pack_rows(integers: Int8[Tensor, "outputs count"], grid: Grid) -> UInt8[Tens
     codes = _padded(codes, -(-codes.shape[1] // 8) * 8)
     planes, shift = [], 0
     for width in PLANES[grid.bits]:
-        planes.append(_join((codes >> shift) & (2**width - 1), width))
+        planes.append(join_codes((codes >> shift) & (2**width - 1), width))
         shift += width
     return torch.cat(planes, dim=1)
 
@@ -183,7 +182,7 @@ def unpack_rows(
     if grid.bits < 8:
         codes = packed.new_zeros(len(packed), eights * 8)
         for width in PLANES[grid.bits]:
-            codes = codes | (_split(packed[:, start : start + eights * width], width) << shift)
+            codes = codes | (split_codes(packed[:, start : start + eights * width], width) << shift)
             start, shift = start + eights * width, shift + width
     return (codes[:, :count].to(torch.int16) + grid.lowest).to(torch.int8)
 
@@ -191,7 +190,7 @@ def unpack_rows(
 def expand(values: Tensor, mask: UInt8[Tensor, "outputs bytes"], form: LeafForm) -> Tensor:
     """Slots back to where their non-zeros stand; everything else is zero."""
     pattern, groups = form.pattern, -(-form.inputs // form.pattern.of)
-    kept = _split(mask, 1)[:, : form.inputs]
+    kept = split_codes(mask, 1)[:, : form.inputs]
     grouped = _padded(kept, groups * pattern.of).view(len(mask), groups, pattern.of).int()
     first = torch.arange(groups, device=mask.device, dtype=torch.int32)[:, None] * pattern.kept
     # Clamped where a damaged mask marks more than there are slots: wrong numbers, but none from elsewhere.
@@ -219,19 +218,6 @@ def _eights(count: int) -> int:
 def _padded(rows: Tensor, width: int) -> Tensor:
     missing = width - rows.shape[1]
     return torch.nn.functional.pad(rows, (0, missing)) if missing else rows
-
-
-def _join(codes: UInt8[Tensor, "outputs codes"], bits: int) -> UInt8[Tensor, "outputs bytes"]:
-    lanes = codes.view(len(codes), -1, 8 // bits)
-    joined = lanes[..., 0].clone()
-    for lane in range(1, 8 // bits):
-        joined |= lanes[..., lane] << (bits * lane)
-    return joined
-
-
-def _split(packed: UInt8[Tensor, "outputs bytes"], bits: int) -> UInt8[Tensor, "outputs codes"]:
-    lanes = [(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
-    return torch.stack(lanes, dim=-1).flatten(1)
 
 
 @dataclass(frozen=True)

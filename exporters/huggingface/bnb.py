@@ -26,7 +26,7 @@ from torch import Tensor
 from compot_deploy.core.grid import DENSE, Codebook, Grid, Pattern
 from compot_deploy.core.matrix import Quantized
 from compot_deploy.errors import ArtifactError, RecipeError
-from compot_deploy.exporters.packing import NBits, pack_bnb4, unpack_bnb4
+from compot_deploy.exporters.bnb4 import Bnb4, pack_bnb4, unpack_bnb4
 
 _STATE: Final = "quant_state.bitsandbytes__"
 _FP4_TABLE: Final = (0, 1, 2, 3, 4, 5, 6, 7, 0, -1, -2, -3, -4, -5, -6, -7)
@@ -118,7 +118,7 @@ def matrix_of(name: str, read: Mapping[str, Tensor], shape: tuple[int, int], gri
         if not torch.equal(read[f"{name}.weight.quant_map"], quant_map(grid.codebook)):
             raise ValueError("another table")
         blob = read[f"{name}.weight"].view(outputs, blocks, grid.group // 2)
-        return unpack_bnb4(NBits(blob, absmax.half()), inputs, grid)
+        return unpack_bnb4(Bnb4(blob, absmax.half()), inputs, grid)
     except (KeyError, ValueError, RuntimeError) as error:
         raise ArtifactError(
             f"{name} is not as compot-deploy writes it: {error}. Export the model again."

@@ -36,24 +36,17 @@ from onnx import ModelProto, TensorProto, helper
 from compot_deploy import __version__
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.errors import RecipeError
-from compot_deploy.exporters.onnx.config import (
+from compot_deploy.exporters.onnx.graph import ACCURACY_LEVEL, GraphBuilder, TokenTable
+from compot_deploy.exporters.onnx.nodes import IR_VERSION, MICROSOFT, FloatType, node_path
+from compot_deploy.exporters.onnx.shape import (
     DecoderShape,
     RotaryTables,
     check_supported,
     decoder_shape,
     rotary_tables,
 )
-from compot_deploy.exporters.onnx.graph import (
-    ACCURACY_LEVEL,
-    IR_VERSION,
-    MICROSOFT,
-    FloatType,
-    GraphBuilder,
-    TokenTable,
-    node_path,
-)
+from compot_deploy.exporters.onnx.storage import OnnxCodes, OnnxOps
 from compot_deploy.exporters.onnx.tensors import TensorWriter
-from compot_deploy.exporters.packing import OnnxCodes, OnnxOps
 from compot_deploy.models.compressed import CompressedModel
 
 OPSET: Final = 21
@@ -95,7 +88,13 @@ def build_decoder(
     rows = shape.context if context is None else context
     if not 1 <= rows <= shape.context:
         raise RecipeError(f"A context of {rows} tokens is out of range: the model has 1 to {shape.context}.")
-    graph = GraphBuilder(TensorWriter(data, location, data.tell()), ops, accuracy_level, floats, codes)
+    graph = GraphBuilder(
+        TensorWriter(data, location, data.tell()),
+        floats,
+        ops=ops,
+        accuracy_level=accuracy_level,
+        codes=codes,
+    )
     builder = _Decoder(graph, model, shape)
     builder.build(rotary_tables(model.config, rows))
     made = helper.make_graph(

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from compot_deploy.core.diagnostics import Finding
 from compot_deploy.errors import ArtifactError, MissingDependencyError
+from compot_deploy.exporters.onnx.packed_codes import POSITIONS, expansion_table, three_bit_table
 from compot_deploy.exporters.onnx.tensors import GRAPH
-from compot_deploy.exporters.packing import POSITIONS, expansion_table, three_bit_table
 
 EXPANSION_TABLE: Final = "/constants/two_of_four/table"
 EXPANSION_WEIGHTS: Final = "/constants/two_of_four/weights"

@@ -1,25 +1,19 @@
-"""The nodes and tensors of an ONNX graph, and how a matrix becomes operators.
+"""How a matrix becomes operators of an ONNX graph.
 
 A factorized linear is two matrix products, ``…/dictionary/MatMul`` and ``…/codes/MatMul``; further pairs
 (``dictionary_2`` …) are added up; a dictionary that several linears share is computed once and feeds them all.
-
-Facts about ONNX Runtime that shape it, each pinned by a test:
-
-* Scales are stored as float16 and cast; ONNX Runtime folds the cast when it loads.
-* IR 10: newer ones do not load everywhere.
 
 Sources: the ONNX operator specification, opset 21; the ONNX Runtime contrib operator documentation.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, TypeAlias
+from typing import Final
 
 import torch
-from onnx import NodeProto, TensorProto, helper
+from onnx import TensorProto
 from torch import Tensor
 from typing_extensions import assert_never
 
@@ -27,77 +21,21 @@ from compot_deploy.core.grid import DENSE, Grid, Pattern
 from compot_deploy.core.matrix import Dense, Factorized, Leaf, Matrix, Pair, Quantized
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters.artifact import digest
+from compot_deploy.exporters.bnb4 import BNB_TYPES, pack_bnb4
 from compot_deploy.exporters.onnx.expansion import EXPANSION_TABLE, EXPANSIONS, THREE_BITS_TABLE
-from compot_deploy.exporters.onnx.tensors import Extent, TensorWriter
-from compot_deploy.exporters.packing import (
-    BNB_TYPES,
-    OnnxCodes,
-    OnnxOps,
-    OnnxStorage,
-    ThreeBits,
-    TwoOfFour,
-    pack_blocked,
-    pack_bnb4,
-    pack_nbits,
-    pack_three_bits,
-    pack_two_of_four,
-    unsupported_grid,
-)
+from compot_deploy.exporters.onnx.layouts import pack_blocked, pack_nbits
+from compot_deploy.exporters.onnx.nodes import MICROSOFT, Nodes, Part, node_path
+from compot_deploy.exporters.onnx.packed_codes import ThreeBits, TwoOfFour, pack_three_bits, pack_two_of_four
+from compot_deploy.exporters.onnx.storage import OnnxCodes, OnnxOps, OnnxStorage, unsupported_grid
 
-IR_VERSION: Final = 10
-MICROSOFT: Final = "com.microsoft"
 ACCURACY_LEVEL: Final = 4
 """int8 activations: what MatMulNBits has its fast kernels for, and what is shipped. Level 0 computes in
 float32, 3 to 300 times slower, and is the oracle."""
-
-TRACED: Final = "compot.traced"
-"""Metadata of a graph that was traced, and what for: ``features`` or ``generation``."""
-
-INLINE_BYTES: Final = 1024
-"""Tensors up to this size are kept in the graph, larger ones in the data file."""
-
-# --- names -------------------------------------------------------------------------------------------
-
-
-def node_path(module: str) -> str:
-    """``model.layers.0.self_attn.q_proj`` as ``/model/layers.0/attn/q_proj``."""
-    path = "/" + module.replace("self_attn", "attn").replace(".", "/")
-    return re.sub(r"/(\d+)(?=/|$)", r".\1", path)
 
 
 def _numbered(word: str, position: int) -> str:
     """``codes``, then ``codes_2``, ``codes_3`` and so on."""
     return word if position == 0 else f"{word}_{position + 1}"
-
-
-FloatType: TypeAlias = Literal["float32", "float16", "bfloat16"]
-
-_FLOAT_DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_FLOAT_KINDS: Final = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bfloat16": TensorProto.BFLOAT16,
-}
-
-
-class Part:
-    """Names of the facts that are written onto nodes, so that a file can be read back by itself."""
-
-    MATRIX: Final = "compot.matrix"
-    ROLE: Final = "compot.role"
-    PAIR: Final = "compot.pair"
-    DICTIONARY: Final = "compot.dictionary"
-    PATTERN: Final = "compot.pattern"
-    INPUTS: Final = "compot.inputs"
-
-    PLAIN: Final = "plain"
-    DICTIONARY_ROLE: Final = "dictionary"
-    CODES: Final = "codes"
-    EMBEDDING: Final = "embedding"
-    TIED_HEAD: Final = "tied_head"
-
-
-# --- the graph ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -141,96 +79,20 @@ def _require(complaint: str | None, name: str) -> None:
 
 
 @dataclass
-class GraphBuilder:
-    """Nodes and tensors as they are added; a value is named by its string."""
+class GraphBuilder(Nodes):
+    """Matrices as operators.
 
-    writer: TensorWriter
-    ops: OnnxOps
-    accuracy_level: int
-    floats: FloatType
+    Attributes:
+        ops: how quantized linears are written.
+        accuracy_level: of MatMulNBits.
+        codes: whether integers may be packed.
+        dictionaries: those that are in the graph, by name and position.
+    """
+
+    ops: OnnxOps = "matmulnbits"
+    accuracy_level: int = ACCURACY_LEVEL
     codes: OnnxCodes = "dense"
-    nodes: list[NodeProto] = field(default_factory=list)
-    tensors: dict[str, TensorProto] = field(default_factory=dict)
     dictionaries: dict[tuple[str, int], _Shared] = field(default_factory=dict)
-
-    # -- tensors --
-
-    def tensor(self, name: str, data: Tensor, kind: int, shape: Sequence[int]) -> str:
-        """Add a stored tensor under a name of its own."""
-        if data.numel() * data.element_size() <= INLINE_BYTES:
-            proto = self._declare(name, kind, shape)
-            known = torch.zeros_like(data, device="cpu") if data.is_meta else data.contiguous()
-            proto.raw_data = known.view(-1).view(torch.uint8).numpy().tobytes()
-        else:
-            self.alias(name, self.writer.append(data), kind, shape)
-        return name
-
-    def alias(self, name: str, extent: Extent, kind: int, shape: Sequence[int]) -> str:
-        """Add a tensor whose bytes are in the data file already."""
-        proto = self._declare(name, kind, shape)
-        proto.data_location = TensorProto.EXTERNAL
-        for key, value in (
-            ("location", self.writer.location),
-            ("offset", str(extent.offset)),
-            ("length", str(extent.length)),
-        ):
-            entry = proto.external_data.add()
-            entry.key, entry.value = key, value
-        return name
-
-    def _declare(self, name: str, kind: int, shape: Sequence[int]) -> TensorProto:
-        if name in self.tensors:
-            raise ValueError(f"The tensor {name} is in the graph already.")
-        proto = TensorProto(name=name, data_type=kind, dims=list(shape))
-        self.tensors[name] = proto
-        return proto
-
-    def constant(self, value: int | float | Sequence[int], kind: int = TensorProto.INT64) -> str:
-        """A small constant, one tensor per value and type."""
-        name = f"/constants/{TensorProto.DataType.Name(kind)}/{value}".replace(" ", "")
-        if name not in self.tensors:
-            dtype = {
-                TensorProto.INT64: torch.int64,
-                TensorProto.INT32: torch.int32,
-                TensorProto.FLOAT: torch.float32,
-            }[kind]
-            data = torch.tensor(value, dtype=dtype)
-            self.tensor(name, data, kind, data.shape)
-        return name
-
-    def float_tensor(self, name: str, data: Tensor) -> str:
-        """A float32 tensor, as it stands."""
-        return self.tensor(name, data.detach().float(), TensorProto.FLOAT, data.shape)
-
-    # -- nodes --
-
-    def node(
-        self,
-        operator: str,
-        inputs: Sequence[str],
-        name: str,
-        *,
-        domain: str = "",
-        outputs: Sequence[str] | None = None,
-        facts: Mapping[str, str] | None = None,
-        **attributes: Any,
-    ) -> str:
-        """Add a node; returns its first output."""
-        made = helper.make_node(
-            operator,
-            list(inputs),
-            list(outputs or [f"{name}/output_0"]),
-            name=name,
-            domain=domain,
-            **attributes,
-        )
-        for key, value in (facts or {}).items():
-            entry = made.metadata_props.add()
-            entry.key, entry.value = key, value
-        self.nodes.append(made)
-        return str(made.output[0])
-
-    # -- matrices --
 
     def linear(self, module: str, matrix: Matrix, source: str, bias: Tensor | None) -> str:
         """``source @ matrix + bias``."""
@@ -293,40 +155,54 @@ class GraphBuilder:
         pattern: Pattern = DENSE,
     ) -> str:
         """``source @ leaf``, as one operator or, for `ops` qdq, two."""
-        rows, columns = leaf.shape
         match leaf:
             case Dense():
-                weight = self._float_weight(name, path, leaf.weight)
+                weight = self.as_float(self.stored_float(name, leaf.weight), f"{path}/weight/Cast")
                 return self.node("MatMul", [source, weight], f"{path}/MatMul", facts=facts)
             case Quantized():
-                grid = leaf.grid
-                _require(unsupported_grid(grid, self.ops, codes=self.codes), name)
-                if self.ops == "qdq":
-                    blocked = pack_blocked(leaf)
-                    kind = TensorProto.INT4 if grid.bits == 4 else TensorProto.INT8
-                    integers = self.tensor(f"{name}.integers", blocked.data, kind, (rows, columns))
-                    scales = self.scales(name, path, blocked.scales)
-                    weight = self.node(
-                        "DequantizeLinear",
-                        [integers, scales],
-                        f"{path}/DequantizeLinear",
-                        axis=0,
-                        block_size=grid.group,
-                    )
-                    return self.node("MatMul", [source, weight], f"{path}/MatMul", facts=facts)
-                layout = NBitsLayout(rows, columns, grid)
-                if grid.codebook != "integer":
-                    return self.bnb4(name, path, source, leaf, facts)
-                if grid.bits == 3 or OnnxStorage(self.ops, codes=self.codes).packs(grid, pattern):
-                    layout = NBitsLayout(rows, columns, Grid(4, grid.group))
-                    blob, scales = self.expanded(name, path, leaf)
-                else:
-                    packed = pack_nbits(leaf)
-                    blob = self.tensor(f"{name}.integers", packed.blob, TensorProto.UINT8, packed.blob.shape)
-                    scales = self.scales(name, path, packed.scales)
-                return self.nbits(path, source, blob, scales, layout, facts)
+                return self._quantized_product(name, path, leaf, source, facts, pattern)
             case _:
                 assert_never(leaf)
+
+    def _quantized_product(
+        self,
+        name: str,
+        path: str,
+        leaf: Quantized,
+        source: str,
+        facts: Mapping[str, str],
+        pattern: Pattern,
+    ) -> str:
+        grid = leaf.grid
+        _require(unsupported_grid(grid, self.ops, codes=self.codes), name)
+        if self.ops == "qdq":
+            return self._blocked(name, path, source, leaf, facts)
+        if grid.codebook != "integer":
+            return self.bnb4(name, path, source, leaf, facts)
+        if grid.bits == 3 or OnnxStorage(self.ops, codes=self.codes).packs(grid, pattern):
+            blob, scales = self.expanded(name, path, leaf)
+            return self.nbits(
+                path, source, blob, scales, NBitsLayout(*leaf.shape, Grid(4, grid.group)), facts
+            )
+        packed = pack_nbits(leaf)
+        blob = self.tensor(f"{name}.integers", packed.blob, TensorProto.UINT8, packed.blob.shape)
+        scales = self.scales(name, path, packed.scales)
+        return self.nbits(path, source, blob, scales, NBitsLayout(*leaf.shape, grid), facts)
+
+    def _blocked(self, name: str, path: str, source: str, leaf: Quantized, facts: Mapping[str, str]) -> str:
+        """A blocked DequantizeLinear, and the product with what it gives."""
+        blocked = pack_blocked(leaf)
+        kind = TensorProto.INT4 if leaf.grid.bits == 4 else TensorProto.INT8
+        integers = self.tensor(f"{name}.integers", blocked.data, kind, leaf.shape)
+        scales = self.scales(name, path, blocked.scales)
+        weight = self.node(
+            "DequantizeLinear",
+            [integers, scales],
+            f"{path}/DequantizeLinear",
+            axis=0,
+            block_size=leaf.grid.group,
+        )
+        return self.node("MatMul", [source, weight], f"{path}/MatMul", facts=facts)
 
     def expanded(self, name: str, path: str, leaf: Quantized) -> tuple[str, str]:
         """Integers and scales of packed codes, as MatMulNBits reads them; `expansion_of` finds them again."""
@@ -467,24 +343,3 @@ class GraphBuilder:
             )
         layout = NBitsLayout(*table.shape, table.grid)
         return self.nbits(path, source, table.values, table.scales, layout, facts)
-
-    def scales(self, name: str, path: str, scales: Tensor) -> str:
-        """Scales as float32, stored as float16."""
-        stored = self.tensor(f"{name}.scales", scales, TensorProto.FLOAT16, scales.shape)
-        return self.node("Cast", [stored], f"{path}/scales/Cast", to=TensorProto.FLOAT)
-
-    def stored_float(self, name: str, weight: Tensor) -> str:
-        """A floating-point matrix in the file's floating-point type, which must hold it exactly."""
-        stored = weight.detach().to(_FLOAT_DTYPES[self.floats])
-        if not weight.is_meta and not torch.equal(stored.to(weight.dtype), weight.detach()):
-            raise ValueError(f"{name} ({weight.dtype}) cannot be stored in {self.floats} without an error.")
-        return self.tensor(name, stored, _FLOAT_KINDS[self.floats], stored.shape)
-
-    def _float_weight(self, name: str, path: str, weight: Tensor) -> str:
-        return self.as_float(self.stored_float(name, weight), f"{path}/weight/Cast")
-
-    def as_float(self, stored: str, path: str) -> str:
-        """A stored tensor as float32."""
-        if self.tensors[stored].data_type == TensorProto.FLOAT:
-            return stored
-        return self.node("Cast", [stored], path, to=TensorProto.FLOAT)

@@ -16,15 +16,13 @@ from typing import Any, Final
 from torch import nn
 
 from compot_deploy.core.matrix import Matrix
-from compot_deploy.exporters.onnx.config import (
-    GenaiDecoder,
-    genai_json,
-    generation_config_json,
-    portable_config,
-)
-from compot_deploy.exporters.onnx.exporter import OnnxMatrices, OnnxOptions, copy_tokenizer, write_json
+from compot_deploy.exporters.onnx.config import GenaiDecoder, genai_json, generation_config_json
+from compot_deploy.exporters.onnx.exporter import OnnxOptions
+from compot_deploy.exporters.onnx.files import copy_tokenizer, write_json
 from compot_deploy.exporters.onnx.interface import Interface, config_of, interface_of
+from compot_deploy.exporters.onnx.matrices import OnnxMatrices
 from compot_deploy.exporters.onnx.placeholders import matrices_of
+from compot_deploy.exporters.onnx.shape import portable_config
 from compot_deploy.exporters.onnx.tensors import DATA, GRAPH
 from compot_deploy.exporters.onnx.tracing import build_traced, interface_task
 

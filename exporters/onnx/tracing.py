@@ -38,16 +38,9 @@ from compot_deploy import __version__
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.errors import InputError, MissingDependencyError, UnsupportedModelError
 from compot_deploy.exporters.onnx.exporter import OnnxOptions
-from compot_deploy.exporters.onnx.graph import (
-    ACCURACY_LEVEL,
-    IR_VERSION,
-    MICROSOFT,
-    TRACED,
-    GraphBuilder,
-    TokenTable,
-    node_path,
-)
+from compot_deploy.exporters.onnx.graph import GraphBuilder, TokenTable
 from compot_deploy.exporters.onnx.interface import Interface, Task, cache_tensors, interface_of
+from compot_deploy.exporters.onnx.nodes import IR_VERSION, MICROSOFT, TRACED, node_path
 from compot_deploy.exporters.onnx.placeholders import (
     PLACEHOLDER_DOMAIN,
     Placeholder,
@@ -110,7 +103,7 @@ def build_traced(
     with replaced(model, modules):
         proto = _trace(model, interface)
     graph = GraphBuilder(
-        TensorWriter(data, location, data.tell()), options.ops, ACCURACY_LEVEL, options.floats, options.codes
+        TensorWriter(data, location, data.tell()), options.floats, ops=options.ops, codes=options.codes
     )
     return _finish(proto, interface, matrices, graph)
 

@@ -23,7 +23,7 @@ from compot_deploy.core.matrix import Factorized, Quantized
 from compot_deploy.errors import ArtifactError, InputError
 from compot_deploy.exporters.artifact import seal, unlisted_files, verify
 from compot_deploy.exporters.manifest import MANIFEST, read_manifest
-from compot_deploy.exporters.onnx.exporter import OnnxMatrices
+from compot_deploy.exporters.onnx.matrices import OnnxMatrices
 from compot_deploy.exporters.onnx.session import open_session
 from compot_deploy.exporters.onnx.tensors import DATA, GRAPH
 from compot_deploy.pipeline.evaluation import REPORT

@@ -24,9 +24,10 @@ from compot_deploy.core.matrix import Quantized
 from compot_deploy.core.store import load_matrices, save_matrices
 from compot_deploy.errors import ArtifactError, MissingDependencyError, RecipeError
 from compot_deploy.exporters import EXPORTERS
+from compot_deploy.exporters.bnb4 import BNB_TYPES, pack_bnb4, unpack_bnb4
 from compot_deploy.exporters.huggingface.bnb import dequantized
 from compot_deploy.exporters.manifest import read_manifest
-from compot_deploy.exporters.packing import BNB_TYPES, pack_bnb4, pack_nbits, unpack_bnb4
+from compot_deploy.exporters.onnx.layouts import pack_nbits
 from compot_deploy.models.source import open_source
 from compot_deploy.recipe import Recipe
 from compot_deploy.report.json import from_json

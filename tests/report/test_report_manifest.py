@@ -13,15 +13,8 @@ from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
 from compot_deploy.errors import InputError
 from compot_deploy.exporters.artifact import describe_matrices
 from compot_deploy.exporters.manifest import Manifest
-from compot_deploy.exporters.packing import OnnxStorage
-from compot_deploy.report.manifest import (
-    frontier_of,
-    layers_of,
-    memory_of,
-    origin_of,
-    place,
-    plain_memory_of,
-)
+from compot_deploy.exporters.onnx.storage import OnnxStorage
+from compot_deploy.report.manifest import frontier_of, layers_of, memory_of, origin_of, place, plain_memory_of
 
 NAMES = ("model.layers.2.self_attn.q_proj", "model.layers.2.self_attn.k_proj")
 

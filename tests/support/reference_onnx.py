@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compot_deploy.core.grid import DENSE, Grid, Pattern
 from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
-from compot_deploy.exporters.onnx.config import portable_config
+from compot_deploy.exporters.onnx.shape import portable_config
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.hints import find_architecture
 from compot_deploy.models.source import ModelSource, open_source

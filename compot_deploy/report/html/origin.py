@@ -7,13 +7,7 @@ from typing import Any
 from compot_deploy.accuracy.losses import Loss
 from compot_deploy.report.document import Report
 from compot_deploy.report.figures import ABSENT
-from compot_deploy.report.html.elements import (
-    folded,
-    html_table,
-    html_text,
-    marked_bytes,
-    page_section,
-)
+from compot_deploy.report.html.elements import folded, html_table, html_text, marked_bytes, page_section
 
 
 def origin_section(report: Report) -> str:

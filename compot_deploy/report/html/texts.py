@@ -6,11 +6,7 @@ from typing import Final
 
 from compot_deploy.accuracy.outcome import Continuation
 from compot_deploy.report.document import Report
-from compot_deploy.report.html.elements import (
-    LONGEST_TEXT,
-    html_text,
-    page_section,
-)
+from compot_deploy.report.html.elements import LONGEST_TEXT, html_text, page_section
 from compot_deploy.report.tables import speakers
 
 _MOST_TEXTS: Final = 12

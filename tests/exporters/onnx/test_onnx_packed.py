@@ -46,19 +46,18 @@ from compot_deploy.exporters.artifact import verify
 from compot_deploy.exporters.onnx import expansion as onnx_expansion
 from compot_deploy.exporters.onnx.expansion import EXPANSION_TABLE, unfolded_nodes
 from compot_deploy.exporters.onnx.exporter import OnnxOptions
-from compot_deploy.exporters.onnx.lint import lint_onnx
-from compot_deploy.exporters.onnx.session import open_session
-from compot_deploy.exporters.onnx.tensors import GRAPH
-from compot_deploy.exporters.packing import (
-    BLOCKS,
+from compot_deploy.exporters.onnx.layouts import pack_nbits
+from compot_deploy.exporters.onnx.lint.folder import lint_onnx
+from compot_deploy.exporters.onnx.packed_codes import (
     POSITIONS,
-    OnnxStorage,
     TwoOfFour,
     expansion_table,
-    pack_nbits,
     pack_two_of_four,
     unpack_two_of_four,
 )
+from compot_deploy.exporters.onnx.session import open_session
+from compot_deploy.exporters.onnx.storage import BLOCKS, OnnxStorage
+from compot_deploy.exporters.onnx.tensors import GRAPH
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.planning.sizing import MatrixSize, Precision, Sparsity
 from compot_deploy.planning.spectral import ALLOCATIONS

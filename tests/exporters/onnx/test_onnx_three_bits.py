@@ -33,16 +33,15 @@ from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.onnx.expansion import THREE_BITS_TABLE, unfolded_nodes
 from compot_deploy.exporters.onnx.exporter import OnnxOptions
-from compot_deploy.exporters.onnx.session import open_session
-from compot_deploy.exporters.onnx.tensors import GRAPH
-from compot_deploy.exporters.packing import (
-    BLOCKS,
-    OnnxStorage,
+from compot_deploy.exporters.onnx.packed_codes import (
     ThreeBits,
     pack_three_bits,
     three_bit_table,
     unpack_three_bits,
 )
+from compot_deploy.exporters.onnx.session import open_session
+from compot_deploy.exporters.onnx.storage import BLOCKS, OnnxStorage
+from compot_deploy.exporters.onnx.tensors import GRAPH
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.recipe import Recipe
 

@@ -37,10 +37,10 @@ from compot_deploy.accuracy.torch_runner import TorchRunner
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair
 from compot_deploy.errors import InputError, MissingDependencyError, RecipeError, UnsupportedModelError
-from compot_deploy.exporters.onnx.exporter import OnnxMatrices
-from compot_deploy.exporters.onnx.graph import Part
 from compot_deploy.exporters.onnx.interface import interface_of
-from compot_deploy.exporters.onnx.lint import lint_onnx
+from compot_deploy.exporters.onnx.lint.folder import lint_onnx
+from compot_deploy.exporters.onnx.matrices import OnnxMatrices
+from compot_deploy.exporters.onnx.nodes import Part
 from compot_deploy.exporters.onnx.placeholders import dequantized
 from compot_deploy.exporters.onnx.session import open_session
 from compot_deploy.exporters.onnx.tensors import GRAPH

@@ -12,18 +12,15 @@ from reference_onnx import reference_blocked_bytes, reference_nbits_bytes
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Quantized
 from compot_deploy.core.storage import Storage
-from compot_deploy.exporters.packing import (
-    BLOCKS,
-    NBITS_BITS,
+from compot_deploy.exporters.onnx.layouts import (
     QDQ_BITS,
     NBits,
-    OnnxStorage,
     pack_blocked,
     pack_nbits,
     unpack_blocked,
     unpack_nbits,
-    unsupported_grid,
 )
+from compot_deploy.exporters.onnx.storage import BLOCKS, NBITS_BITS, OnnxStorage, unsupported_grid
 
 
 def random_matrix(rows: int, outputs: int, grid: Grid, seed: int = 0) -> Quantized:

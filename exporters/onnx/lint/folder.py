@@ -1,0 +1,90 @@
+"""Structural lint of an ONNX folder: what a runtime would refuse, compute wrongly, or run slowly.
+
+Nothing is executed. Tensors are looked at one at a time through the mapped data file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import onnx
+
+from compot_deploy.core.diagnostics import Finding, Severity
+from compot_deploy.exporters.onnx.lint.interface import lint_interface
+from compot_deploy.exporters.onnx.lint.operators import lint_operators
+from compot_deploy.exporters.onnx.lint.subject import Subject, fact_of, in_graph, json_object
+from compot_deploy.exporters.onnx.lint.tensors import lint_tensors
+from compot_deploy.exporters.onnx.nodes import Part
+from compot_deploy.exporters.onnx.tensors import GRAPH
+
+_CONSUMER_FILES: Final = {
+    None: ("config.json", "generation_config.json", "genai_config.json"),
+    "generation": ("config.json", "generation_config.json"),
+    "features": ("config.json",),
+}
+"""By what the graph was traced for; None for a graph of ours."""
+
+
+def lint_onnx(folder: Path) -> tuple[Finding, ...]:
+    """Everything that is structurally wrong or doubtful about a folder, errors first.
+
+    Args:
+        folder: as `OnnxExporter.write` makes it.
+    """
+    path = folder / GRAPH
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except FileNotFoundError:
+        return (Finding("error", GRAPH, "The graph is missing: export the model again."),)
+    except Exception as error:  # protobuf's own error types differ between its implementations
+        return (Finding("error", GRAPH, f"The graph cannot be parsed: {error}."),)
+    return errors_first(_findings(Subject(folder, model)))
+
+
+def errors_first(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Findings by severity, otherwise in their order."""
+    order: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
+    return tuple(sorted(findings, key=lambda finding: order[finding.severity]))
+
+
+def _findings(subject: Subject) -> Iterator[Finding]:
+    yield from lint_interface(subject)
+    yield from lint_operators(subject)
+    yield from lint_tensors(subject)
+    yield from _tied(subject)
+    yield from _files(subject)
+
+
+def _tied(subject: Subject) -> Iterator[Finding]:
+    """A model with tied embeddings has one table, and head and embedding read the same bytes of it."""
+    if subject.task == "features":
+        return  # whatever config.json ties, there is no head
+    roles = {fact_of(node, Part.ROLE): node for node in subject.model.graph.node}
+    head, table = roles.get(Part.TIED_HEAD), roles.get(Part.EMBEDDING)
+    if subject.config.get("tie_word_embeddings") and table is not None and head is None:
+        yield in_graph(
+            "warning", "lm_head", "config.json ties the head to the embedding, and the graph stores both."
+        )
+    if head is not None and table is not None:
+        places = [subject.extent(head.input[1]), subject.extent(table.input[0])]
+        if places[0] != places[1]:
+            yield in_graph("error", head.name, "The tied head does not read the table of the embedding.")
+
+
+def _files(subject: Subject) -> Iterator[Finding]:
+    for name in _CONSUMER_FILES[subject.task]:
+        path = subject.folder / name
+        if not path.is_file():
+            yield Finding("warning", name, "The file is missing; some consumers need it.")
+        elif json_object(path) is None:
+            yield Finding("error", name, "The file holds no JSON object.")
+    if subject.task is not None:
+        return
+    value: Any = json_object(subject.folder / "genai_config.json")
+    for key in ("model", "decoder", "filename"):
+        value = value.get(key) if isinstance(value, dict) else None
+    filename = value if isinstance(value, str) else GRAPH
+    if not (subject.folder / filename).is_file():
+        yield Finding("error", "genai_config.json", f"It names the graph {filename}, which is not there.")

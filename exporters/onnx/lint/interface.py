@@ -1,0 +1,137 @@
+"""Rules about versions, names of inputs and outputs, and how values are wired."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Final
+
+from compot_deploy.core.diagnostics import Finding
+from compot_deploy.exporters.onnx.lint.subject import Subject, in_graph
+from compot_deploy.exporters.onnx.nodes import MICROSOFT
+
+OPSETS: Final = range(13, 24)
+"""Opsets of the standard domain that ONNX Runtime 1.23 loads."""
+
+IR_VERSIONS: Final = range(7, 12)
+"""IR versions that ONNX Runtime 1.23 loads."""
+
+_TEXT_INPUTS: Final = ("input_ids", "attention_mask", "token_type_ids")
+
+_TEXT_OUTPUTS: Final = ("last_hidden_state", "logits")
+"""What consumers give to an encoder or classifier, and what they read."""
+
+
+def lint_interface(subject: Subject) -> Iterator[Finding]:
+    """Everything about the graph as a whole."""
+    yield from _versions(subject)
+    yield from _interface(subject)
+    yield from _wiring(subject)
+
+
+def _versions(subject: Subject) -> Iterator[Finding]:
+    if subject.model.ir_version not in IR_VERSIONS:
+        yield in_graph(
+            "error",
+            "ir_version",
+            f"IR {subject.model.ir_version} does not load everywhere: "
+            f"use {IR_VERSIONS.start} to {IR_VERSIONS.stop - 1}.",
+        )
+    known = {"": OPSETS, MICROSOFT: range(1, 2)}
+    for entry in subject.model.opset_import:
+        domain = entry.domain or "ai.onnx"
+        if entry.domain not in known:
+            yield in_graph(
+                "error", "opset_import", f"The domain {domain} needs a library of custom operators."
+            )
+        elif entry.version not in known[entry.domain]:
+            yield in_graph(
+                "error",
+                "opset_import",
+                f"Opset {entry.version} of {domain} does not load everywhere: "
+                f"use {known[entry.domain].start} to {known[entry.domain].stop - 1}.",
+            )
+
+
+def _interface(subject: Subject) -> Iterator[Finding]:
+    """Names of inputs and outputs, which every consumer goes by."""
+    graph = subject.model.graph
+    inputs, outputs = [i.name for i in graph.input], [o.name for o in graph.output]
+    if subject.task == "features":
+        yield from _features(subject, inputs, outputs)
+        return
+    declared = subject.config.get("num_hidden_layers")
+    layers = -(-sum(name.startswith("past_key_values.") for name in inputs) // 2)
+    if isinstance(declared, int) and declared != layers:
+        yield in_graph(
+            "error", "inputs", f"There are caches of {layers} layers, and config.json says {declared}."
+        )
+    caches = [(layer, kind) for layer in range(layers) for kind in ("key", "value")]
+    for found, expected, what in (
+        (
+            inputs,
+            ["input_ids", "attention_mask", *(f"past_key_values.{i}.{kind}" for i, kind in caches)],
+            "input",
+        ),
+        (outputs, ["logits", *(f"present.{i}.{kind}" for i, kind in caches)], "output"),
+    ):
+        for name in expected:
+            if name not in found:
+                yield in_graph("error", f"{what}s", f"The {what} {name} is missing; consumers look for it.")
+        for name in found:
+            if name not in expected:
+                yield in_graph("warning", f"{what}s", f"The {what} {name} is none that consumers know.")
+
+
+def _features(subject: Subject, inputs: list[str], outputs: list[str]) -> Iterator[Finding]:
+    """A graph that reads whole texts: tokens in, hidden states or logits out."""
+    for name in _TEXT_INPUTS[:2]:
+        if name not in inputs:
+            yield in_graph("error", "inputs", f"The input {name} is missing; consumers look for it.")
+    if not set(outputs) & set(_TEXT_OUTPUTS):
+        yield in_graph(
+            "error",
+            "outputs",
+            f"None of the outputs {', '.join(_TEXT_OUTPUTS)} is there; consumers look for one.",
+        )
+    for what, found, known in (("input", inputs, _TEXT_INPUTS), ("output", outputs, _TEXT_OUTPUTS)):
+        for name in found:
+            if name not in known:
+                yield in_graph("warning", f"{what}s", f"The {what} {name} is none that consumers know.")
+    for value in subject.model.graph.input:
+        sizes = [size.dim_param for size in value.type.tensor_type.shape.dim]
+        if not all(sizes):
+            yield in_graph(
+                "warning", "inputs", f"{value.name} takes texts of one number and length only, {sizes}."
+            )
+
+
+def _wiring(subject: Subject) -> Iterator[Finding]:
+    graph = subject.model.graph
+    names = Counter(node.name for node in graph.node)
+    known = {value.name for value in graph.input} | set(subject.reader.protos)
+    used = {value.name for value in graph.output}
+    for node in graph.node:
+        if not node.name.startswith("/"):
+            yield in_graph("warning", node.name or node.op_type, "The node's name is not a path.")
+        if names[node.name] > 1:
+            yield in_graph("error", node.name, f"{names[node.name]} nodes have this name.")
+        for value in node.input:
+            if value and value not in known:
+                yield in_graph(
+                    "error", node.name, f"It reads {value}, which nothing before it computes or stores."
+                )
+        known.update(value for value in node.output if value)
+        used.update(node.input)
+    for value in graph.output:
+        if value.name not in known:
+            yield in_graph("error", "outputs", f"Nothing computes the output {value.name}.")
+    for name in subject.reader.protos:
+        if name not in used:
+            yield in_graph("warning", name, "The tensor is stored, but nothing reads it.")
+    if graph.sparse_initializer:
+        yield in_graph(
+            "warning",
+            "sparse_initializer",
+            f"{len(graph.sparse_initializer)} sparse tensors: onnxruntime makes them dense when it loads.",
+        )

@@ -1,0 +1,155 @@
+"""The matrices of an ONNX graph, read back bit for bit from the graph and its data file.
+
+Names, pairs and patterns come from the nodes themselves, not from the manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import cast
+
+import onnx
+from onnx import NodeProto, TensorProto
+from torch import Tensor
+
+from compot_deploy.core.grid import Codebook, Grid, Pattern
+from compot_deploy.core.matrix import Dense, Factorized, Leaf, Matrix, Pair, Quantized
+from compot_deploy.errors import ArtifactError
+from compot_deploy.exporters.bnb4 import BNB_TYPES, Bnb4, unpack_bnb4
+from compot_deploy.exporters.onnx.expansion import THREE_BITS_TABLE, Expansion, expansion_of
+from compot_deploy.exporters.onnx.layouts import Blocked, NBits, unpack_blocked, unpack_nbits
+from compot_deploy.exporters.onnx.nodes import FLOAT_TYPES, Part
+from compot_deploy.exporters.onnx.packed_codes import (
+    ThreeBits,
+    TwoOfFour,
+    unpack_three_bits,
+    unpack_two_of_four,
+)
+from compot_deploy.exporters.onnx.tensors import TensorReader
+
+
+class OnnxMatrices(Mapping[str, Matrix]):
+    """The matrices of a graph by module path, in block order; each access reads one from the data file."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            model = onnx.load(path, load_external_data=False)
+        except FileNotFoundError:
+            raise ArtifactError(f"{path} is missing.") from None
+        except Exception as error:  # protobuf's own error types differ between its implementations
+            raise ArtifactError(f"{path} is not an ONNX graph: {error}.") from None
+        self._reader = TensorReader(model.graph, path.parent)
+        self._producer = {output: node for node in model.graph.node for output in node.output if output}
+        self._nodes: dict[str, list[NodeProto]] = {}
+        for node in model.graph.node:
+            facts = _facts(node)
+            if facts.get(Part.ROLE) in (Part.PLAIN, Part.CODES, Part.EMBEDDING):
+                self._nodes.setdefault(facts.get(Part.MATRIX, ""), []).append(node)
+        if not self._nodes:
+            raise ArtifactError(f"{path} has no matrices that compot-deploy wrote.")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._nodes)
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    @property
+    def vectors(self) -> Mapping[str, Tensor]:
+        """Norms and biases by checkpoint name; small enough to be read at once."""
+        return {
+            name: self._stored(name)
+            for name, proto in self._reader.protos.items()
+            if len(proto.dims) == 1 and name.endswith((".weight", ".bias"))
+        }
+
+    def __getitem__(self, name: str) -> Matrix:
+        nodes = self._nodes[name]
+        role = _facts(nodes[0]).get(Part.ROLE)
+        if role == Part.EMBEDDING:
+            return self._table(nodes[0])
+        if role == Part.PLAIN:
+            return self._leaf(nodes[0])
+        return Factorized(tuple(self._pair(node) for node in nodes))
+
+    def _pair(self, node: NodeProto) -> Pair:
+        facts = _facts(node)
+        source = self._producer.get(node.input[0])
+        if source is None or _facts(source).get(Part.ROLE) != Part.DICTIONARY_ROLE:
+            raise ArtifactError(f"The node {node.name} holds codes, but no dictionary feeds it.")
+        kept, _, of = facts[Part.PATTERN].partition(":")
+        return Pair(
+            dictionary=self._leaf(source),
+            codes=self._leaf(node),
+            dictionary_name=facts[Part.DICTIONARY],
+            pattern=Pattern(int(kept), int(of)),
+        )
+
+    def _leaf(self, node: NodeProto) -> Leaf:
+        """The matrix that a product multiplies with."""
+        if node.op_type == "MatMulNBits":
+            grid = Grid(_attribute(node, "bits"), _attribute(node, "block_size"))
+            expansion = expansion_of(node.input[1], self._producer)
+            if expansion is not None:
+                return self._packed(node, expansion, grid)
+            return self._nbits(node.input[1], node.input[2], _attribute(node, "K"), grid)
+        if node.op_type == "MatMulBnb4":
+            return self._bnb4(node)
+        weight = self._producer.get(node.input[1])
+        if weight is not None and weight.op_type == "DequantizeLinear":
+            integers = self._reader.protos[weight.input[0]]
+            grid = Grid(4 if integers.data_type == TensorProto.INT4 else 8, _attribute(weight, "block_size"))
+            packed = Blocked(self._reader.bytes_of(weight.input[0]), self._behind_cast(weight.input[1]))
+            return unpack_blocked(packed, int(integers.dims[0]), grid)
+        return Dense(self._behind_cast(node.input[1]))
+
+    def _packed(self, node: NodeProto, expansion: Expansion, grid: Grid) -> Quantized:
+        """Integers that the graph expands to those of `grid`."""
+        values = self._reader.bytes_of(expansion.values)
+        values = values.view(*self._reader.protos[expansion.values].dims)
+        halves, scales = self._reader.bytes_of(expansion.patterns), self._behind_cast(node.input[2])
+        rows = _attribute(node, "K")
+        if expansion.table == THREE_BITS_TABLE:
+            return unpack_three_bits(ThreeBits(values, halves, scales), rows, Grid(3, grid.group))
+        return unpack_two_of_four(TwoOfFour(values, halves, scales), rows, grid)
+
+    def _bnb4(self, node: NodeProto) -> Quantized:
+        rows, outputs = _attribute(node, "K"), _attribute(node, "N")
+        kinds = {number: name for name, number in BNB_TYPES.items()}
+        grid = Grid(4, _attribute(node, "block_size"), cast(Codebook, kinds[_attribute(node, "quant_type")]))
+        blob = self._reader.bytes_of(node.input[1]).view(outputs, rows // grid.group, grid.group // 2)
+        return unpack_bnb4(Bnb4(blob, self._behind_cast(node.input[2]).view(outputs, -1)), rows, grid)
+
+    def _table(self, node: NodeProto) -> Leaf:
+        """The token embedding, turned from (vocabulary, hidden) to (hidden, vocabulary)."""
+        if node.op_type == "Gather":
+            return Dense(self._behind_cast(node.input[0]).T)
+        grid = Grid(_attribute(node, "bits"), _attribute(node, "block_size"))
+        return self._nbits(node.input[0], node.input[2], int(_facts(node)[Part.INPUTS]), grid)
+
+    def _nbits(self, integers: str, scales: str, rows: int, grid: Grid) -> Quantized:
+        stored = self._behind_cast(scales)
+        blob = self._reader.bytes_of(integers).view(*stored.shape, grid.group * grid.bits // 8)
+        return unpack_nbits(NBits(blob, stored), rows, grid)
+
+    def _behind_cast(self, value: str) -> Tensor:
+        """The stored tensor that a value is, or is cast from."""
+        node = self._producer.get(value)
+        return self._stored(str(node.input[0]) if node is not None and node.op_type == "Cast" else value)
+
+    def _stored(self, name: str) -> Tensor:
+        data = self._reader.bytes_of(name).clone()  # the mapping is read-only, a matrix need not be
+        proto = self._reader.protos[name]
+        return data.view(FLOAT_TYPES[proto.data_type]).view(*proto.dims)
+
+
+def _facts(node: NodeProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in node.metadata_props}
+
+
+def _attribute(node: NodeProto, name: str) -> int:
+    for attribute in node.attribute:
+        if attribute.name == name:
+            return int(attribute.i)
+    raise ArtifactError(f"The node {node.name} has no attribute {name}.")
