@@ -33,9 +33,10 @@ from compot_deploy.accuracy.torch_runner import torch_runner
 from compot_deploy.core.matrix import Dense, Matrix
 from compot_deploy.core.store import write_text
 from compot_deploy.embedded import MODEL
-from compot_deploy.exporters.gguf.exporter import GgufOptions, write
+from compot_deploy.exporters.gguf.options import GgufOptions
 from compot_deploy.exporters.gguf.quantize import row_bytes
 from compot_deploy.exporters.gguf.reader import read_header
+from compot_deploy.exporters.gguf.writer import write
 from compot_deploy.llama import LlamaModel
 from compot_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from compot_deploy.models.compressed import CompressedModel

@@ -22,7 +22,8 @@ from reference_gguf import compressed, shared_change
 
 from compot_deploy.core.grid import DENSE, Grid
 from compot_deploy.errors import InputError, MissingDependencyError
-from compot_deploy.exporters.gguf import exporter as gguf
+from compot_deploy.exporters.gguf.options import GgufOptions
+from compot_deploy.exporters.gguf.writer import write
 from compot_deploy.llama import LlamaModel
 from compot_deploy.llama import server as module
 from compot_deploy.llama.server import ChatTemplate, Sampling, Service, make_server, open_service
@@ -41,7 +42,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = compressed(
         tiny.save(folder / "llama3", "llama3"), shared_change(Grid(4, 64), DENSE, 0.6), Grid(8, 64)
     )
-    gguf.write(model, folder / "small.gguf", gguf.GgufOptions(layout="sparse"))
+    write(model, folder / "small.gguf", GgufOptions(layout="sparse"))
     return folder / "small.gguf"
 
 

@@ -17,7 +17,7 @@ from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.matrix import Quantized
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.gguf import planes as gguf_planes
-from compot_deploy.exporters.gguf.exporter import GgufStorage
+from compot_deploy.exporters.gguf.storage import GgufStorage
 from compot_deploy.models.checkpoint import open_checkpoint
 from compot_deploy.numerics.arrange import _best_swaps, arrange
 from compot_deploy.numerics.coding import threshold

@@ -18,9 +18,10 @@ from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MISSING_DEPENDENCY, EXIT_OK
 from compot_deploy.exporters.artifact import verify
 from compot_deploy.exporters.gguf import quantize as gguf_quantize
-from compot_deploy.exporters.gguf.exporter import GgufOptions, write
-from compot_deploy.exporters.gguf.folder import GgufExporter
+from compot_deploy.exporters.gguf.exporter import GgufExporter
+from compot_deploy.exporters.gguf.options import GgufOptions
 from compot_deploy.exporters.gguf.reader import read_header
+from compot_deploy.exporters.gguf.writer import write
 from compot_deploy.models.calibrate import BlockStream
 from compot_deploy.models.checkpoint import Checkpoint
 from compot_deploy.pipeline import deploy as pipeline

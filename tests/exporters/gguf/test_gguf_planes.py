@@ -11,8 +11,8 @@ from compot_deploy.core.grid import DENSE, Grid, Pattern
 from compot_deploy.core.matrix import Quantized
 from compot_deploy.errors import ArtifactError, RecipeError
 from compot_deploy.exporters.gguf import blocks as gguf_blocks
-from compot_deploy.exporters.gguf.exporter import GgufStorage
 from compot_deploy.exporters.gguf.planes import PlaneFormat, pack, unpack
+from compot_deploy.exporters.gguf.storage import GgufStorage
 
 SPARSE = (Pattern(2, 4), Pattern(4, 8))
 
