@@ -24,7 +24,8 @@ from compot_deploy.planning.compress import LinearFacts, compress_linear
 from compot_deploy.planning.settings import check_quantizer, size_of, spread
 from compot_deploy.progress import Progress, silent
 from compot_deploy.recipe import recipe_from_mapping
-from compot_deploy.transformers_plugin.layout import AUTO_CLASSES, Entry, door_name, entry_of, to_json
+from compot_deploy.transformers_plugin.folder import AUTO_CLASSES, door_name
+from compot_deploy.transformers_plugin.layout import Entry, entry_of, to_json
 from compot_deploy.transformers_plugin.modeling import compressed_class, linears_of, weight_of
 from compot_deploy.transformers_plugin.modules import CompotLinear
 
@@ -60,7 +61,7 @@ def factorize(
 
     Args:
         model: of transformers, in memory; its Auto class must be one of
-            `compot_deploy.transformers_plugin.layout.AUTO_CLASSES`, so that it loads again.
+            `compot_deploy.transformers_plugin.folder.AUTO_CLASSES`, so that it loads again.
         calibration: batches as the model's forward takes them, ``input_ids`` and ``attention_mask`` for
             example; rows that the mask excludes are left out of the statistics.
         skip: module paths that stay as they are. Output heads that are tied to an embedding always do.

@@ -12,8 +12,6 @@ back from it, and what it is judged by.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +19,10 @@ from typing import Any, Final, cast, get_args
 
 from compot_deploy.core.diagnostics import Finding
 from compot_deploy.core.grid import Grid
+from compot_deploy.core.json_files import read_object
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.errors import ArtifactError, RecipeError
+from compot_deploy.exporters.files import copy_present
 from compot_deploy.exporters.gguf import quantize as gguf_quantize
 from compot_deploy.exporters.gguf.index import Layout
 from compot_deploy.exporters.gguf.model import read
@@ -36,7 +36,7 @@ from compot_deploy.models.hints import Architecture, find_architecture
 
 FILE: Final = "model.gguf"
 
-_CONFIGURATION: Final = ("config.json", "generation_config.json")
+_COPIED: Final = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
 @dataclass(frozen=True)
@@ -105,19 +105,13 @@ class GgufExporter:
     def write(self, model: CompressedModel, folder: Path, options: GgufOptions) -> tuple[str, ...]:
         """Write every file but the manifest into an existing folder; returns what differs from what was asked."""
         written = write(model, folder / FILE, options)
-        self._copy_configuration(model, folder)
+        copy_present(model.source, folder, _COPIED)
         return written.facts
 
     def rehearse(self, model: CompressedModel, folder: Path, options: GgufOptions) -> int:
         """Write as `write` does, for matrices of stand-ins; returns the bytes that the file lacks."""
-        self._copy_configuration(model, folder)
+        copy_present(model.source, folder, _COPIED)
         return write_header(model, folder / FILE, options)
-
-    def _copy_configuration(self, model: CompressedModel, folder: Path) -> None:
-        source = Path(model.source)
-        for name in (*_CONFIGURATION, *TOKENIZER_FILES):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
 
     def read(self, folder: Path) -> Mapping[str, Matrix]:
         """Every matrix of the file, integers and scales bit for bit."""
@@ -129,10 +123,7 @@ class GgufExporter:
         Raises:
             ArtifactError: a file is missing or cannot be read.
         """
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"{folder / 'config.json'} cannot be read: {error}.") from None
+        config = read_object(folder / "config.json")
         stored = read(folder / FILE)
         return CompressedModel(
             architecture=find_architecture(config),

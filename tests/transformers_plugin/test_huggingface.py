@@ -38,13 +38,15 @@ from compot_deploy.core.packed import PackedStorage
 from compot_deploy.errors import ArtifactError, CompotDeployError, InputError, RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.artifact import describe_matrices, seal
-from compot_deploy.exporters.huggingface.exporter import HuggingFaceOptions, account
+from compot_deploy.exporters.huggingface.exporter import HuggingFaceOptions
+from compot_deploy.exporters.huggingface.shards import account
 from compot_deploy.exporters.manifest import MANIFEST, read_manifest
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.planning.factorization import factorize, grams_by_input
 from compot_deploy.transformers_plugin import CompotConfig, from_compressed
-from compot_deploy.transformers_plugin.layout import AUTO_MAP, CODE, INDEX, WEIGHTS, read_config
+from compot_deploy.transformers_plugin.folder import AUTO_MAP, CODE, read_config
 from compot_deploy.transformers_plugin.modeling import linears_of
+from compot_deploy.transformers_plugin.weight_files import INDEX, WEIGHTS
 
 transformers.utils.logging.disable_progress_bar()
 EXPORTER = EXPORTERS["huggingface"]
@@ -260,6 +262,19 @@ with torch.no_grad():
     assert sum("pip install compot-deploy" in line for line in lines) == 2
     assert "now CompotForCausalLM" in found
     assert "compiled True" in found
+
+
+def test_the_file_that_auto_map_points_to_finds_every_class_that_it_names() -> None:
+    program = """
+import compot_deploy, torch
+from compot_deploy.transformers_plugin.folder import AUTO_MAP, CODE_TEXT
+names = {target.partition(".")[2] for target in AUTO_MAP.values()}
+found = {}
+exec(CODE_TEXT, found)
+assert len(names) == 8 and names <= set(found), names - set(found)
+print({found[name].__name__ for name in names} == names)
+"""
+    assert run(program).split() == ["True"]
 
 
 def test_importing_is_cheap_and_transformers_learns_of_us_when_it_comes() -> None:
