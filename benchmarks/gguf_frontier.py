@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from compot_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -33,12 +34,12 @@ from compot_deploy.accuracy.torch_runner import torch_runner
 from compot_deploy.core.matrix import Dense, Matrix
 from compot_deploy.core.store import write_text
 from compot_deploy.embedded import MODEL
+from compot_deploy.exporters.gguf.options import GgufOptions
 from compot_deploy.exporters.gguf.quantize import row_bytes
 from compot_deploy.exporters.gguf.reader import read_header
-from compot_deploy.exporters.gguf.writer import GgufOptions, write
+from compot_deploy.exporters.gguf.writer import write
 from compot_deploy.llama.model import LlamaModel
 from compot_deploy.models.compressed import CompressedModel
-from compot_deploy.models.source import ModelSource, open_source
 from compot_deploy.models.tokens import TokenWindows, load_tokenizer
 from compot_deploy.pipeline.compress import compress
 from compot_deploy.pipeline.texts import calibration_windows, evaluation_windows
@@ -93,7 +94,7 @@ class Point:
     speed_high: float
 
 
-def original(checkpoint: ModelSource) -> CompressedModel:
+def original(checkpoint: Checkpoint) -> CompressedModel:
     """The model as it is, in float32."""
     architecture = checkpoint.architecture
     tables = [architecture.embedding] + ([] if checkpoint.tied else [architecture.head])
@@ -172,7 +173,7 @@ class Laboratory:
 
     def __init__(self, recipe: Recipe, work: Path) -> None:
         self.recipe, self.work = recipe, work
-        self.checkpoint = open_source(recipe.model or MODEL)
+        self.checkpoint = open_checkpoint(recipe.model or MODEL)
         self.model = original(self.checkpoint)
         self.numbers = sum(
             math.prod(m.shape) for name, m in self.model.matrices.items() if ".layers." in name
@@ -265,7 +266,7 @@ class Laboratory:
 class Judge:
     """Divergence from the original on held-out windows."""
 
-    def __init__(self, checkpoint: ModelSource, windows: TokenWindows) -> None:
+    def __init__(self, checkpoint: Checkpoint, windows: TokenWindows) -> None:
         self._windows = [window for window in windows.windows if len(window) > 1]
         runner = torch_runner(checkpoint.folder)
         self._original: list[Prediction] = []

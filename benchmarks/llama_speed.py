@@ -32,8 +32,9 @@ import torch
 from compot_deploy import embedded
 from compot_deploy.core.grid import DENSE, Grid, Pattern
 from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
-from compot_deploy.exporters.gguf import exporter as gguf
 from compot_deploy.exporters.gguf import quantize as gguf_quantize
+from compot_deploy.exporters.gguf.options import GgufOptions
+from compot_deploy.exporters.gguf.writer import write
 from compot_deploy.llama.model import LlamaModel
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.hints import find_architecture
@@ -135,7 +136,7 @@ def write_all(
         paths[name] = folder / f"dense-{kind}.gguf"
         ones = {name: torch.ones(dense.matrices[name].shape[0]) for name in dense.matrices}
         with mock.patch.object(gguf_quantize, "quantize", tiled):
-            gguf.write(dense, paths[name], gguf.GgufOptions(type=kind, importance=ones))
+            write(dense, paths[name], GgufOptions(type=kind, importance=ones))
     for fraction in fractions:
         for layout, pattern, shared in (
             ("factorized", Pattern(), False),
@@ -146,7 +147,7 @@ def write_all(
             name = f"k={fraction} {layout} {pattern}{' shared' if shared else ''}"
             paths[name] = folder / f"{name.replace(' ', '-').replace(':', '')}.gguf"
             model = random_model(config, fraction, pattern, shared)
-            gguf.write(model, paths[name], gguf.GgufOptions(layout=layout))  # type: ignore[arg-type]
+            write(model, paths[name], GgufOptions(layout=layout))  # type: ignore[arg-type]
     return paths
 
 

@@ -98,7 +98,7 @@ class _Exporters(Mapping[str, Exporter]):
     _PLACES: Final = MappingProxyType(
         {
             "onnx": ("compot_deploy.exporters.onnx.exporter", "OnnxExporter"),
-            "gguf": ("compot_deploy.exporters.gguf.folder", "GgufExporter"),
+            "gguf": ("compot_deploy.exporters.gguf.exporter", "GgufExporter"),
             "huggingface": ("compot_deploy.exporters.huggingface.exporter", "HuggingFaceExporter"),
         }
     )

@@ -34,7 +34,7 @@ def huggingface_runner(folder: Path, *, exact: bool = False, threads: int = 0) -
     consist of, round activations, and `exact` multiplies them out.
 
     The folder is loaded as a user would, by the Auto class, but no code of it is run: see
-    `compot_deploy.transformers_plugin.layout.read_config`.
+    `compot_deploy.transformers_plugin.folder.read_config`.
 
     Raises:
         ArtifactError: files and configuration disagree, or point elsewhere.
@@ -42,9 +42,10 @@ def huggingface_runner(folder: Path, *, exact: bool = False, threads: int = 0) -
     import transformers
 
     from compot_deploy.exporters.huggingface.bnb import dequantized
-    from compot_deploy.exporters.huggingface.exporter import EXPORTER, is_bnb
+    from compot_deploy.exporters.huggingface.bnb_folder import is_bnb
+    from compot_deploy.exporters.huggingface.exporter import EXPORTER
     from compot_deploy.quant.bnb import require_bitsandbytes
-    from compot_deploy.transformers_plugin.layout import read_config
+    from compot_deploy.transformers_plugin.folder import read_config
 
     plain = is_bnb(folder)
     if plain:

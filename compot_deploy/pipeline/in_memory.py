@@ -30,7 +30,8 @@ from compot_deploy.progress import Progress, silent
 from compot_deploy.quant import QUANTIZERS
 from compot_deploy.quant.bnb import require_bitsandbytes
 from compot_deploy.recipe import recipe_from_mapping
-from compot_deploy.transformers_plugin.layout import AUTO_CLASSES, Entry, door_name, entry_of, to_json
+from compot_deploy.transformers_plugin.folder import AUTO_CLASSES, door_name
+from compot_deploy.transformers_plugin.layout import Entry, entry_of, to_json
 from compot_deploy.transformers_plugin.modeling import compressed_class, linears_of
 from compot_deploy.transformers_plugin.modules import CompotLinear
 

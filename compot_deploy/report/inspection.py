@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from compot_deploy.exporters.artifact import verify
-from compot_deploy.exporters.huggingface.exporter import account
+from compot_deploy.exporters.huggingface.shards import account
 from compot_deploy.exporters.manifest import LeafRecord, MatrixRecord
 
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compot_deploy.transformers_plugin.configuration import CompotConfig
-    from compot_deploy.transformers_plugin.modeling import from_compressed
+    from compot_deploy.transformers_plugin.filling import from_compressed
 
 __all__ = ["CompotConfig", "from_compressed"]
 
 _HOMES = {
     "CompotConfig": "configuration",
-    "from_compressed": "modeling",
+    "from_compressed": "filling",
 }
 
 
@@ -27,7 +27,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     if name.startswith("Compot"):
-        modeling = importlib.import_module(f"{__name__}.modeling")
-        if name in modeling.DOORS:
-            return modeling.DOORS[name]
+        doors = importlib.import_module(f"{__name__}.doors")
+        if name in doors.DOORS:
+            return doors.DOORS[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

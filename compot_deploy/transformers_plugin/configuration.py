@@ -8,16 +8,15 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from compot_deploy.errors import ArtifactError, first_line
-from compot_deploy.transformers_plugin.layout import (
+from compot_deploy.transformers_plugin.folder import (
     AUTO_MAP,
     BASE_TYPE,
     MODEL_TYPE,
     POINTER,
-    Entry,
     check_config,
-    from_json,
     reveal,
 )
+from compot_deploy.transformers_plugin.layout import Entry, from_json
 
 
 class CompotConfig(PretrainedConfig):

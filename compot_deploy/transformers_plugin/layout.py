@@ -19,76 +19,23 @@ of a plain one. The order of the list is that of the blocks. Tensors are named a
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from compot_deploy.core.grid import DENSE, Codebook, Grid, Pattern
-from compot_deploy.core.matrix import Dense, Factorized, Matrix, leaves
+from compot_deploy.core.matrix import Factorized, Matrix, leaves
 from compot_deploy.core.packed import LeafForm
 from compot_deploy.errors import ArtifactError, RecipeError
-from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.hints import Architecture
 
-MODEL_TYPE: Final = "compot"
 FORMAT: Final = 1
-CODE: Final = "compot_modeling.py"
-"""The file that ``auto_map`` points to: it imports our package or says that it is missing."""
-
-INDEX: Final = "model.safetensors.index.json"
-WEIGHTS: Final = "model.safetensors"
-
-BASE_TYPE: Final = "base_model_type"
-"""Stands for ``model_type`` in the base configuration: transformers hands a class any nested configuration whose
-``model_type`` is that of the class, and the class would fill the model with random weights."""
-
-POINTER: Final = "see base_config"
-"""Stands where other model classes look for a number, so that one of them cannot take this file for its own and
-fill a model of its default size with random weights."""
-
-AUTO_CLASSES: Final = (
-    "AutoModel",
-    "AutoModelForCausalLM",
-    "AutoModelForMaskedLM",
-    "AutoModelForSequenceClassification",
-    "AutoModelForTokenClassification",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForSeq2SeqLM",
-)
 
 _LARGEST: Final = 1 << 31
 _TYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def door_name(auto_class: str) -> str:
-    """Name of our class behind an Auto class: AutoModelForCausalLM → CompotForCausalLM."""
-    return "CompotModel" if auto_class == "AutoModel" else auto_class.replace("AutoModel", "Compot")
-
-
-AUTO_MAP: Final = {
-    "AutoConfig": "compot_modeling.CompotConfig",
-    **{name: f"compot_modeling.{door_name(name)}" for name in AUTO_CLASSES},
-}
-
-CODE_TEXT: Final = f'''\
-"""This model was compressed by compot-deploy, and runs with it: ``import compot_deploy`` is all it takes."""
-
-try:
-    from compot_deploy.huggingface import (
-        CompotConfig,
-{"".join(f"        {door_name(name)},{chr(10)}" for name in AUTO_CLASSES)}    )
-except ImportError as error:
-    raise ImportError(
-        "The weights of this model are packed factors that only compot-deploy can unpack, and it is not "
-        "installed here. Install it with: pip install compot-deploy"
-    ) from error
-'''
 
 
 @dataclass(frozen=True)
@@ -154,27 +101,6 @@ def entry_of(name: str, matrix: Matrix, owners: dict[str, str]) -> Entry:
     return Entry(name, forms, None if owner == name else owner, dictionary)
 
 
-def base_config(model: CompressedModel) -> dict[str, Any]:
-    """The base configuration as it is stored: a packed table is shared by the layout, not by transformers."""
-    packed = not isinstance(model.matrices[model.architecture.embedding], Dense)
-    return hide({**model.config, "tie_word_embeddings": model.tied and not packed})
-
-
-def hide(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A base configuration for `base_config`; `reveal` is the inverse."""
-    without = ("auto_map", "quantization_config", "transformers_version", "_name_or_path", "compot")
-    kept = {key: value for key, value in config.items() if key not in without}
-    kept[BASE_TYPE] = kept.pop("model_type")
-    return kept
-
-
-def reveal(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A base configuration as transformers knows it."""
-    found = dict(config)
-    found["model_type"] = found.pop(BASE_TYPE)
-    return found
-
-
 def tied_head(architecture: Architecture, entries: Sequence[Entry]) -> Entry:
     """The entry of a head that uses the packed table of the embedding."""
     (table,) = (entry for entry in entries if entry.name == architecture.embedding)
@@ -211,105 +137,6 @@ def from_json(layout: object, where: str) -> tuple[Entry, ...]:
         _check_owner(entry, entries, where)
         entries[entry.name] = entry
     return tuple(entries.values())
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a compressed folder: our type, our auto_map, nothing that would run code.
-
-    Raises:
-        ArtifactError: it is missing, damaged, of another type, or points elsewhere.
-    """
-    path = folder / "config.json"
-    config = read_object(path)
-    check_config(config, str(path))
-    return config
-
-
-def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a configuration that is not ours or points to other code; see `read_config`."""
-    if config.get("model_type") != MODEL_TYPE:
-        raise ArtifactError(
-            f"{where} is of the type {config.get('model_type')!r}, not {MODEL_TYPE!r}: compot-deploy did not "
-            "write it."
-        )
-    auto_map = config.get("auto_map")
-    if auto_map != AUTO_MAP:
-        odd = auto_map if not isinstance(auto_map, Mapping) else _difference(auto_map)
-        raise ArtifactError(
-            f"{where}: auto_map points to {odd!r}, which is not the module that compot-deploy writes. It could "
-            "run any code, so the folder is refused; export the model again."
-        )
-    base = config.get("base_config")
-    if not isinstance(base, Mapping) or not isinstance(base.get(BASE_TYPE), str):
-        raise ArtifactError(f"{where} lacks the configuration of the base model. Export the model again.")
-    for key in ("auto_map", "quantization_config"):
-        if base.get(key):
-            raise ArtifactError(
-                f"{where}: base_config has {key!r}, which a compressed model cannot have. Export it again."
-            )
-    if base[BASE_TYPE] == MODEL_TYPE or "model_type" in base:
-        raise ArtifactError(f"{where}: base_config is itself a compressed model. Export the model again.")
-
-
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Tensor name → file, from the headers of the shards themselves; the index only has to agree.
-
-    Raises:
-        ArtifactError: a shard is missing, damaged or outside the folder, or the index disagrees.
-    """
-    index = folder / INDEX
-    if not index.is_file():
-        return dict.fromkeys(_names(folder / WEIGHTS), folder / WEIGHTS)
-    promised = read_object(index).get("weight_map")
-    if not isinstance(promised, Mapping) or not promised:
-        raise ArtifactError(f"{index} has no weight_map. Export the model again.")
-    for shard in sorted({str(name) for name in promised.values()}):
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.safetensors", shard):
-            raise ArtifactError(
-                f"{index} names the file {shard!r}, which is not a plain file name inside the folder: refused."
-            )
-    found = {
-        name: folder / shard for shard in sorted(set(promised.values())) for name in _names(folder / shard)
-    }
-    for name, shard in promised.items():
-        if found.get(name) != folder / shard:
-            raise ArtifactError(f"{index} promises {name} in {shard}, and it is not there. Copy it again.")
-    return found
-
-
-def check_tensors(folder: Path, entries: Sequence[Entry], where: str) -> dict[str, Path]:
-    """Compare every stored leaf with its entry: presence, shape, type. Reads headers only.
-
-    Returns:
-        Tensor name → file.
-
-    Raises:
-        ArtifactError: the first tensor that differs, with both shapes.
-    """
-    files = weight_files(folder)
-    shapes = _shapes(files)
-    for entry in entries:
-        for name, shape, dtype in entry.tensors():
-            if name not in shapes:
-                raise ArtifactError(
-                    f"{where} promises the tensor {name}, which no file holds. Export the model again."
-                )
-            stored, kind = shapes[name]
-            if stored != shape or kind != _SAFETENSORS[dtype]:
-                raise ArtifactError(
-                    f"{name} is {kind} {list(stored)} in the file, and {where} says "
-                    f"{_SAFETENSORS[dtype]} {list(shape)} (k or another size was changed): export the model again."
-                )
-    return files
-
-
-_SAFETENSORS: Final = {
-    torch.uint8: "U8",
-    torch.int16: "I16",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
 
 
 def _entry_to_json(entry: Entry) -> dict[str, Any]:
@@ -417,49 +244,5 @@ def _check_owner(entry: Entry, before: Mapping[str, Entry], where: str) -> None:
         )
 
 
-def _difference(auto_map: Mapping[str, Any]) -> str:
-    for name, target in auto_map.items():
-        if AUTO_MAP.get(name) != target:
-            return f"{target}"
-    return f"{len(auto_map)} of {len(AUTO_MAP)} classes"
-
-
 def _get(raw: object, key: str) -> Any:
     return raw.get(key) if isinstance(raw, Mapping) else None
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object of a folder.
-
-    Raises:
-        ArtifactError: it is missing or damaged.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} is missing: give a folder that compot-deploy wrote.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}.") from None
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{path} does not hold a JSON object.")
-    return value
-
-
-def _names(path: Path) -> list[str]:
-    try:
-        with safe_open(path, framework="pt") as reader:
-            return list(reader.keys())
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} is missing. Copy the folder again.") from None
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}). Copy it again.") from None
-
-
-def _shapes(files: Mapping[str, Path]) -> dict[str, tuple[tuple[int, ...], str]]:
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
-    for path in sorted(set(files.values())):
-        with safe_open(path, framework="pt") as reader:
-            for name in reader.keys():  # noqa: SIM118 - not a mapping
-                piece = reader.get_slice(name)
-                found[name] = (tuple(piece.get_shape()), str(piece.get_dtype()))
-    return found

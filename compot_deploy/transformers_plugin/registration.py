@@ -18,7 +18,7 @@ from typing import Any, Final
 HOOKS: Final = MappingProxyType(
     {
         "transformers.models.auto.configuration_auto": "compot_deploy.transformers_plugin.configuration",
-        "transformers.models.auto.modeling_auto": "compot_deploy.transformers_plugin.modeling",
+        "transformers.models.auto.modeling_auto": "compot_deploy.transformers_plugin.doors",
     }
 )
 """Module of transformers → our module that enters itself there, and is imported once it has been executed."""

@@ -1,56 +1,147 @@
-"""GGUF files for llama.cpp: dense for every build of it, factorised and sparse for `compot_deploy.llama`.
+"""The GGUF folder: one file for llama.cpp, beside what transformers needs to read the tokenizer.
 
-Three layouts, from widest to smallest:
+::
 
-``dense``       factors multiplied out, the base architecture, any ggml type. Loads in every llama.cpp.
-``factorized``  dictionaries and codes in ggml's Q4_0 / Q8_0, our integers bit-exactly.
-``sparse``      every integer in the planes of `gguf_planes`: 2, 3, 4 and 8 bits, 2:4 and 4:8 codes.
+    model.gguf
+    config.json  generation_config.json  tokenizer files
 
-The last two carry ``general.architecture = "compot"``, because other readers of the base architecture would
-fill the missing matrices with random numbers; under an unknown name they all refuse. Rows of a GGUF tensor
-are outputs, so integers (in, out) are transposed on the way; for ``llama`` the outputs of q and k are also
-reordered to neighbouring rotary pairs, which for a factorised matrix concerns the codes alone.
+The exporter stores factors exactly in the layouts ``factorized`` and ``sparse``. The layout ``dense`` multiplies
+them out and stores the product in a type of llama.cpp's, which rounds: what such a file holds is what is read
+back from it, and what it is judged by.
 """
 
 from __future__ import annotations
 
-from compot_deploy.exporters.gguf.index import (
-    ARCHITECTURE,
-    LAYOUT_VERSION,
-    LAYOUTS,
-    FactorizedIndex,
-    Layout,
-    LeafEntry,
-    PairEntry,
-    first_outputs,
-    plane_format,
-    read_index,
-    read_layout,
-)
-from compot_deploy.exporters.gguf.model import GgufModel, read, read_file, read_leaf
-from compot_deploy.exporters.gguf.storage import GgufStorage, ProductStorage
-from compot_deploy.exporters.gguf.writer import GgufOptions, GgufResult, write, write_header
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, cast, get_args
 
-__all__ = [
-    "ARCHITECTURE",
-    "LAYOUTS",
-    "LAYOUT_VERSION",
-    "FactorizedIndex",
-    "GgufModel",
-    "GgufOptions",
-    "GgufResult",
-    "GgufStorage",
-    "Layout",
-    "LeafEntry",
-    "PairEntry",
-    "ProductStorage",
-    "first_outputs",
-    "plane_format",
-    "read",
-    "read_file",
-    "read_index",
-    "read_layout",
-    "read_leaf",
-    "write",
-    "write_header",
-]
+from compot_deploy.core.diagnostics import Finding
+from compot_deploy.core.grid import Grid
+from compot_deploy.core.json_files import read_object
+from compot_deploy.core.matrix import Matrix
+from compot_deploy.errors import ArtifactError, RecipeError
+from compot_deploy.exporters.files import copy_present
+from compot_deploy.exporters.gguf import quantize as gguf_quantize
+from compot_deploy.exporters.gguf.index import Layout
+from compot_deploy.exporters.gguf.model import read
+from compot_deploy.exporters.gguf.options import GgufOptions
+from compot_deploy.exporters.gguf.reader import read_header
+from compot_deploy.exporters.gguf.storage import GgufStorage, ProductStorage
+from compot_deploy.exporters.gguf.writer import write, write_header
+from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.hints import ARCHITECTURES, find_architecture
+from compot_deploy.models.source import TOKENIZER_FILES, ModelSource
+
+FILE: Final = "model.gguf"
+
+_COPIED: Final = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+
+
+@dataclass(frozen=True)
+class GgufExporter:
+    """CompressedModel in, folder with a GGUF file out, and back.
+
+    Attributes:
+        name: under which the exporter is known.
+    """
+
+    name: str = "gguf"
+
+    def options(self, knobs: Mapping[str, Any]) -> GgufOptions:
+        """Options from a recipe's knobs (``gguf_layout``, ``gguf_type``); others are ignored.
+
+        What is known of a run besides its knobs may be among them: ``importance``, a mapping of linears to the
+        diagonals of their Grams, and ``provenance``, texts by name.
+
+        Raises:
+            RecipeError: a layout or type that does not exist, or a type for a layout that carries integers over.
+        """
+        layout = knobs.get("gguf_layout") or "dense"
+        if layout not in get_args(Layout):
+            raise RecipeError(f"--gguf-layout {layout}: choose one of {', '.join(get_args(Layout))}.")
+        kind = str(knobs.get("gguf_type") or "auto")
+        if kind != "auto" and layout != "dense":
+            raise RecipeError(
+                f"--gguf-type {kind} is for the layout dense; {layout} carries the integers over as they are: "
+                "leave out one of the two."
+            )
+        return GgufOptions(
+            layout=cast(Layout, layout),
+            type=kind,
+            importance=knobs.get("importance"),
+            provenance=knobs.get("provenance") or {},
+        )
+
+    def supports(self, source: ModelSource) -> str | None:
+        """Llama.cpp has code for each kind of model, and knows tensors by names of its own."""
+        if source.architecture is not None:
+            return None
+        return f"GGUF has no way for a {source.model_type} here: {', '.join(sorted(ARCHITECTURES))} have one."
+
+    def storage(self, options: GgufOptions) -> GgufStorage | ProductStorage:
+        """What a leaf takes in the file."""
+        return ProductStorage(options.type) if options.layout == "dense" else GgufStorage(options.layout)
+
+    def multiplies_out(self, options: GgufOptions) -> bool:
+        """Whether the file holds products of dictionary and codes, in llama.cpp's own types."""
+        return options.layout == "dense"
+
+    def check(self, source: ModelSource, grids: Mapping[str, Grid | None], options: GgufOptions) -> None:
+        """Refuse what cannot be written, before any work is done for it.
+
+        Raises:
+            RecipeError: a grid that the layout cannot store exactly.
+            MissingDependencyError: a type that only llama.cpp's library writes, and it is not installed.
+        """
+        if options.type != "auto":
+            gguf_quantize.check_library(options.type)
+        if options.layout == "dense":
+            return  # any grid is multiplied out
+        storage = GgufStorage(options.layout)
+        for role, grid in grids.items():
+            try:
+                storage.check(int(source.config["hidden_size"]), grid)
+            except RecipeError as error:
+                raise RecipeError(f"{role}: {error}") from None
+
+    def write(self, model: CompressedModel, folder: Path, options: GgufOptions) -> tuple[str, ...]:
+        """Write every file but the manifest into an existing folder; returns what differs from what was asked."""
+        written = write(model, folder / FILE, options)
+        copy_present(model.source, folder, _COPIED)
+        return written.facts
+
+    def rehearse(self, model: CompressedModel, folder: Path, options: GgufOptions) -> int:
+        """Write as `write` does, for matrices of stand-ins; returns the bytes that the file lacks."""
+        copy_present(model.source, folder, _COPIED)
+        return write_header(model, folder / FILE, options)
+
+    def read(self, folder: Path) -> Mapping[str, Matrix]:
+        """Every matrix of the file, integers and scales bit for bit."""
+        return read(folder / FILE).matrices
+
+    def read_model(self, folder: Path) -> CompressedModel:
+        """The whole model of a folder, from its own files alone.
+
+        Raises:
+            ArtifactError: a file is missing or cannot be read.
+        """
+        config = read_object(folder / "config.json")
+        stored = read(folder / FILE)
+        return CompressedModel(
+            architecture=find_architecture(config),
+            config=config,
+            matrices=stored.matrices,
+            tensors=stored.tensors,
+            tied=stored.tied,
+            source=str(folder),
+        )
+
+    def lint(self, folder: Path) -> tuple[Finding, ...]:
+        """What is wrong about the structure of the file; a damaged one is a single finding."""
+        try:
+            read_header(folder / FILE)
+        except ArtifactError as error:
+            return (Finding("error", FILE, str(error)),)
+        return ()

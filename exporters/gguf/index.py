@@ -12,15 +12,9 @@ from jaxtyping import Float16, Float32, Int8
 
 from compot_deploy.core.grid import DENSE, Grid, Pattern
 from compot_deploy.errors import ArtifactError, RecipeError
-from compot_deploy.exporters.gguf import (
-    blocks as gguf_blocks,
-)
-from compot_deploy.exporters.gguf import (
-    planes as gguf_planes,
-)
-from compot_deploy.exporters.gguf import (
-    quantize as gguf_quantize,
-)
+from compot_deploy.exporters.gguf import blocks as gguf_blocks
+from compot_deploy.exporters.gguf import planes as gguf_planes
+from compot_deploy.exporters.gguf import quantize as gguf_quantize
 from compot_deploy.exporters.gguf.reader import GgufFile
 
 Layout: TypeAlias = Literal["dense", "factorized", "sparse"]

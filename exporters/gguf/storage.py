@@ -7,15 +7,9 @@ from dataclasses import dataclass
 
 from compot_deploy.core.grid import DENSE, Grid, Pattern
 from compot_deploy.errors import RecipeError
-from compot_deploy.exporters.gguf import (
-    blocks as gguf_blocks,
-)
-from compot_deploy.exporters.gguf import (
-    planes as gguf_planes,
-)
-from compot_deploy.exporters.gguf import (
-    quantize as gguf_quantize,
-)
+from compot_deploy.exporters.gguf import blocks as gguf_blocks
+from compot_deploy.exporters.gguf import planes as gguf_planes
+from compot_deploy.exporters.gguf import quantize as gguf_quantize
 from compot_deploy.exporters.gguf.index import Layout
 
 

@@ -11,7 +11,6 @@ back from the files alone.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,13 @@ from onnx import TensorProto
 
 from compot_deploy.core.diagnostics import Finding, errors
 from compot_deploy.core.grid import Grid
+from compot_deploy.core.json_files import read_object, write_object
 from compot_deploy.core.matrix import Matrix
-from compot_deploy.errors import ArtifactError, RecipeError, UnsupportedModelError
+from compot_deploy.errors import RecipeError, UnsupportedModelError
 from compot_deploy.exporters.onnx.config import config_json, genai_config_json, generation_config_json
 from compot_deploy.exporters.onnx.decoder import build_decoder
 from compot_deploy.exporters.onnx.expansion import expansion_nodes, lint_folding
-from compot_deploy.exporters.onnx.files import copy_tokenizer, read_json_object, write_json
+from compot_deploy.exporters.onnx.files import copy_tokenizer, read_optional
 from compot_deploy.exporters.onnx.lint.folder import errors_first, lint_onnx
 from compot_deploy.exporters.onnx.matrices import OnnxMatrices
 from compot_deploy.exporters.onnx.nodes import FloatType
@@ -160,11 +160,11 @@ class OnnxExporter:
             )
         graph.write_bytes(proto.SerializeToString(deterministic=True))
         source = Path(model.source) if model.source else None
-        generation = generation_config_json(model.config, read_json_object(source, "generation_config.json"))
+        generation = generation_config_json(model.config, read_optional(source, "generation_config.json"))
         context = options.context or decoder_shape(model.architecture, model.config).context
-        write_json(folder / "config.json", config_json(model.architecture, model.config, model.tied))
-        write_json(folder / "generation_config.json", generation)
-        write_json(
+        write_object(folder / "config.json", config_json(model.architecture, model.config, model.tied))
+        write_object(folder / "generation_config.json", generation)
+        write_object(
             folder / "genai_config.json",
             genai_config_json(model.architecture, model.config, generation, context, GRAPH),
         )
@@ -201,10 +201,7 @@ class OnnxExporter:
             UnsupportedModelError: a configuration of another kind of model.
         """
         matrices = OnnxMatrices(folder / GRAPH)
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"{folder / 'config.json'} cannot be read: {error}.") from None
+        config = read_object(folder / "config.json")
         architecture = find_architecture(config)
         return CompressedModel(
             architecture=architecture,

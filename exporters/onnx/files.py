@@ -1,13 +1,13 @@
-"""Small files beside the graph: JSON as every folder has it, and the tokenizer's."""
+"""Files of the original model that an ONNX folder takes over: the tokenizer's, readable everywhere."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compot_deploy.core.json_files import write_object
 from compot_deploy.errors import InputError
 from compot_deploy.exporters.onnx.config import portable_tokenizer_config
 from compot_deploy.models.source import TOKENIZER_FILES
@@ -17,14 +17,14 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy the files of a tokenizer, readable in transformers 4 and 5."""
     for name in TOKENIZER_FILES:
         if name == "tokenizer_config.json":
-            settings = read_json_object(source, name)
+            settings = read_optional(source, name)
             if settings:
-                write_json(folder / name, portable_tokenizer_config(settings))
+                write_object(folder / name, portable_tokenizer_config(settings))
         elif (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 
 
-def read_json_object(source: Path | None, name: str) -> dict[str, Any]:
+def read_optional(source: Path | None, name: str) -> dict[str, Any]:
     """A JSON object of the original model, empty where there is none."""
     if source is None or not (source / name).is_file():
         return {}
@@ -35,8 +35,3 @@ def read_json_object(source: Path | None, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{source / name} does not hold a JSON object.")
     return value
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object as every file of a folder has it."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")

@@ -15,10 +15,11 @@ from typing import Any, Final
 
 from torch import nn
 
+from compot_deploy.core.json_files import write_object
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.exporters.onnx.config import GenaiDecoder, genai_json, generation_config_json
 from compot_deploy.exporters.onnx.exporter import OnnxOptions
-from compot_deploy.exporters.onnx.files import copy_tokenizer, write_json
+from compot_deploy.exporters.onnx.files import copy_tokenizer
 from compot_deploy.exporters.onnx.interface import Interface, config_of, interface_of
 from compot_deploy.exporters.onnx.matrices import OnnxMatrices
 from compot_deploy.exporters.onnx.placeholders import matrices_of
@@ -86,15 +87,15 @@ def export(
     held = set(OnnxMatrices(graph)) if found else set()
     written = {name: matrix for name, matrix in found.items() if name in held}
     config = _config_json(model)
-    write_json(folder / "config.json", config)
+    write_object(folder / "config.json", config)
     if interface_task(proto) == "generation":
         original = getattr(model, "generation_config", None)
         values = {} if original is None else original.to_dict()
         generation = generation_config_json(config, _set(values))
-        write_json(folder / "generation_config.json", generation)
+        write_object(folder / "generation_config.json", generation)
         facts = _genai_decoder(model, interface_of(model))
         if facts is not None:
-            write_json(folder / "genai_config.json", genai_json(facts, generation, GRAPH))
+            write_object(folder / "genai_config.json", genai_json(facts, generation, GRAPH))
     if source is not None:
         copy_tokenizer(source, folder)
         for name in (*_SENTENCE_FILES, "vocab.txt"):

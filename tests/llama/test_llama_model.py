@@ -22,10 +22,12 @@ from compot_deploy.core.grid import DENSE, Grid, Pattern
 from compot_deploy.core.matrix import Factorized, Matrix
 from compot_deploy.embedded import HELD_OUT_TEXT, MODEL
 from compot_deploy.errors import ArtifactError, InputError
-from compot_deploy.exporters.gguf import exporter as gguf
 from compot_deploy.exporters.gguf import library as library_module
 from compot_deploy.exporters.gguf import planes as gguf_planes
 from compot_deploy.exporters.gguf.library import LlamaError, UnsupportedLlamaError
+from compot_deploy.exporters.gguf.model import read
+from compot_deploy.exporters.gguf.options import GgufOptions
+from compot_deploy.exporters.gguf.writer import write
 from compot_deploy.llama import generate
 from compot_deploy.llama.model import LlamaModel
 from compot_deploy.llama.plugin import has_plugin, leaf, load_plugin
@@ -59,7 +61,7 @@ def exported(folder: Path, name: str, **options: Any) -> tuple[CompressedModel, 
     layout = name.split()[0]
     model = compressed(folder, CHANGES.get(name), Grid(8, 64) if layout != "dense" else None)
     path = folder / f"{name.replace(' ', '-').replace(':', '')}.gguf"
-    gguf.write(model, path, gguf.GgufOptions(layout=layout, **options))  # type: ignore[arg-type]
+    write(model, path, GgufOptions(layout=layout, **options))  # type: ignore[arg-type]
     return model, path
 
 
@@ -87,7 +89,7 @@ def test_the_shipped_model_equals_torch_at_every_position(tmp_path: Path, kind: 
     reference = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = reference(torch.tensor([ids])).logits[0].numpy()
-    gguf.write(compressed(MODEL), tmp_path / "m.gguf", gguf.GgufOptions(type=kind))
+    write(compressed(MODEL), tmp_path / "m.gguf", GgufOptions(type=kind))
     with LlamaModel(tmp_path / "m.gguf", exact=True) as llama:
         got = llama.logits(ids)
     assert len(ids) == 400 and np.abs(got - expected).max() < (EXACT if kind == "F32" else F16_NOISE)
@@ -385,8 +387,8 @@ def test_dense_files_of_any_type_run_exactly_when_expanded(
 ) -> None:
     """Their own arithmetic rounds activations; in F32 what remains is what the file holds."""
     for name in ("llama3", "qwen2"):
-        gguf.write(compressed(folders[name]), tmp_path / "m.gguf", gguf.GgufOptions(type=kind))
-        held = gguf.read(tmp_path / "m.gguf")
+        write(compressed(folders[name]), tmp_path / "m.gguf", GgufOptions(type=kind))
+        held = read(tmp_path / "m.gguf")
         expected = torch_logits(torch_model(folders[name], held))  # type: ignore[arg-type]
         runner = LlamaRunner(tmp_path / "m.gguf", exact=True, threads=1)
         (got,) = runner.logits(TOKENS, 50)
@@ -530,9 +532,7 @@ def test_one_kind_of_leaf_or_one_output_that_is_wrong_is_found_when_loading(
 
     path = tmp_path / "m.gguf"
     table = Grid(8, 32)  # which nothing but the embedding has
-    gguf.write(
-        compressed(folders["llama"], CHANGES["sparse"], table), path, gguf.GgufOptions(layout="sparse")
-    )
+    write(compressed(folders["llama"], CHANGES["sparse"], table), path, GgufOptions(layout="sparse"))
     right, choose = Plugin.product, Plugin.use
     tried: list[tuple[int, ...]] = []
     chosen: list[str] = []

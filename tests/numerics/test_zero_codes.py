@@ -26,7 +26,8 @@ from torch import Tensor
 from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.matrix import Factorized, Matrix, Quantized
 from compot_deploy.exporters import EXPORTERS
-from compot_deploy.exporters.gguf import exporter as gguf
+from compot_deploy.exporters.gguf.options import GgufOptions
+from compot_deploy.exporters.gguf.writer import write
 from compot_deploy.exporters.onnx.exporter import OnnxOptions
 from compot_deploy.exporters.onnx.tensors import GRAPH
 from compot_deploy.models.compressed import CompressedModel
@@ -164,7 +165,7 @@ def planes_of_two_of_four(row: np.ndarray[Any, Any], inputs: int, group: int) ->
 def test_zero_codes_are_zero_in_gguf_files(tmp_path: Path, layout: Any) -> None:
     folder = tiny.save(tmp_path / "model", "qwen2", num_hidden_layers=1)  # no reordered outputs
     model = compressed(folder, shared_change(Grid(4, 32), Pattern(2, 4), 0.6, round_to=4), Grid(8, 32))
-    gguf.write(model, tmp_path / "m.gguf", gguf.GgufOptions(layout=layout))
+    write(model, tmp_path / "m.gguf", GgufOptions(layout=layout))
     tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
     stems = {"self_attn.q_proj": "attn_q", "self_attn.o_proj": "attn_output", "mlp.down_proj": "ffn_down"}
     for path, stem in stems.items():

@@ -39,13 +39,16 @@ from compot_deploy.core.packed import PackedStorage
 from compot_deploy.errors import ArtifactError, CompotDeployError, InputError, RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.artifact import describe_matrices, seal
-from compot_deploy.exporters.huggingface.exporter import HuggingFaceOptions, account
+from compot_deploy.exporters.huggingface.exporter import HuggingFaceOptions
+from compot_deploy.exporters.huggingface.shards import account
 from compot_deploy.exporters.manifest import MANIFEST, read_manifest
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.pipeline.in_memory import factorize
 from compot_deploy.transformers_plugin.configuration import CompotConfig
-from compot_deploy.transformers_plugin.layout import AUTO_MAP, CODE, INDEX, WEIGHTS, read_config
-from compot_deploy.transformers_plugin.modeling import from_compressed, linears_of
+from compot_deploy.transformers_plugin.filling import from_compressed
+from compot_deploy.transformers_plugin.folder import AUTO_MAP, CODE, read_config
+from compot_deploy.transformers_plugin.modeling import linears_of
+from compot_deploy.transformers_plugin.weight_files import INDEX, WEIGHTS
 
 transformers.utils.logging.disable_progress_bar()
 EXPORTER = EXPORTERS["huggingface"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from compot_deploy.models.checkpoint import Checkpoint
 from reference_gguf import compressed, shared_change
 
 from compot_deploy.cli import main as cli
@@ -18,10 +19,10 @@ from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MISSING_DEPENDENCY, EXIT_OK
 from compot_deploy.exporters.artifact import verify
 from compot_deploy.exporters.gguf import quantize as gguf_quantize
-from compot_deploy.exporters.gguf.folder import GgufExporter
+from compot_deploy.exporters.gguf.exporter import GgufExporter
+from compot_deploy.exporters.gguf.options import GgufOptions
 from compot_deploy.exporters.gguf.reader import read_header
-from compot_deploy.exporters.gguf.writer import GgufOptions, write
-from compot_deploy.models.source import ModelSource
+from compot_deploy.exporters.gguf.writer import write
 from compot_deploy.models.streaming import BlockStream
 from compot_deploy.pipeline import deploy as pipeline
 from compot_deploy.planning import settings
@@ -117,7 +118,7 @@ def linear_bytes(folder: Path) -> int:
 def test_a_plan_is_written_to_the_byte(
     layout: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def few(recipe: Recipe, checkpoint: ModelSource) -> Search:
+    def few(recipe: Recipe, checkpoint: Checkpoint) -> Search:
         """A handful of forms of each kind, so that this takes seconds."""
         search = settings.search_of(recipe, checkpoint)
         grids = {bits: groups[-1:] for bits, groups in search.grids.groups.items()}

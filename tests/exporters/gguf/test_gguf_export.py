@@ -18,16 +18,13 @@ from compot_deploy.core.grid import DENSE, Grid, Pattern
 from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
 from compot_deploy.core.storage import matrix_bytes
 from compot_deploy.errors import RecipeError, UnsupportedModelError
-from compot_deploy.exporters.gguf import (
-    exporter as gguf,
-)
-from compot_deploy.exporters.gguf import (
-    metadata as gguf_metadata,
-)
-from compot_deploy.exporters.gguf import (
-    quantize as gguf_quantize,
-)
+from compot_deploy.exporters.gguf import metadata as gguf_metadata
+from compot_deploy.exporters.gguf import quantize as gguf_quantize
+from compot_deploy.exporters.gguf.model import read
+from compot_deploy.exporters.gguf.options import GgufOptions
 from compot_deploy.exporters.gguf.reader import read_header
+from compot_deploy.exporters.gguf.storage import GgufStorage, ProductStorage
+from compot_deploy.exporters.gguf.writer import write
 from compot_deploy.models.compressed import CompressedModel
 
 MIXES: dict[str, Any] = {
@@ -62,8 +59,8 @@ def test_reading_gives_back_every_bit(
 ) -> None:
     for kind in ("llama", "qwen2"):
         model = compressed(folders[kind], MIXES[mix], Grid(8, 64) if kind == "llama" else None)
-        written = gguf.write(model, tmp_path / "m.gguf", gguf.GgufOptions(layout=layout))  # type: ignore[arg-type]
-        back = gguf.read(written.path)
+        written = write(model, tmp_path / "m.gguf", GgufOptions(layout=layout))  # type: ignore[arg-type]
+        back = read(written.path)
         assert back.layout == layout and back.tied == model.tied
         assert set(back.matrices) == set(model.matrices) and set(back.tensors) == set(model.tensors)
         for name, matrix in model.matrices.items():
@@ -84,9 +81,9 @@ def test_bytes_are_those_that_the_plan_counts(
     folders: dict[str, Path], tmp_path: Path, layout: str, mix: str
 ) -> None:
     model = compressed(folders["llama"], MIXES[mix], Grid(8, 64))
-    written = gguf.write(model, tmp_path / "m.gguf", gguf.GgufOptions(layout=layout))  # type: ignore[arg-type]
+    written = write(model, tmp_path / "m.gguf", GgufOptions(layout=layout))  # type: ignore[arg-type]
     # These floating factors are in float16; those of a compression are float32, four bytes.
-    storage = gguf.GgufStorage(layout, 2 if mix == "floating factors" else 4)  # type: ignore[arg-type]
+    storage = GgufStorage(layout, 2 if mix == "floating factors" else 4)  # type: ignore[arg-type]
     planned = matrix_bytes(model.matrices, storage)
     assert written.matrix_bytes == planned
     in_file = sum(t.nbytes for t in read_header(written.path).tensors.values() if len(t.shape) == 2)
@@ -98,8 +95,8 @@ def test_floating_leaves_of_a_compression_take_the_four_bytes_that_are_counted(
     folders: dict[str, Path], tmp_path: Path, layout: str
 ) -> None:
     model = compressed(folders["llama"])
-    written = gguf.write(model, tmp_path / "m.gguf", gguf.GgufOptions(layout=layout))  # type: ignore[arg-type]
-    planned = matrix_bytes(model.matrices, gguf.GgufStorage(layout))  # type: ignore[arg-type]
+    written = write(model, tmp_path / "m.gguf", GgufOptions(layout=layout))  # type: ignore[arg-type]
+    planned = matrix_bytes(model.matrices, GgufStorage(layout))  # type: ignore[arg-type]
     assert written.matrix_bytes == planned
     assert planned["model.layers.0.mlp.up_proj"] == 4 * 64 * 160
 
@@ -112,16 +109,16 @@ def test_products_take_the_bytes_that_are_counted(
     """A dense file read back and counted gives its own bytes, fallbacks included."""
     pytest.importorskip("xllamacpp", reason="the extra llama is not installed")
     model = compressed(folders["llama"], MIXES[mix], Grid(8, 64))
-    path = gguf.write(model, tmp_path / "m.gguf", gguf.GgufOptions(type=kind)).path
+    path = write(model, tmp_path / "m.gguf", GgufOptions(type=kind)).path
     in_file = {t.name: t.nbytes for t in read_header(path).tensors.values() if len(t.shape) == 2}
-    counted = matrix_bytes(gguf.read(path).matrices, gguf.ProductStorage(kind))
+    counted = matrix_bytes(read(path).matrices, ProductStorage(kind))
     assert sum(counted.values()) == sum(in_file.values())
     assert sorted(counted.values()) == sorted(in_file.values())
 
 
 def test_a_shared_dictionary_is_stored_once(folders: dict[str, Path], tmp_path: Path) -> None:
     model = compressed(folders["llama"], MIXES["head and shared dictionaries"])
-    gguf.write(model, tmp_path / "m.gguf", gguf.GgufOptions(layout="sparse"))
+    write(model, tmp_path / "m.gguf", GgufOptions(layout="sparse"))
     names = set(read_header(tmp_path / "m.gguf").tensors)
     assert "blk.0.attn_q.dict.weight" in names and "blk.0.attn_q.dict.1.weight" in names
     assert not {"blk.0.attn_k.dict.weight", "blk.0.attn_v.dict.weight", "blk.0.ffn_up.dict.weight"} & names
@@ -132,8 +129,8 @@ def test_dense_files_carry_integers_over_exactly(folders: dict[str, Path], tmp_p
         return quantized_by_rounding(weight, Grid(8 if "mlp" in name else 4, 32))
 
     model = compressed(folders["llama"], change, Grid(8, 32))
-    written = gguf.write(model, tmp_path / "m.gguf")
-    back = gguf.read(written.path)
+    written = write(model, tmp_path / "m.gguf")
+    back = read(written.path)
     for name, matrix in model.matrices.items():
         assert same_matrix(matrix, back.matrices[name]), name
     assert set(written.kinds.values()) == {"Q4_0 exact", "Q8_0 exact", "F32"}
@@ -147,27 +144,27 @@ def test_values_of_a_codebook_are_rounded_like_floats(folders: dict[str, Path], 
         return Quantized(made.integers.clamp(min=-7), made.scales, Grid(4, 32, "nf4"))
 
     model = compressed(folders["llama"], change)
-    written = gguf.write(model, tmp_path / "m.gguf")
+    written = write(model, tmp_path / "m.gguf")
     assert not any("exact" in kind for kind in written.kinds.values())
-    back = gguf.read(written.path).matrices["model.layers.0.mlp.up_proj"].dequantize()
+    back = read(written.path).matrices["model.layers.0.mlp.up_proj"].dequantize()
     expected = model.matrices["model.layers.0.mlp.up_proj"].dequantize()
     assert float(((back - expected).norm() / expected.norm()) ** 2) < 0.02
     with pytest.raises(RecipeError, match="no nf4"):
-        gguf.write(model, tmp_path / "m.gguf", gguf.GgufOptions(layout="sparse"))
+        write(model, tmp_path / "m.gguf", GgufOptions(layout="sparse"))
 
 
 def test_factors_are_multiplied_out_in_dense_files(folders: dict[str, Path], tmp_path: Path) -> None:
     model = compressed(folders["qwen3"], MIXES["2:4"])
-    gguf.write(model, tmp_path / "m.gguf", gguf.GgufOptions(type="F32"))
-    back = gguf.read(tmp_path / "m.gguf")
+    write(model, tmp_path / "m.gguf", GgufOptions(type="F32"))
+    back = read(tmp_path / "m.gguf")
     for name, matrix in model.matrices.items():
         assert torch.equal(matrix.dequantize(), back.matrices[name].dequantize())
 
 
 def test_rows_that_do_not_split_get_a_wider_type_and_a_fact(folders: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason="the extra llama is not installed")
-    written = gguf.write(
-        compressed(folders["llama"]), tmp_path / "m.gguf", gguf.GgufOptions(type="Q4_K", table_type="F16")
+    written = write(
+        compressed(folders["llama"]), tmp_path / "m.gguf", GgufOptions(type="Q4_K", table_type="F16")
     )
     assert written.kinds["blk.0.attn_q.weight"] == "Q5_0"  # 64 inputs: no block of 256
     assert any("attn_q" in fact and "stored as Q5_0" in fact for fact in written.facts)
@@ -202,7 +199,7 @@ def test_types_that_need_importance_are_refused_without(folders: dict[str, Path]
     )
     model = compressed(wide)
     with pytest.raises(RecipeError, match="IQ2_XXS needs importance"):
-        gguf.write(model, tmp_path / "m.gguf", gguf.GgufOptions(type="IQ2_XXS"))
+        write(model, tmp_path / "m.gguf", GgufOptions(type="IQ2_XXS"))
     assert not list(tmp_path.glob("*.gguf*")) and not list(tmp_path.glob(".*"))
 
 
@@ -227,7 +224,7 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
 )
 def test_options_that_do_not_exist_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="Use "):
-        gguf.GgufOptions(**options)
+        GgufOptions(**options)
 
 
 def test_a_group_that_cannot_be_stored_is_refused_before_writing(
@@ -236,7 +233,7 @@ def test_a_group_that_cannot_be_stored_is_refused_before_writing(
     model = compressed(folders["llama"], lambda name, weight: quantized_by_rounding(weight, Grid(4, 48)))
     for layout in ("factorized", "sparse"):
         with pytest.raises(RecipeError, match="48"):
-            gguf.write(model, tmp_path / "m.gguf", gguf.GgufOptions(layout=layout))  # type: ignore[arg-type]
+            write(model, tmp_path / "m.gguf", GgufOptions(layout=layout))  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 
@@ -265,19 +262,19 @@ def test_a_failure_leaves_the_old_file_as_it_was(folders: dict[str, Path], tmp_p
     model = compressed(folders["llama"])
     broken = dataclasses.replace(model, matrices=Failing(model.matrices))
     with pytest.raises(OSError, match="gone"):
-        gguf.write(broken, path)
+        write(broken, path)
     assert path.read_bytes() == b"old" and [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
 
 
 def test_two_writes_are_equal_and_the_model_is_unchanged(folders: dict[str, Path], tmp_path: Path) -> None:
     model = compressed(folders["llama3"], MIXES["2:4"])
     before = {name: matrix.dequantize().clone() for name, matrix in model.matrices.items()}
-    options = gguf.GgufOptions(layout="sparse", provenance={"recipe": "test", "calibration": "abc"})
+    options = GgufOptions(layout="sparse", provenance={"recipe": "test", "calibration": "abc"})
     for name in ("a.gguf", "b.gguf"):
-        gguf.write(model, tmp_path / name, options)
+        write(model, tmp_path / name, options)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
     assert all(torch.equal(before[name], matrix.dequantize()) for name, matrix in model.matrices.items())
-    metadata = gguf.read(tmp_path / "a.gguf").metadata
+    metadata = read(tmp_path / "a.gguf").metadata
     assert metadata["compot.recipe"] == "test" and metadata["compot.calibration"] == "abc"
     assert metadata["general.architecture"] == "compot" and metadata["compot.base_architecture"] == "llama"
 
@@ -288,7 +285,7 @@ def test_a_factorised_embedding_is_refused(folders: dict[str, Path], tmp_path: P
     matrices = {**model.matrices, model.architecture.embedding: Factorized((pair,))}
     broken = dataclasses.replace(model, matrices=matrices)
     with pytest.raises(UnsupportedModelError, match="embed_tokens"):
-        gguf.write(broken, tmp_path / "m.gguf", gguf.GgufOptions(layout="sparse"))
+        write(broken, tmp_path / "m.gguf", GgufOptions(layout="sparse"))
 
 
 @pytest.mark.parametrize(
@@ -307,10 +304,8 @@ def test_rope_without_a_key_is_refused(change: dict[str, Any], message: str) -> 
 def test_a_sliding_window_cuts_the_context_and_says_so(folders: dict[str, Path], tmp_path: Path) -> None:
     model = compressed(folders["mistral"])
     config = {**model.config, "sliding_window": 100}
-    written = gguf.write(
-        dataclasses.replace(model, config=config), tmp_path / "m.gguf", gguf.GgufOptions(type="F16")
-    )
-    assert gguf.read(written.path).metadata["llama.context_length"] == 100
+    written = write(dataclasses.replace(model, config=config), tmp_path / "m.gguf", GgufOptions(type="F16"))
+    assert read(written.path).metadata["llama.context_length"] == 100
     assert any("sliding window" in fact for fact in written.facts)
 
 
@@ -334,5 +329,5 @@ def test_quantized_leaves_know_no_other_orientation() -> None:
 
 def test_the_model_type_is_the_only_thing_mistral_loses(folders: dict[str, Path], tmp_path: Path) -> None:
     model: CompressedModel = compressed(folders["mistral"])
-    gguf.write(model, tmp_path / "m.gguf", gguf.GgufOptions(type="F32"))
-    assert gguf.read(tmp_path / "m.gguf").architecture.model_type == "llama"
+    write(model, tmp_path / "m.gguf", GgufOptions(type="F32"))
+    assert read(tmp_path / "m.gguf").architecture.model_type == "llama"

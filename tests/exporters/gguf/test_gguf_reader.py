@@ -14,9 +14,11 @@ from reference_gguf import random_quantized
 from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair
 from compot_deploy.errors import ArtifactError
-from compot_deploy.exporters.gguf import exporter as gguf
 from compot_deploy.exporters.gguf.ggml_types import GGML_TYPES
+from compot_deploy.exporters.gguf.model import read, read_file
+from compot_deploy.exporters.gguf.options import GgufOptions
 from compot_deploy.exporters.gguf.reader import GgufFile, parse, read_header
+from compot_deploy.exporters.gguf.writer import write
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.hints import ARCHITECTURES
 
@@ -51,7 +53,7 @@ def tiny_model() -> CompressedModel:
 @pytest.fixture(params=["sparse", "factorized", "dense"])
 def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     path = tmp_path / "model.gguf"
-    gguf.write(tiny_model(), path, gguf.GgufOptions(layout=request.param, type="F16"))
+    write(tiny_model(), path, GgufOptions(layout=request.param, type="F16"))
     return path
 
 
@@ -62,7 +64,7 @@ def read_quietly(path: Path) -> str | None:
 
 def read_bytes_quietly(data: np.ndarray) -> str | None:
     try:
-        gguf.read_file(parse(data, Path("damaged.gguf")))
+        read_file(parse(data, Path("damaged.gguf")))
     except ArtifactError as error:
         return str(error)
     return None
@@ -75,7 +77,7 @@ def test_damaged_files_give_clean_errors(tmp_path: Path, share: float) -> None:
     refused = 0
     for layout, count in (("sparse", 5000), ("factorized", 3000), ("dense", 2000)):
         path = tmp_path / f"{layout}.gguf"
-        gguf.write(tiny_model(), path, gguf.GgufOptions(layout=layout, type="F16"))  # type: ignore[arg-type]
+        write(tiny_model(), path, GgufOptions(layout=layout, type="F16"))  # type: ignore[arg-type]
         good = np.frombuffer(path.read_bytes(), np.uint8)
         header = min(tensor.offset for tensor in read_header(path).tensors.values())
         for case in range(int(count * share)):
@@ -165,7 +167,7 @@ def test_an_unknown_tensor_type_is_refused(file: Path) -> None:
 
 def test_an_unknown_layout_version_is_refused_with_both_numbers(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    gguf.write(tiny_model(), path, gguf.GgufOptions(layout="sparse"))
+    write(tiny_model(), path, GgufOptions(layout="sparse"))
     key = b"compot.layout.version"
     at = path.read_bytes().index(key) + len(key) + 4
     message = patched(path, at, struct.pack("<I", 9))
@@ -174,7 +176,7 @@ def test_an_unknown_layout_version_is_refused_with_both_numbers(tmp_path: Path) 
 
 def test_metadata_that_contradicts_a_shape_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    gguf.write(tiny_model(), path, gguf.GgufOptions(layout="sparse"))
+    write(tiny_model(), path, GgufOptions(layout="sparse"))
     assert "asks for" in replaced(path, b'"inputs":40,"outputs":4,', b'"inputs":99,"outputs":4,')
 
 
@@ -293,4 +295,4 @@ def test_only_versions_2_and_3_are_read(version: int) -> None:
 
 def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot be read"):
-        gguf.read(tmp_path / "none.gguf")
+        read(tmp_path / "none.gguf")

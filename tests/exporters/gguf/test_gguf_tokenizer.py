@@ -13,8 +13,9 @@ from reference_gguf import compressed
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from compot_deploy.errors import UnsupportedModelError
-from compot_deploy.exporters.gguf import exporter as gguf
+from compot_deploy.exporters.gguf.options import GgufOptions
 from compot_deploy.exporters.gguf.tokenizer import _EXPRESSIONS, detect_pre_tokenizer, tokenizer_keys
+from compot_deploy.exporters.gguf.writer import write
 
 SPLITS = {name: expression for expression, name in _EXPRESSIONS.items()}
 VOCABULARY = 700
@@ -129,7 +130,7 @@ def test_ids_equal_those_of_hugging_face_on_a_thousand_lines(tmp_path: Path, kin
 
     folder = model_folder(tmp_path / "model", kind)
     path = tmp_path / "model.gguf"
-    gguf.write(compressed(folder), path, gguf.GgufOptions(type="F16"))
+    write(compressed(folder), path, GgufOptions(type="F16"))
     reference = AutoTokenizer.from_pretrained(folder)
     with LlamaModel(path) as llama:
         differing = [

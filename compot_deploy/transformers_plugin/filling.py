@@ -1,0 +1,64 @@
+"""A compressed model in memory, as it would load from a folder that was exported from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from compot_deploy.core.matrix import Dense, Matrix, Quantized
+from compot_deploy.errors import InputError
+from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.transformers_plugin.configuration import CompotConfig
+from compot_deploy.transformers_plugin.folder import base_config, door_name
+from compot_deploy.transformers_plugin.layout import entry_of, tied_head, to_json
+from compot_deploy.transformers_plugin.modeling import _linear, compressed_class
+from compot_deploy.transformers_plugin.modules import CompotEmbedding
+
+
+def from_compressed(model: CompressedModel, *, dtype: torch.dtype = torch.float32) -> Any:
+    """A compressed model in memory, as it would load from a folder that was exported from it.
+
+    Args:
+        model: what the exporters are given.
+        dtype: of everything that is not packed.
+
+    Raises:
+        InputError: a tensor that the model class does not have.
+    """
+    owners: dict[str, str] = {}
+    entries, values = [], {}
+    for name, matrix in model.matrices.items():
+        if isinstance(matrix, Dense):
+            continue
+        values[name] = matrix
+        entries.append(entry_of(name, matrix, owners))
+    table = model.matrices[model.architecture.embedding]
+    if model.tied and isinstance(table, Quantized):
+        entries.append(tied_head(model.architecture, entries))
+    base = CompotConfig(base_config=base_config(model)).base()
+    base_class = transformers.AutoModelForCausalLM._model_mapping[type(base)]
+    base.compot = to_json(entries, base_class.__name__)
+    made = compressed_class(base_class, door_name("AutoModelForCausalLM"))._from_config(base, dtype=dtype)
+    for name, matrix in values.items():
+        fill(made.get_submodule(name), matrix)
+    state = {f"{name}.weight": m.weight.T for name, m in model.matrices.items() if isinstance(m, Dense)}
+    state |= {name: model.tensors[name] for name in model.tensors if not name.endswith("rotary_emb.inv_freq")}
+    parameters = dict(made.named_parameters(remove_duplicate=False))
+    for name, tensor in state.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise InputError(f"The model has no tensor {name} of the shape {tuple(tensor.shape)} to fill.")
+        with torch.no_grad():
+            parameters[name].copy_(tensor)
+    return made.eval()
+
+
+def fill(module: nn.Module, matrix: Matrix) -> None:
+    """Put the numbers of a matrix into its compressed module."""
+    if isinstance(module, CompotEmbedding):
+        assert isinstance(matrix, Quantized)
+        module.matrix.fill(matrix)
+    else:
+        _linear(module).fill(matrix)
