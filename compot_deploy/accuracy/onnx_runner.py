@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from compot_deploy.accuracy.runner import greedy, stream
+from compot_deploy.accuracy.runner import Choose, continued, greedy, stream
 from compot_deploy.errors import ArtifactError, a_few, first_line
 
 if TYPE_CHECKING:
@@ -87,6 +87,12 @@ class OnnxRunner:
     def generate(self, prompt: Sequence[int], new_tokens: int) -> tuple[int, ...]:
         """See `Runner.generate`."""
         return greedy(self._advance, prompt, new_tokens)
+
+    def tokens(
+        self, prompt: Sequence[int], choose: Choose | None = None, chunk: int | None = None
+    ) -> Iterator[int]:
+        """Tokens after a prompt without end, one by one as they are asked for; see `continued`."""
+        return continued(self._advance, prompt, choose, chunk)
 
     def _check_names(self, inputs: Iterable[str], outputs: Iterable[str]) -> None:
         known = {"input_ids", "attention_mask", "position_ids", *self._past}

@@ -8,12 +8,14 @@ broken cache shows up in every figure. The loops `stream` and `greedy` are share
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from compot_deploy.errors import InputError
@@ -76,6 +78,9 @@ class RunnerFactory(Protocol):
 Advance = Callable[[Tensor, State | None], tuple[Tensor, State]]
 """(tokens, state) → (logits of these tokens, next state): one call into a runtime; no state is the start."""
 
+Choose = Callable[[Float32[np.ndarray, " vocabulary"]], int]
+"""Logits of the next token → the token."""
+
 
 def stream(
     advance: Advance[State], tokens: Int64[Tensor, "batch length"], chunk: int
@@ -87,19 +92,36 @@ def stream(
         yield logits.float().cpu()
 
 
-def greedy(advance: Advance[State], prompt: Sequence[int], new_tokens: int) -> tuple[int, ...]:
-    """The most likely token, again and again; among equals the lowest id.
+def continued(
+    advance: Advance[State],
+    prompt: Sequence[int],
+    choose: Choose | None = None,
+    chunk: int | None = None,
+) -> Iterator[int]:
+    """Token after token, without end; each is computed when it is asked for.
+
+    Args:
+        advance: one call into a runtime.
+        prompt: at least one token.
+        choose: the next token from its logits; None takes the most likely, among equals the lowest id.
+        chunk: positions of the prompt per call, which bounds the memory of their logits; None reads it at once.
 
     Raises:
         InputError: the prompt is empty.
     """
     if not prompt:
         raise InputError("A prompt without tokens cannot be continued: give at least one token.")
-    generated: list[int] = []
     state: State | None = None
-    step = torch.tensor([list(prompt)])
-    for _ in range(new_tokens):
-        logits, state = advance(step, state)
-        generated.append(int(logits[0, -1].argmax()))
-        step = torch.tensor([generated[-1:]])
-    return tuple(generated)
+    pieces = torch.tensor([list(prompt)]).split(chunk or len(prompt), dim=1)
+    while True:
+        for piece in pieces:
+            logits, state = advance(piece, state)
+        last = logits[0, -1].float().cpu()
+        token = int(last.argmax()) if choose is None else choose(last.numpy())
+        yield token
+        pieces = (torch.tensor([[token]]),)
+
+
+def greedy(advance: Advance[State], prompt: Sequence[int], new_tokens: int) -> tuple[int, ...]:
+    """The first `new_tokens` of the most likely tokens after a prompt; see `continued`."""
+    return tuple(itertools.islice(continued(advance, prompt), new_tokens))

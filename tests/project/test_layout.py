@@ -31,7 +31,7 @@ FLOORS = (
     ("accuracy",),
     ("planning",),
     ("report",),
-    ("pipeline",),
+    ("pipeline", "serving"),
     ("cli",),
     ("__init__", "__main__"),
 )

@@ -41,15 +41,42 @@ def test_compressing_looks_nothing_up_and_leaves_nothing_at_home(compressed: tup
     assert (seen.network, [path for path in seen.home if not FONTS.fullmatch(path)]) == ((), [])
 
 
+SERVE = """
+import os, signal, subprocess, sys, threading
+from compot_deploy.serving import __main__ as serving
+
+CLIENT = '''
+import sys, urllib.request
+body = b'{"prompt": "the quick", "max_tokens": 4}'
+with urllib.request.urlopen(sys.argv[1] + "/completions", body) as reply:
+    sys.stdout.write(reply.read().decode())
+'''
+
+class Told:  # where the server says that it listens
+    def write(self, text):
+        def ask():  # from outside: the client's own connection is not meant
+            apart = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "WATCHED")}
+            subprocess.run([sys.executable, "-c", CLIENT, text.split()[-1]], env=apart)
+            os.kill(os.getpid(), signal.SIGTERM)
+        threading.Thread(target=ask).start()
+
+    def flush(self):
+        pass
+
+sys.stdout = Told()
+assert serving.main([FOLDER, "--port", "0"]) == 0
+"""
+
 COMMANDS = {
-    "check": "from compot_deploy.cli.main import main\nassert main(['check', {folder!r}]) == 0",
-    "run": "from compot_deploy.cli.main import main\nassert main(['run', {folder!r}, '-p', 'the quick']) == 0",
+    "check": "from compot_deploy.cli.main import main\nassert main(['check', FOLDER]) == 0",
+    "run": "from compot_deploy.cli.main import main\nassert main(['run', FOLDER, '-p', 'the quick']) == 0",
+    "serving": SERVE,
     "page": (
-        "import json, pathlib, tempfile\n"
-        "from compot_deploy.cli.serve import PageServer, model_files\n"
+        "import pathlib\n"
+        "from compot_deploy.cli.serve import PageServer\n"
         "import compot_deploy.cli.serve as serve\n"
-        "serve.page_files = lambda bundle: {{}}\n"
-        "with PageServer(pathlib.Path({folder!r}), 0): pass"
+        "serve.page_files = lambda bundle: {}\n"
+        "with PageServer(pathlib.Path(FOLDER), 0): pass"
     ),
 }
 
@@ -58,9 +85,10 @@ COMMANDS = {
 def test_a_command_looks_nothing_up_and_leaves_nothing_at_home(
     exported: Path, tmp_path: Path, command: str
 ) -> None:
-    seen = watch(COMMANDS[command].format(folder=str(exported)), tmp_path)
+    seen = watch(COMMANDS[command].replace("FOLDER", repr(str(exported))), tmp_path)
     assert seen.code == 0, seen.output
     assert (seen.network, seen.home) == ((), ())
+    assert command != "serving" or '"text_completion"' in seen.output
 
 
 @pytest.mark.slow
