@@ -179,8 +179,8 @@ class Products(TorchFunctionMode):
         outputs, inputs = weight.shape if transposed else reversed(weight.shape)
         self.seen.append(Seen(Site(name, index, inputs, outputs, transposed), values))
 
-    def groups(self, block: str) -> dict[InputGroup, Tensor]:
-        """Sites by the tensor that they read, with that tensor."""
+    def groups(self, block: str) -> list[tuple[InputGroup, Tensor]]:
+        """Sites by the tensor that they read, with that tensor; again for every time that a module runs."""
         readers: dict[tuple[int, int, int, int], list[Site]] = {}
         tensors: dict[tuple[int, int, int, int], Tensor] = {}
         for one in self.seen:
@@ -188,7 +188,7 @@ class Products(TorchFunctionMode):
             key = (_storage(x), int(x.storage_offset()), x.numel(), x.shape[-1])
             readers.setdefault(key, []).append(one.site)
             tensors[key] = x
-        return {InputGroup(block, tuple(dict.fromkeys(readers[key]))): tensors[key] for key in readers}
+        return [(InputGroup(block, tuple(dict.fromkeys(readers[key]))), tensors[key]) for key in readers]
 
 
 def real_rows(
@@ -271,7 +271,7 @@ def discover(model: nn.Module, batch: Any) -> Layout:
             with mode:
                 result = forward(*args, **kwargs)
             running.append(path)
-            groups.extend(mode.groups(path))
+            groups.extend(group for group, _ in mode.groups(path))
             return result
 
         return run

@@ -243,7 +243,7 @@ def _add(
 ) -> None:
     """Add what one batch showed; every group by its first site, which other sites of the group read too."""
     firsts = {group.sites[0]: group.name for group in groups}
-    for seen, values in mode.groups(path).items():
+    for seen, values in mode.groups(path):
         for site in seen.sites:
             if site in firsts:
                 add_gram(grams, firsts[site], real_rows(values, batch.real))

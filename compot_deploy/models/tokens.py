@@ -212,9 +212,19 @@ def windows_of_lines(
 
 
 def windows_of_jsonl(
-    text: str, tokenizer: Tokenizer, *, samples: int, length: int, seed: int, source: str, vocabulary: int
+    text: str,
+    tokenizer: Tokenizer,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    source: str,
+    vocabulary: int,
+    whole: bool = False,
 ) -> TokenWindows:
     """One window a line of ``{"text": …}`` or ``{"messages": […]}``, cut to `length` tokens.
+
+    With `whole`, each is read as an encoder reads it: special tokens stand at both ends.
 
     Raises:
         InputError: a line that is not such an object, or no line with two tokens.
@@ -223,8 +233,9 @@ def windows_of_jsonl(
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
-        ids = tokenizer.encode(_text_of_record(line, f"{source}, line {number}", tokenizer))
-        window = [*tokenizer.first, *ids][:length]
+        record = _text_of_record(line, f"{source}, line {number}", tokenizer)
+        own = tokenizer.whole(record, length) if whole else [*tokenizer.first, *tokenizer.encode(record)]
+        window = own[:length]
         if len(window) >= 2:
             samples_ids.append(window)
     if not samples_ids:

@@ -145,7 +145,7 @@ def collect_grams(
             model(**batch)
         mask = batch.get("attention_mask")
         real = None if mask is None else mask.bool()
-        for seen, values in mode.groups("").items():
+        for seen, values in mode.groups(""):
             sites = tuple(site for site in seen.sites if site.name in wanted)
             if sites and number == 0:
                 groups[sites[0].name] = InputGroup("", sites)

@@ -122,7 +122,8 @@ class _Reader:
         """Of a file; of JSON lines as a whole, of other text the part that is asked for."""
         text = read_text(path)
         if path.suffix == ".jsonl":
-            return windows_of_jsonl(text, self._tokenizer, source=str(path), **self._common)
+            whole = not self._source.task.generates
+            return windows_of_jsonl(text, self._tokenizer, source=str(path), whole=whole, **self._common)
         return self.text(part(text), str(path))
 
     def own(self, name: str) -> TokenWindows:

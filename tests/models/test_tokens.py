@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import any_models
 import pytest
 import tiny
 import torch
+from transformers import AutoTokenizer
 
 from compot_deploy.errors import InputError
 from compot_deploy.models.source import ModelSource, open_source
@@ -16,6 +18,7 @@ from compot_deploy.models.tokens import (
     read_text,
     sample_from_model,
     windows_of_jsonl,
+    windows_of_lines,
     windows_of_text,
 )
 
@@ -110,3 +113,68 @@ def test_the_model_writes_the_same_text_twice_and_leaves_the_global_seed_alone(
     assert first.digest == second.digest
     assert torch.equal(torch.get_rng_state(), state)
     assert all(len(window) == 16 and int(window[0]) == 1 for window in first.windows)
+
+
+# -- whole texts, as encoders read them ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    return open_source(any_models.save(tmp_path_factory.mktemp("model") / "bert", "bert"))
+
+
+LONG = COMMON | {"length": 64}
+LINES = [
+    "the quick brown fox jumps over the lazy dog",
+    "too short",
+    "a small model reads every word of this text and learns nothing",
+    "   the quick brown fox jumps over the lazy dog  ",
+    "",
+    "because its weights are random numbers",
+]
+
+
+def test_a_whole_text_has_its_special_tokens_at_both_ends_and_is_cut(encoder: ModelSource) -> None:
+    tokenizer = load_tokenizer(encoder.folder)
+    own = AutoTokenizer.from_pretrained(encoder.folder)
+    for length in (4, 9, 200):
+        ids = tokenizer.whole(LINES[0], length)
+        assert ids == own(LINES[0], truncation=True, max_length=length).input_ids
+        assert ids[0] == 1 and ids[-1] == 2 and len(ids) <= length
+    assert len(tokenizer.whole(LINES[0], 4)) == 4
+
+
+def test_a_line_is_a_text_where_it_is_long_enough_and_new(encoder: ModelSource) -> None:
+    tokenizer = load_tokenizer(encoder.folder)
+    windows = windows_of_lines("\n".join(LINES), tokenizer, source="t", **LONG)
+    expected = [tokenizer.whole(LINES[number], 64) for number in (0, 2, 5)]
+    assert [window.tolist() for window in windows.windows] == expected
+    assert "holds 3 lines of text; 4 were asked for" in windows.notes[0]
+    assert len({len(window) for window in windows.windows}) > 1
+    some = windows_of_lines("\n".join(LINES), tokenizer, source="t", **LONG | {"samples": 2})
+    assert len(some.windows) == 2 and not some.notes
+    assert {tuple(window.tolist()) for window in some.windows} < {tuple(ids) for ids in expected}
+    again = windows_of_lines("\n".join(LINES), tokenizer, source="t", **LONG | {"samples": 2})
+    assert again.digest == some.digest
+    drawn = {
+        windows_of_lines(
+            "\n".join(LINES), tokenizer, source="t", **LONG | {"samples": 2, "seed": seed}
+        ).digest
+        for seed in range(8)
+    }
+    assert len(drawn) > 1
+
+
+def test_lines_that_are_all_too_short_are_refused(encoder: ModelSource) -> None:
+    with pytest.raises(InputError, match="no line of at least 20 characters"):
+        windows_of_lines("a\nb\n" * 50, load_tokenizer(encoder.folder), source="t", **COMMON)
+
+
+def test_json_lines_are_whole_texts_where_the_model_reads_those(encoder: ModelSource) -> None:
+    tokenizer = load_tokenizer(encoder.folder)
+    text = '{"text": "the quick brown fox"}\n{"text": "lazy dog"}\n'
+    windows = windows_of_jsonl(text, tokenizer, source="t", whole=True, **COMMON)
+    assert [window.tolist() for window in windows.windows] == [
+        tokenizer.whole("the quick brown fox", 16),
+        tokenizer.whole("lazy dog", 16),
+    ]

@@ -153,5 +153,5 @@ def save(folder: Path, kind: str, seed: int = 0) -> Path:
     """A complete model folder, tokenizer included."""
     folder.mkdir(parents=True, exist_ok=True)
     model(kind, seed).save_pretrained(folder)
-    tiny.tokenizer_files(folder)
+    tiny.tokenizer_files(folder, ending=kind in READERS)
     return folder

@@ -87,8 +87,8 @@ def model(kind: str, seed: int = 0, **changes: Any) -> Any:
     return made.float().eval()
 
 
-def tokenizer_files(folder: Path) -> None:
-    """A byte-level BPE tokenizer of at most 320 entries that puts token 1 first."""
+def tokenizer_files(folder: Path, ending: bool = False) -> None:
+    """A byte-level BPE tokenizer of at most 320 entries that puts token 1 first and, with `ending`, token 2 last."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -101,7 +101,9 @@ def tokenizer_files(folder: Path) -> None:
             show_progress=False,
         ),
     )
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>" if ending else "<s> $A", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", '
