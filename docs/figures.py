@@ -198,7 +198,42 @@ def losses() -> None:
     save(figure, "losses")
 
 
+def steps() -> None:
+    """What the command does, in three steps."""
+    figure, axis = plt.subplots(figsize=(9.0, 2.5))
+    boxes = (
+        ("1  calibrate", "block by block over text:\none Gram matrix per input", BLUE),
+        (
+            "2  plan",
+            "integers of 2 to 8 bits, or a\ndictionary times sparse codes,\nper matrix, on the bytes that ship",
+            GREEN,
+        ),
+        (
+            "3  export and judge",
+            "ONNX, GGUF, Hugging Face;\nthe file reads text beside\nthe original: pass or fail",
+            ORANGE,
+        ),
+    )
+    for number, (title, text, color) in enumerate(boxes):
+        x = 3.6 * number
+        axis.add_patch(
+            FancyBboxPatch((x, 0), 3, 1.7, boxstyle="round,pad=0.08", facecolor="#f7f8fd", edgecolor=color)
+        )
+        axis.text(x + 1.5, 1.45, title, ha="center", va="center", fontsize=11, weight="bold", color=color)
+        axis.text(x + 1.5, 0.62, text, ha="center", va="center", fontsize=8.5)
+        if number:
+            axis.add_patch(
+                FancyArrowPatch(
+                    (x - 0.5, 0.85), (x - 0.1, 0.85), arrowstyle="-|>", mutation_scale=12, color=GREY
+                )
+            )
+    axis.set_xlim(-0.2, 10.5), axis.set_ylim(-0.2, 1.95)
+    axis.axis("off")
+    save(figure, "steps")
+
+
 if __name__ == "__main__":
+    steps()
     torch.set_num_threads(1)
     weight, whitening = real_linear()
     factors(weight, whitening)
