@@ -1,5 +1,5 @@
 # Everything runs in an environment of its own, .venv; nothing outside the repository is touched.
-#   make demo   compress the model that ships with the project, export it to ONNX, check it
+#   make demo   compress the model that ships with the project in four ways, export and judge each
 #   make test   format, lint, types, tests
 #   make web    the page of `compot-deploy serve` (needs Node.js and npm); make web-test tries it in Chromium
 #   make dev    what `make test` needs, plus the git hooks
@@ -15,7 +15,7 @@ DEMO = out/demo
 .PHONY: demo test lint types dev compatibility web web-test site docs examples clean
 
 demo: $(VENV)/demo.stamp
-	$(BIN)/compot-deploy --quant int4 --format onnx --out $(DEMO) --force
+	$(BIN)/compot-deploy demo --out $(DEMO)
 
 # One thread of torch per worker: workers are as many as cores.
 test: $(VENV)/dev.stamp lint types

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from compot_deploy.cli.arguments import Parser, add_options, parse_recipe, recipe_of, recipe_parser
+from compot_deploy.cli.demo import demo_command
 from compot_deploy.cli.output import print_overview, progress_on, show
 from compot_deploy.cli.serve import DEFAULT_PORT, PageServer
 from compot_deploy.errors import EXIT_CODES, EXIT_OK, RecipeError
@@ -184,4 +185,5 @@ COMMANDS: Final[Mapping[str, Callable[[list[str], Console, Console], int]]] = {
     "inspect": _inspect,
     "run": _run,
     "serve": _serve,
+    "demo": demo_command,
 }

@@ -9,6 +9,7 @@
     compot-deploy inspect DIR                                       what is in it, layer by layer
     compot-deploy run DIR -p "prompt"                               text from it, with tokens per second
     compot-deploy serve DIR                                         the same in a browser, which runs the model
+    compot-deploy demo                                              the model that ships, four ways, in one table
 
 Exit codes: 0 done and gate passed · 1 gate failed (the folder is kept, marked) · 2 bad usage or input ·
 3 unsupported model · 4 missing runtime or extra · 75 interrupted, the same command resumes.

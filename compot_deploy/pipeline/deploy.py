@@ -59,8 +59,15 @@ def plan(model: str | None = None, *, progress: Progress = silent, **options: An
     return plan_only(recipe_from_mapping(values, origin="plan()"), progress)
 
 
-def run(recipe: Recipe, progress: Progress = silent) -> tuple[Deployment, ...]:
-    """Everything, from a recipe: check what can be checked, compress, then export and judge each format."""
+def run(recipe: Recipe, progress: Progress = silent, work: Path | None = None) -> tuple[Deployment, ...]:
+    """Everything, from a recipe: check what can be checked, compress, then export and judge each format.
+
+    Args:
+        recipe: what to do.
+        progress: told how far the work is.
+        work: folder for what is finished, kept afterwards, so that recipes that differ in their budgets alone share
+            what was measured; None takes one of its own and removes it.
+    """
     source = open_source(recipe.model or MODEL, allow_pickle=recipe.allow_pickle)
     targets = targets_of(recipe)
     for target in targets.values():
@@ -69,15 +76,16 @@ def run(recipe: Recipe, progress: Progress = silent) -> tuple[Deployment, ...]:
             check_archive(target, recipe.force)
     settings = resolve(recipe, source)
     gate = gate_of(recipe, source.task)
-    work = work_folder(recipe, source)
-    with kept_when_interrupted(work):
-        compression = compress(settings, work, progress)
-        evaluation = evaluation_of(recipe, source, work, progress)
+    own = work_folder(recipe, source) if work is None else work
+    with kept_when_interrupted(own):
+        compression = compress(settings, own, progress)
+        evaluation = evaluation_of(recipe, source, own, progress)
         deployments = tuple(
             export(settings, compression, evaluation, gate, kind, target, progress)
             for kind, target in targets.items()
         )
-    shutil.rmtree(work)
+    if work is None:
+        shutil.rmtree(own)
     return deployments
 
 
