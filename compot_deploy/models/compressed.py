@@ -9,7 +9,9 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor
 
 from compot_deploy.core.matrix import Matrix
+from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.models.hints import Architecture
+from compot_deploy.models.tasks import GENERATION, Task, task_of
 
 Role: TypeAlias = Literal["linear", "table", "other"]
 """A matrix of a block, which is what a budget is spent on; the token embedding or an output head; any other matrix."""
@@ -62,6 +64,25 @@ class CompressedModel:
         return str(self.config["model_type"])
 
     @property
+    def task(self) -> Task:
+        """What the model is for.
+
+        Raises:
+            UnsupportedModelError: the configuration names a class with a head that is not known here.
+        """
+        found = GENERATION if self.architecture is not None else task_of(self.config)
+        if found is None:
+            raise UnsupportedModelError(
+                f"A {', '.join(self.config['architectures'])} is not a model of a task that is known here."
+            )
+        return found
+
+    @property
+    def stored_config(self) -> dict[str, Any]:
+        """The configuration, with what says whether the head is the embedding as it is stored here."""
+        return tied_config(self.config, self.head, self.tied)
+
+    @property
     def layers(self) -> int:
         """Number of transformer blocks."""
         return int(self.config["num_hidden_layers"])
@@ -90,3 +111,11 @@ class CompressedModel:
         """Bias of a linear, or None."""
         name = f"{linear}.bias"
         return self.tensors[name] if name in self.tensors else None  # noqa: SIM401 - reads lazily
+
+
+def tied_config(config: Mapping[str, Any], head: str | None, tied: bool) -> dict[str, Any]:
+    """A configuration that says whether the head is the embedding; as it is for a model without a head.
+
+    A checkpoint may tie its head while a compressed model stores it apart, at another precision.
+    """
+    return dict(config) if head is None else {**config, "tie_word_embeddings": tied}

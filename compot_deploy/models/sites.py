@@ -45,6 +45,11 @@ class Site:
         return path if self.index is None else f"{path}.{self.index}"
 
     @property
+    def is_module(self) -> bool:
+        """Whether a module holds this matrix and no other one."""
+        return self.index is None and self.parameter.endswith(".weight")
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(in, out)."""
         return self.inputs, self.outputs

@@ -241,6 +241,8 @@ def open_source(model: str | Path, *, allow_pickle: bool = False) -> ModelSource
     architecture = find_architecture(config) if model_type in ARCHITECTURES else None
     if architecture is not None:
         _check_sizes(folder, config)
+    if task is not None and not task.generates:
+        architecture = None  # hints are about decoders; a classifier of the same type has another head
     if task is None:
         (name,) = config["architectures"][:1]
         raise UnsupportedModelError(

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from compot_deploy.core.matrix import Matrix
-from compot_deploy.errors import InputError, UnsupportedModelError
+from compot_deploy.errors import InputError
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.sites import Site
 from compot_deploy.models.skeleton import without_parameters
 from compot_deploy.models.source import ModelSource, may_be_absent
-from compot_deploy.models.tasks import task_of
 
 
 def whole_model(
@@ -88,14 +87,8 @@ def model_of(model: CompressedModel, *, matrices: bool = True, dtype: torch.dtyp
     """
     import transformers
 
-    task = task_of(model.config)
-    if task is None:
-        raise UnsupportedModelError(
-            f"A {model.config.get('architectures')} is not a model of a task that is known here."
-        )
-    # A checkpoint may tie its head while the compressed model stores it apart, at another precision.
-    settings = transformers.AutoConfig.for_model(**{**model.config, "tie_word_embeddings": model.tied})
-    made = without_parameters(settings, task, dtype)
+    settings = transformers.AutoConfig.for_model(**model.stored_config)
+    made = without_parameters(settings, model.task, dtype)
     state = {
         f"{name}": tensor
         for name, tensor in model.tensors.items()

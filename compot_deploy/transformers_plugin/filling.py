@@ -5,15 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from compot_deploy.core.matrix import Dense, Matrix, Quantized
 from compot_deploy.errors import InputError
 from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.outline import outline_of
 from compot_deploy.transformers_plugin.configuration import CompotConfig
 from compot_deploy.transformers_plugin.folder import base_config, door_name
-from compot_deploy.transformers_plugin.layout import entry_of, tied_head, to_json
+from compot_deploy.transformers_plugin.layout import (
+    entry_of,
+    loose_tensors,
+    shares_packed_table,
+    tied_head,
+    to_json,
+)
 from compot_deploy.transformers_plugin.modeling import _linear, compressed_class
 from compot_deploy.transformers_plugin.modules import CompotEmbedding
 
@@ -35,17 +41,21 @@ def from_compressed(model: CompressedModel, *, dtype: torch.dtype = torch.float3
             continue
         values[name] = matrix
         entries.append(entry_of(name, matrix, owners))
-    table = model.matrices[model.architecture.embedding]
-    if model.tied and isinstance(table, Quantized):
-        entries.append(tied_head(model.architecture, entries))
+    if shares_packed_table(model):
+        entries.append(tied_head(model, entries))
+    outline = outline_of(model)
     base = CompotConfig(base_config=base_config(model)).base()
-    base_class = transformers.AutoModelForCausalLM._model_mapping[type(base)]
+    base_class = type(outline.meta)
     base.compot = to_json(entries, base_class.__name__)
-    made = compressed_class(base_class, door_name("AutoModelForCausalLM"))._from_config(base, dtype=dtype)
+    made = compressed_class(base_class, door_name(outline.task.auto_class))._from_config(base, dtype=dtype)
     for name, matrix in values.items():
         fill(made.get_submodule(name), matrix)
-    state = {f"{name}.weight": m.weight.T for name, m in model.matrices.items() if isinstance(m, Dense)}
-    state |= {name: model.tensors[name] for name in model.tensors if not name.endswith("rotary_emb.inv_freq")}
+    state = {
+        f"{name}.weight": outline.stored(name, matrix.weight)
+        for name, matrix in model.matrices.items()
+        if isinstance(matrix, Dense)
+    }
+    state |= dict(loose_tensors(model, outline))
     parameters = dict(made.named_parameters(remove_duplicate=False))
     for name, tensor in state.items():
         if name not in parameters or parameters[name].shape != tensor.shape:

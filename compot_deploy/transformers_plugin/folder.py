@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from compot_deploy.core.json_files import read_object
-from compot_deploy.core.matrix import Dense
 from compot_deploy.errors import ArtifactError
-from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.compressed import CompressedModel, tied_config
+from compot_deploy.transformers_plugin.layout import shares_packed_table
 
 MODEL_TYPE: Final = "compot"
 
@@ -62,11 +62,16 @@ except ImportError as error:
     ) from error
 '''
 
+KNOWN_CODE: Final = (
+    CODE_TEXT,
+    CODE_TEXT.replace("compot_deploy.transformers_plugin", "compot_deploy.huggingface"),
+)
+"""What the file may hold: ours, and what version 0.1 wrote."""
+
 
 def base_config(model: CompressedModel) -> dict[str, Any]:
     """The base configuration as it is stored: a packed table is shared by the layout, not by transformers."""
-    packed = not isinstance(model.matrices[model.architecture.embedding], Dense)
-    return hide({**model.config, "tie_word_embeddings": model.tied and not packed})
+    return hide(tied_config(model.config, model.head, model.tied and not shares_packed_table(model)))
 
 
 def hide(config: Mapping[str, Any]) -> dict[str, Any]:

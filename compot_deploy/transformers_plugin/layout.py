@@ -30,7 +30,8 @@ from compot_deploy.core.grid import DENSE, Codebook, Grid, Pattern
 from compot_deploy.core.matrix import Factorized, Matrix, leaves
 from compot_deploy.core.packed import LeafForm
 from compot_deploy.errors import ArtifactError, RecipeError
-from compot_deploy.models.hints import Architecture
+from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.outline import Outline
 
 FORMAT: Final = 1
 
@@ -101,10 +102,35 @@ def entry_of(name: str, matrix: Matrix, owners: dict[str, str]) -> Entry:
     return Entry(name, forms, None if owner == name else owner, dictionary)
 
 
-def tied_head(architecture: Architecture, entries: Sequence[Entry]) -> Entry:
+def shares_packed_table(model: CompressedModel) -> bool:
+    """Whether the head uses a token table that is packed."""
+    if not model.tied or model.embedding not in model.matrices:
+        return False
+    return not isinstance(model.matrices[model.embedding], Dense)
+
+
+def tied_head(model: CompressedModel, entries: Sequence[Entry]) -> Entry:
     """The entry of a head that uses the packed table of the embedding."""
-    (table,) = (entry for entry in entries if entry.name == architecture.embedding)
-    return Entry(architecture.head, table.forms, owner=table.name)
+    assert model.head is not None
+    (table,) = (entry for entry in entries if entry.name == model.embedding)
+    return Entry(model.head, table.forms, owner=table.name)
+
+
+def loose_tensors(model: CompressedModel, outline: Outline) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that is stored as it is, one at a time.
+
+    transformers ties whatever belongs to a head together with its table, biases too; where the layout shares the
+    table, nothing is tied, and a tensor that stands in the model twice is stored under both names.
+    """
+    twice = outline.aliases if shares_packed_table(model) else {}
+    for name in model.tensors:
+        if name.endswith("rotary_emb.inv_freq"):
+            continue
+        tensor = model.tensors[name]
+        yield name, tensor
+        for other in twice.get(name, ()):
+            if other not in model.tensors:
+                yield other, tensor
 
 
 def to_json(entries: Iterable[Entry], architecture: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -47,8 +47,13 @@ class BnbStorage:
         return rows * columns // 2 + 4 * grid.groups(rows) * columns + 64 + state
 
 
-def quantization_config(grid: Grid) -> dict[str, Any]:
-    """What transformers' BitsAndBytesConfig reads."""
+def quantization_config(grid: Grid, floating: Sequence[str] | None) -> dict[str, Any]:
+    """What transformers' BitsAndBytesConfig reads.
+
+    Args:
+        grid: of all linears.
+        floating: those that stay in floating point; None leaves it to transformers.
+    """
     four = grid.codebook != "integer"
     return {
         "quant_method": "bitsandbytes",
@@ -60,7 +65,7 @@ def quantization_config(grid: Grid) -> dict[str, Any]:
         "bnb_4bit_quant_storage": "uint8",
         # No activation is set apart: what is stored is what is multiplied with.
         "llm_int8_threshold": 0.0,
-        "llm_int8_skip_modules": None,
+        "llm_int8_skip_modules": None if floating is None else list(floating),
     }
 
 

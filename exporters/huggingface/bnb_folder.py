@@ -18,10 +18,9 @@ from compot_deploy.exporters.huggingface.bnb import matrix_of, quantization_conf
 from compot_deploy.exporters.huggingface.matrices import read_tensor
 from compot_deploy.exporters.huggingface.shards import Shards
 from compot_deploy.models.compressed import CompressedModel
-from compot_deploy.models.decoders import linear_shapes
-from compot_deploy.models.hints import find_architecture
+from compot_deploy.models.outline import Outline, outline_of, outline_of_config
 from compot_deploy.models.source import TOKENIZER_FILES
-from compot_deploy.transformers_plugin.layout import FORMAT, grid_from_json
+from compot_deploy.transformers_plugin.layout import FORMAT, grid_from_json, loose_tensors
 from compot_deploy.transformers_plugin.weight_files import weight_files
 
 
@@ -41,14 +40,12 @@ def write_bnb(model: CompressedModel, folder: Path, shards: Shards) -> None:
     Raises:
         RecipeError: a matrix that the layout cannot hold, or more than one grid.
     """
+    outline = outline_of(model)
     grids: set[Grid] = set()
     for name, matrix in model.matrices.items():
-        if isinstance(matrix, Dense):
-            shards.add(f"{name}.weight", matrix.weight.T)
-        elif isinstance(matrix, Quantized) and name not in (
-            model.architecture.embedding,
-            model.architecture.head,
-        ):
+        if isinstance(matrix, Dense) and model.role(name) != "linear":
+            shards.add(f"{name}.weight", outline.stored(name, matrix.weight))
+        elif isinstance(matrix, Quantized) and model.role(name) == "linear" and outline.turned(name):
             grids.add(matrix.grid)
             for tensor, value in tensors_of(name, matrix):
                 shards.add(tensor, value)
@@ -56,18 +53,14 @@ def write_bnb(model: CompressedModel, folder: Path, shards: Shards) -> None:
             raise RecipeError(f"{name} cannot be written in bitsandbytes' layout: only plain linears can.")
     if len(grids) != 1:
         raise RecipeError(f"bitsandbytes' layout has one grid for all linears, and here are {len(grids)}.")
-    for name in model.tensors:
-        if not name.endswith("rotary_emb.inv_freq"):
-            shards.add(name, model.tensors[name])
+    for name, tensor in loose_tensors(model, outline):
+        shards.add(name, tensor)
     shards.finish()
     (grid,) = grids
     own = {"format": FORMAT, "linears": str(grid)}
-    config = {key: value for key, value in model.config.items() if key != "auto_map"}
-    config |= {
-        "quantization_config": quantization_config(grid),
-        "tie_word_embeddings": model.tied,
-        "compot": own,
-    }
+    config = {key: value for key, value in model.stored_config.items() if key != "auto_map"}
+    config.setdefault("architectures", [type(outline.meta).__name__])
+    config |= {"quantization_config": quantization_config(grid, _floating(outline)), "compot": own}
     write_object(folder / "config.json", config, indent=1)
     copy_present(model.source, folder, ("generation_config.json", *TOKENIZER_FILES))
 
@@ -86,28 +79,23 @@ def read_bnb(folder: Path) -> CompressedModel:
     if not isinstance(own, Mapping) or own.get("format") != FORMAT:
         raise ArtifactError(f"{where}: compot-deploy did not write this folder, or a newer version did.")
     grid = grid_from_json(own.get("linears"), str(where))
-    if config.pop("quantization_config") != quantization_config(grid):
+    settings = config.pop("quantization_config")
+    outline = outline_of_config(config, str(where))
+    if settings != quantization_config(grid, _floating(outline)):
         raise ArtifactError(f"{where}: quantization_config is not what belongs to {grid}. Export it again.")
-    architecture = find_architecture(config)
-    layers = config.get("num_hidden_layers")
-    if not isinstance(layers, int):
-        raise ArtifactError(f"{where}: num_hidden_layers is {layers!r}, not a number. Export again.")
     tensors = {name: read_tensor(path, name) for name, path in weight_files(folder).items()}
-    sizes = linear_shapes(config, architecture.head_size(config))
     matrices: dict[str, Matrix] = {}
-    used: set[str] = set()
-    for name in architecture.linear_names(layers):
-        matrices[name] = matrix_of(name, tensors, sizes[name.rpartition(".")[2]], grid)
-        used |= {key for key in tensors if key.startswith((f"{name}.weight", f"{name}.SCB"))}
-    for name in (architecture.embedding, architecture.head):
-        if f"{name}.weight" in tensors:
-            matrices[name] = Dense(tensors[f"{name}.weight"].T)
-            used.add(f"{name}.weight")
-    return CompressedModel(
-        architecture=architecture,
-        config=config,
-        matrices=matrices,
-        tensors={name: tensor for name, tensor in tensors.items() if name not in used},
-        tied=architecture.head not in matrices,
-        source=str(folder),
-    )
+    for name in outline.names:
+        if name in outline.layout.names:
+            matrices[name] = matrix_of(name, tensors, outline.shape(name), grid)
+        elif f"{name}.weight" in tensors:
+            matrices[name] = Dense(outline.stored(name, tensors[f"{name}.weight"]))
+    return outline.compressed(config, matrices, tensors, str(folder))
+
+
+def _floating(outline: Outline) -> tuple[str, ...] | None:
+    """Linears that stay in floating point; None where transformers finds them by itself, a decoder's head."""
+    if outline.task.generates and not outline.outside:
+        return None
+    head = () if outline.layout.head is None else (outline.layout.head,)
+    return (*outline.outside, *head)

@@ -7,7 +7,8 @@
 
 Factors are stored packed, at their true size, each shared dictionary once; see `compot_deploy.core.packed` for the
 bytes and `compot_deploy.transformers_plugin.layout` for the configuration. What is given is written bit for bit, one
-matrix in memory at a time but for the shard that is being filled. Nothing here imports transformers.
+matrix in memory at a time but for the shard that is being filled. How a model keeps its weights is asked of
+transformers, so any model goes.
 
 A model of plain linears on bitsandbytes' grids with floating-point tables is written in bitsandbytes' own layout
 instead, under the model type of the original, for everybody who has bitsandbytes: `bnb_folder`.
@@ -32,23 +33,33 @@ from compot_deploy.errors import ArtifactError
 from compot_deploy.exporters.files import copy_present
 from compot_deploy.exporters.huggingface.bnb import BnbStorage
 from compot_deploy.exporters.huggingface.bnb_folder import is_bnb, read_bnb, write_bnb
-from compot_deploy.exporters.huggingface.matrices import FolderMatrices
+from compot_deploy.exporters.huggingface.matrices import FolderMatrices, FolderTensors
 from compot_deploy.exporters.huggingface.shards import Shards
 from compot_deploy.models.compressed import CompressedModel
-from compot_deploy.models.decoders import CAUSAL_CLASSES
-from compot_deploy.models.hints import find_architecture
+from compot_deploy.models.outline import outline_of, outline_of_config
 from compot_deploy.models.source import TOKENIZER_FILES, ModelSource
 from compot_deploy.transformers_plugin.folder import (
     AUTO_MAP,
     CODE,
     CODE_TEXT,
+    KNOWN_CODE,
     MODEL_TYPE,
     POINTER,
     base_config,
+    door_name,
     read_config,
     reveal,
 )
-from compot_deploy.transformers_plugin.layout import Entry, entry_of, from_json, leaf_name, tied_head, to_json
+from compot_deploy.transformers_plugin.layout import (
+    Entry,
+    entry_of,
+    from_json,
+    leaf_name,
+    loose_tensors,
+    shares_packed_table,
+    tied_head,
+    to_json,
+)
 from compot_deploy.transformers_plugin.weight_files import check_tensors
 
 SHARD_BYTES: Final = 2_000_000_000
@@ -85,8 +96,16 @@ class HuggingFaceExporter:
         return HuggingFaceOptions(layout="bnb" if plain and floating else "compot")
 
     def supports(self, source: ModelSource) -> str | None:
-        """Every decoder with an architecture."""
-        return None if source.architecture is not None else f"no folder for a {source.model_type} here."
+        """Every matrix of a block must be a linear of its own: that is what packed factors take the place of."""
+        for site in source.layout.sites:
+            kind = (
+                type(source.meta.get_submodule(site.name)).__name__
+                if site.is_module
+                else "part of a parameter"
+            )
+            if kind not in ("Linear", "Conv1D"):
+                return f"{site.name} of this {source.model_type} is a {kind}, and only linears are stored packed."
+        return None
 
     def storage(self, options: HuggingFaceOptions) -> PackedStorage | BnbStorage:
         """What a leaf takes in the file."""
@@ -99,7 +118,25 @@ class HuggingFaceExporter:
     def check(
         self, source: ModelSource, grids: Mapping[str, Grid | None], options: HuggingFaceOptions
     ) -> None:
-        """Every grid can be stored; nothing is refused."""
+        """Refuse what cannot be stored; every grid can be.
+
+        Raises:
+            RecipeError: a packed table for an embedding that does more than look up rows, or linears that
+                bitsandbytes' layout does not have.
+        """
+        table = source.layout.embedding
+        if table is not None and grids.get("embedding") is not None:
+            kind = type(source.meta.get_submodule(table)).__name__
+            if kind != "Embedding":
+                raise RecipeError(
+                    f"--embeddings: the token table of a {source.model_type} is a {kind}, which does more than to look "
+                    "up rows; use --embeddings none."
+                )
+        if options.layout == "bnb" and not all(site.transposed for site in source.layout.sites):
+            raise RecipeError(
+                f"--quantizer bnb: bitsandbytes' layout keeps linears as (out, in), and those of a {source.model_type} "
+                "are (in, out); store tables as integers (--embeddings int8) for a layout of our own."
+            )
 
     def write(self, model: CompressedModel, folder: Path, options: HuggingFaceOptions) -> None:
         """Write every file but the manifest into an existing folder."""
@@ -117,28 +154,27 @@ class HuggingFaceExporter:
         if options.layout == "bnb":
             write_bnb(model, folder, shards)
             return
+        outline = outline_of(model)
         owners: dict[str, str] = {}
         entries: list[Entry] = []
         for name, matrix in model.matrices.items():
             if isinstance(matrix, Dense):
-                shards.add(f"{name}.weight", matrix.weight.T)
+                shards.add(f"{name}.weight", outline.stored(name, matrix.weight))
                 continue
             entry = entry_of(name, matrix, owners)
             entries.append(entry)
             for tensor, value in _stored(entry, matrix):
                 shards.add(tensor, value)
-        for name in model.tensors:
-            if not name.endswith("rotary_emb.inv_freq"):
-                shards.add(name, model.tensors[name])
+        for name, tensor in loose_tensors(model, outline):
+            shards.add(name, tensor)
         shards.finish()
-        if model.tied and any(entry.name == model.architecture.embedding for entry in entries):
-            entries.append(tied_head(model.architecture, entries))
-        kind = CAUSAL_CLASSES[model.architecture.model_type]
+        if shares_packed_table(model):
+            entries.append(tied_head(model, entries))
         config = {
-            "architectures": ["CompotForCausalLM"],
+            "architectures": [door_name(outline.task.auto_class)],
             "auto_map": AUTO_MAP,
             "base_config": base_config(model),
-            "compot": to_json(entries, kind),
+            "compot": to_json(entries, type(outline.meta).__name__),
             # What loads the folder computes in the type of the original, as it would have done itself.
             "dtype": model.config.get("dtype") or model.config.get("torch_dtype") or "float32",
             "hidden_size": POINTER,
@@ -161,23 +197,21 @@ class HuggingFaceExporter:
 
         Raises:
             ArtifactError: a file is missing or damaged, or files and configuration disagree.
-            UnsupportedModelError: a base model that is not one of the decoders; load it with transformers.
+            UnsupportedModelError: a base model of a task that is not known here; load it with transformers.
         """
         if is_bnb(folder):
             return read_bnb(folder)
+        where = str(folder / "config.json")
         config = read_config(folder)
-        base = reveal(config["base_config"])
-        architecture = find_architecture(base)
-        matrices = FolderMatrices(folder, config, architecture)
-        tied = bool(base.get("tie_word_embeddings")) or matrices.tied
-        return CompressedModel(
-            architecture=architecture,
-            config={**base, "tie_word_embeddings": tied},
-            matrices=matrices,
-            tensors=matrices.tensors,
-            tied=tied,
-            source=str(folder),
-        )
+        entries = from_json(config.get("compot"), where)
+        base = {**reveal(config["base_config"]), "architectures": [config["compot"]["architecture"]]}
+        if any(entry.owner is not None and not entry.factorized for entry in entries):
+            # The head uses the packed table of the embedding.
+            base["tie_word_embeddings"] = True
+        outline = outline_of_config(base, where)
+        files = check_tensors(folder, entries, where)
+        matrices = FolderMatrices(entries, files, outline, where)
+        return outline.compressed(base, matrices, FolderTensors(files), str(folder))
 
     def lint(self, folder: Path) -> tuple[Finding, ...]:
         """What is wrong about the structure of a folder; the first error hides what comes after it."""
@@ -191,7 +225,7 @@ class HuggingFaceExporter:
         except ArtifactError as error:
             return (Finding("error", "config.json", str(error)),)
         code = folder / CODE
-        if not code.is_file() or code.read_text(encoding="utf-8") != CODE_TEXT:
+        if not code.is_file() or code.read_text(encoding="utf-8") not in KNOWN_CODE:
             return (
                 Finding(
                     "error",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
@@ -12,43 +11,41 @@ from torch import Tensor
 from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair
 from compot_deploy.core.packed import unpack
 from compot_deploy.errors import ArtifactError
-from compot_deploy.models.hints import Architecture
-from compot_deploy.transformers_plugin.layout import from_json, leaf_name
-from compot_deploy.transformers_plugin.weight_files import check_tensors
+from compot_deploy.models.outline import Outline
+from compot_deploy.models.source import may_be_absent
+from compot_deploy.transformers_plugin.layout import Entry, leaf_name
 
 
 class FolderMatrices(Mapping[str, Matrix]):
-    """Matrices by module path, in block order; each access reads one."""
+    """Matrices by module path, in running order; each access reads one.
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], architecture: Architecture) -> None:
-        where = str(folder / "config.json")
-        entries = from_json(config.get("compot"), where)
-        self._files = check_tensors(folder, entries, where)
+    Args:
+        entries: of the packed ones.
+        files: tensor name to file.
+        outline: of the model.
+        where: for messages.
+
+    Raises:
+        ArtifactError: a matrix that no file holds.
+    """
+
+    def __init__(
+        self, entries: Sequence[Entry], files: Mapping[str, Path], outline: Outline, where: str
+    ) -> None:
+        self._files, self._outline = files, outline
         self._entries = {entry.name: entry for entry in entries}
-        head = self._entries.get(architecture.head)
-        self.tied = head is not None and head.owner is not None
-        if self.tied:
-            del self._entries[architecture.head]
-        packed = {name for entry in entries for name, _, _ in entry.tensors()}
-        layers = config["base_config"].get("num_hidden_layers")
-        if not isinstance(layers, int):
-            raise ArtifactError(f"{where}: num_hidden_layers is {layers!r}, not a number. Export again.")
-        names = (*architecture.linear_names(layers), architecture.embedding, architecture.head)
-        self._names = [n for n in names if n in self._entries or f"{n}.weight" in self._files]
-        missing = [name for name in names[:-1] if name not in self._names]
+        names = outline.names
+        self._names = {n: None for n in names if n in self._entries or f"{n}.weight" in files}
+        missing = [n for n in names if n not in self._names and not may_be_absent(f"{n}.weight")]
         if missing:
             raise ArtifactError(f"{where}: no file holds {missing[0]}. Export the model again.")
-        floating = {f"{name}.weight" for name in self._names if name not in self._entries}
-        self.tensors: Mapping[str, Tensor] = FolderTensors(
-            {name: path for name, path in self._files.items() if name not in packed | floating}
-        )
 
     def __getitem__(self, name: str) -> Matrix:
         if name not in self._names:
             raise KeyError(name)
         entry = self._entries.get(name)
         if entry is None:
-            return Dense(self._read(f"{name}.weight").T)
+            return Dense(self._outline.stored(name, self._read(f"{name}.weight")))
         read = []
         for number, form in enumerate(entry.forms):
             shared = entry.owner is not None and number % 2 == 0
@@ -69,6 +66,9 @@ class FolderMatrices(Mapping[str, Matrix]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def _read(self, name: str) -> Tensor:
         return read_tensor(self._files[name], name)
 
@@ -87,6 +87,9 @@ class FolderTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
 
 
 def read_tensor(path: Path, name: str) -> Tensor:

@@ -24,53 +24,20 @@ from compot_deploy.core.grid import Grid
 from compot_deploy.core.json_files import read_object, write_object
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.errors import RecipeError, UnsupportedModelError
+from compot_deploy.exporters.onnx import traced
 from compot_deploy.exporters.onnx.config import config_json, genai_config_json, generation_config_json
 from compot_deploy.exporters.onnx.decoder import build_decoder
 from compot_deploy.exporters.onnx.expansion import expansion_nodes, lint_folding
 from compot_deploy.exporters.onnx.files import copy_tokenizer, read_optional
 from compot_deploy.exporters.onnx.lint.folder import errors_first, lint_onnx
 from compot_deploy.exporters.onnx.matrices import OnnxMatrices
-from compot_deploy.exporters.onnx.nodes import FloatType
+from compot_deploy.exporters.onnx.options import OnnxOptions
 from compot_deploy.exporters.onnx.shape import check_supported, decoder_shape
 from compot_deploy.exporters.onnx.storage import OnnxCodes, OnnxOps, OnnxStorage, unsupported_grid
 from compot_deploy.exporters.onnx.tensors import DATA, GRAPH, external_extent
 from compot_deploy.models.compressed import CompressedModel
-from compot_deploy.models.hints import find_architecture
+from compot_deploy.models.hints import Architecture, find_architecture
 from compot_deploy.models.source import ModelSource
-
-
-@dataclass(frozen=True)
-class OnnxOptions:
-    """What there is to choose about the folder.
-
-    Attributes:
-        ops: ``matmulnbits``: the contrib operator, 2, 4 and 8 bits; ``qdq``: linears as the standard
-            DequantizeLinear and MatMul, 4 and 8 bits, which ONNX Runtime fuses to the same kernel when it
-            loads. Attention, norms and the embedding are contrib operators either way.
-        context: longest sequence, prompt and answer together; None takes the model's own. The rotary tables
-            take 4·head_size bytes for each token of it.
-        floats: type in which floating-point matrices are stored. It must hold them exactly; bfloat16 and
-            float16 halve the file of an unquantized checkpoint of that type, and are cast when loaded.
-        codes: ``dense``: an exact zero takes as much as any other code; ``packed``: 4-bit codes of the
-            pattern 2:4 take 3 bits in the file instead of 4, and integers of 3 bits can be written at all; both
-            are expanded when the file is loaded, to the graph, speed and memory of 4 bits. Others lie dense
-            either way. Only with ``matmulnbits``.
-
-    Raises:
-        RecipeError: packed codes with ``qdq``.
-    """
-
-    ops: OnnxOps = "matmulnbits"
-    context: int | None = None
-    floats: FloatType = "float32"
-    codes: OnnxCodes = "dense"
-
-    def __post_init__(self) -> None:
-        if self.codes == "packed" and self.ops != "matmulnbits":
-            raise RecipeError(
-                f"--onnx-codes packed expands to MatMulNBits and cannot be written as --onnx-ops {self.ops}: "
-                "leave one of them out."
-            )
 
 
 @dataclass(frozen=True)
@@ -94,9 +61,9 @@ class OnnxExporter:
         return OnnxOptions(ops=cast(OnnxOps, ops), codes=cast(OnnxCodes, codes))
 
     def supports(self, source: ModelSource) -> str | None:
-        """Whether the graph can express what the configuration asks for."""
+        """Native graphs express most of what a configuration can ask for; everything else is traced."""
         if source.architecture is None:
-            return f"there is no graph for a {source.model_type} here."
+            return traced.objection(source)
         try:
             check_supported(source.architecture, source.config)
         except UnsupportedModelError as error:
@@ -126,26 +93,41 @@ class OnnxExporter:
 
         Raises:
             RecipeError: a grid that ONNX cannot store, or a context out of range.
+            MissingDependencyError: a model that is traced, and no onnxscript, or a torch that is too old.
+            UnsupportedModelError: a model that torch's exporter cannot trace.
         """
         for role, grid in grids.items():
             complaint = grid and unsupported_grid(grid, options.ops, role == "embedding", options.codes)
             if complaint:
                 raise RecipeError(f"{role}: {complaint}")
-        assert source.architecture is not None
+        if source.architecture is None:
+            traced.check(source)
+            return
         longest = decoder_shape(source.architecture, source.config).context
         if options.context is not None and not 1 <= options.context <= longest:
             raise RecipeError(
                 f"A context of {options.context} tokens is out of range: the model has 1 to {longest}."
             )
 
-    def write(self, model: CompressedModel, folder: Path, options: OnnxOptions) -> None:
+    def write(self, model: CompressedModel, folder: Path, options: OnnxOptions) -> tuple[str, ...]:
         """Write every file but the manifest into an existing folder, one matrix in memory at a time.
+
+        Returns:
+            What was left out, because the output does not depend on it.
 
         Raises:
             UnsupportedModelError, RecipeError: as `check`, and for a factorized embedding.
             ValueError: shapes that the configuration contradicts.
             InputError: a file of the original model cannot be read.
         """
+        if model.architecture is None:
+            return traced.write(model, folder, options)
+        self._write_native(model, model.architecture, folder, options)
+        return ()
+
+    def _write_native(
+        self, model: CompressedModel, architecture: Architecture, folder: Path, options: OnnxOptions
+    ) -> None:
         graph, data = folder / GRAPH, folder / DATA
         graph.parent.mkdir(exist_ok=True)
         with data.open("wb") as file:
@@ -161,12 +143,12 @@ class OnnxExporter:
         graph.write_bytes(proto.SerializeToString(deterministic=True))
         source = Path(model.source) if model.source else None
         generation = generation_config_json(model.config, read_optional(source, "generation_config.json"))
-        context = options.context or decoder_shape(model.architecture, model.config).context
-        write_object(folder / "config.json", config_json(model.architecture, model.config, model.tied))
+        context = options.context or decoder_shape(architecture, model.config).context
+        write_object(folder / "config.json", config_json(architecture, model.config, model.tied))
         write_object(folder / "generation_config.json", generation)
         write_object(
             folder / "genai_config.json",
-            genai_config_json(model.architecture, model.config, generation, context, GRAPH),
+            genai_config_json(architecture, model.config, generation, context, GRAPH),
         )
         if source is not None:
             copy_tokenizer(source, folder)
@@ -201,6 +183,8 @@ class OnnxExporter:
             UnsupportedModelError: a configuration of another kind of model.
         """
         matrices = OnnxMatrices(folder / GRAPH)
+        if matrices.traced:
+            return traced.read_model(folder, matrices)
         config = read_object(folder / "config.json")
         architecture = find_architecture(config)
         return CompressedModel(

@@ -50,7 +50,7 @@ def interface_of(model: nn.Module) -> Interface:
     """What a graph of `model` takes and gives; the model reads two tokens to find out.
 
     Args:
-        model: of transformers, in evaluation mode.
+        model: of transformers, in evaluation mode; on torch's device ``meta`` nothing is computed.
 
     Raises:
         UnsupportedModelError: it does not read tokens, has an encoder and a decoder, or keeps something else
@@ -69,8 +69,9 @@ def interface_of(model: nn.Module) -> Interface:
             "Export its encoder, model.get_encoder(), by itself."
         )
     task: Task = "generation" if decodes(model) else "features"
-    tokens = torch.zeros(1, 2, dtype=torch.int64)
-    arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    # No mask: on the device ``meta`` nothing could ask whether it hides anything.
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+    arguments: dict[str, Any] = {"input_ids": tokens}
     if task == "generation":
         arguments["use_cache"] = True
     with torch.inference_mode():
@@ -85,10 +86,21 @@ def interface_of(model: nn.Module) -> Interface:
         sizes = ("sequence_length", sizes[1])
     inputs: tuple[str, ...] = ("input_ids", "attention_mask")
     if task == "generation":
-        return Interface(task, inputs, output, sizes, _cache_sizes(found.get("past_key_values"), name))
+        return Interface(task, inputs, output, sizes, _cache_sizes(cache_of(found), name))
     if "token_type_ids" in parameters and int(getattr(config, "type_vocab_size", 0) or 0) > 1:
         inputs = (*inputs, "token_type_ids")
     return Interface(task, inputs, output, sizes)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a forward pass calls its cache: transformers has renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a forward pass returns."""
+    found = output.get("cache")
+    return output.get("past_key_values") if found is None else found
 
 
 def decodes(model: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from compot_deploy.errors import ArtifactError
 from compot_deploy.exporters.bnb4 import BNB_TYPES, Bnb4, unpack_bnb4
 from compot_deploy.exporters.onnx.expansion import THREE_BITS_TABLE, Expansion, expansion_of
 from compot_deploy.exporters.onnx.layouts import Blocked, NBits, unpack_blocked, unpack_nbits
-from compot_deploy.exporters.onnx.nodes import FLOAT_TYPES, Part
+from compot_deploy.exporters.onnx.nodes import FLOAT_TYPES, TRACED, Part
 from compot_deploy.exporters.onnx.packed_codes import (
     ThreeBits,
     TwoOfFour,
@@ -48,6 +48,8 @@ class OnnxMatrices(Mapping[str, Matrix]):
                 self._nodes.setdefault(facts.get(Part.MATRIX, ""), []).append(node)
         if not self._nodes:
             raise ArtifactError(f"{path} has no matrices that compot-deploy wrote.")
+        self.traced = any(entry.key == TRACED for entry in model.metadata_props)
+        """Whether the graph was made by tracing the model's own code."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._nodes)
@@ -55,14 +57,27 @@ class OnnxMatrices(Mapping[str, Matrix]):
     def __len__(self) -> int:
         return len(self._nodes)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._nodes
+
     @property
     def vectors(self) -> Mapping[str, Tensor]:
         """Norms and biases by checkpoint name; small enough to be read at once."""
         return {
-            name: self._stored(name)
+            name: self.stored(name)
             for name, proto in self._reader.protos.items()
             if len(proto.dims) == 1 and name.endswith((".weight", ".bias"))
         }
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Every floating-point tensor by its name in the graph, read when it is asked for."""
+        return _Tensors(self)
+
+    @property
+    def float_names(self) -> tuple[str, ...]:
+        """Names of floating-point tensors."""
+        return tuple(name for name, proto in self._reader.protos.items() if proto.data_type in FLOAT_TYPES)
 
     def __getitem__(self, name: str) -> Matrix:
         nodes = self._nodes[name]
@@ -136,12 +151,34 @@ class OnnxMatrices(Mapping[str, Matrix]):
     def _behind_cast(self, value: str) -> Tensor:
         """The stored tensor that a value is, or is cast from."""
         node = self._producer.get(value)
-        return self._stored(str(node.input[0]) if node is not None and node.op_type == "Cast" else value)
+        return self.stored(str(node.input[0]) if node is not None and node.op_type == "Cast" else value)
 
-    def _stored(self, name: str) -> Tensor:
+    def stored(self, name: str) -> Tensor:
+        """A floating-point tensor of the graph."""
         data = self._reader.bytes_of(name).clone()  # the mapping is read-only, a matrix need not be
         proto = self._reader.protos[name]
         return data.view(FLOAT_TYPES[proto.data_type]).view(*proto.dims)
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """Tensors of a graph by name."""
+
+    def __init__(self, graph: OnnxMatrices) -> None:
+        self._graph, self._names = graph, dict.fromkeys(graph.float_names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._graph.stored(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
 
 def _facts(node: NodeProto) -> dict[str, str]:

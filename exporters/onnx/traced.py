@@ -1,130 +1,125 @@
-"""The ONNX folder of a model that has no graph of ours: its forward pass is traced.
+"""The ONNX folder of a model that has no native graph: its forward pass is traced.
 
-Encoders, classifiers and decoders outside `compot_deploy.models.hints` come this way; `build_traced` makes
-the graph. A decoder gets the inputs and outputs that a graph of ours has, caches and left padding included,
-so everything that reads those folders reads this one. The difference: attention is the standard operator,
-not GroupQueryAttention, so the cache is copied for each token and decoding is slower.
+Encoders, classifiers and decoders outside of `compot_deploy.models.hints` come this way. A decoder gets the inputs and
+outputs that a native graph has, caches and left padding included, so everything that reads those folders reads this
+one. The difference: attention is the standard operator, not GroupQueryAttention, so the cache is copied for each token
+and decoding is slower.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from torch import nn
-
-from compot_deploy.core.json_files import write_object
-from compot_deploy.core.matrix import Matrix
+from compot_deploy.core.json_files import read_object, write_object
+from compot_deploy.errors import UnsupportedModelError
+from compot_deploy.exporters.onnx.assembly import assemble
 from compot_deploy.exporters.onnx.config import GenaiDecoder, genai_json, generation_config_json
-from compot_deploy.exporters.onnx.exporter import OnnxOptions
-from compot_deploy.exporters.onnx.files import copy_tokenizer
-from compot_deploy.exporters.onnx.interface import Interface, config_of, interface_of
+from compot_deploy.exporters.onnx.files import copy_sentence_files, copy_tokenizer, read_optional
+from compot_deploy.exporters.onnx.graph import ACCURACY_LEVEL, GraphBuilder
+from compot_deploy.exporters.onnx.interface import Interface, interface_of
 from compot_deploy.exporters.onnx.matrices import OnnxMatrices
-from compot_deploy.exporters.onnx.placeholders import matrices_of
+from compot_deploy.exporters.onnx.options import OnnxOptions
 from compot_deploy.exporters.onnx.shape import portable_config
-from compot_deploy.exporters.onnx.tensors import DATA, GRAPH
-from compot_deploy.exporters.onnx.tracing import build_traced, interface_task
+from compot_deploy.exporters.onnx.tensors import DATA, GRAPH, TensorWriter
+from compot_deploy.exporters.onnx.tracing import Trace, trace
+from compot_deploy.models.compressed import CompressedModel, tied_config
+from compot_deploy.models.outline import outline_of_config
+from compot_deploy.models.source import ModelSource
 
 _PLAIN_NAMES: Final = ("hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings")
 """Names of sizes that consumers know; a configuration may have names of its own for them."""
 
-_SENTENCE_FILES: Final = (
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-    "1_Pooling/config.json",
-)
-"""How token embeddings become one of a sentence, as sentence-transformers reads it; copied where present."""
+
+def objection(source: ModelSource) -> str | None:
+    """Why a model cannot be traced, as far as its shapes tell; None if it can be."""
+    stacked = next((site.name for site in source.layout.sites if not site.is_module), None)
+    if stacked is not None:
+        return f"{stacked} of this {source.model_type} is a part of a larger parameter, which ONNX cannot hold apart."
+    try:
+        interface_of(source.meta)
+    except UnsupportedModelError as error:
+        return str(error)
+    return None
 
 
-def export(
-    model: nn.Module,
-    folder: Path,
-    matrices: Mapping[str, Matrix] | None = None,
-    options: OnnxOptions = OnnxOptions(),  # noqa: B008 - frozen
-    source: Path | None = None,
-) -> Mapping[str, Matrix]:
-    """Write the ONNX folder of any text model of transformers; linters and optimum read it like any other.
-
-    ::
-
-        config.json  tokenizer files  how sentences are pooled, where the original says it
-        onnx/model.onnx  onnx/model.onnx_data
-
-    Args:
-        model: of transformers, in float32 and in evaluation mode; it is as it was afterwards.
-        folder: an existing folder.
-        matrices: by module path, (in, out); the token embedding as (hidden, vocabulary). Modules of the model
-            with an attribute ``matrix`` need not be named. Whatever is not here is written in float32.
-        options: of the export; `context` is not used.
-        source: folder of the original model, for tokenizer and pooling; None copies none.
-
-    Returns:
-        What was written, in the model's order. A matrix that the output does not depend on, a pooler's for
-        example, is not traced and not written.
+def check(source: ModelSource) -> None:
+    """Trace the model, so that what torch's exporter cannot do is known before any work.
 
     Raises:
-        MissingDependencyError, UnsupportedModelError, RecipeError, InputError: see `build_traced` and
-            `matrices_of`.
-
-    Example:
-        >>> model = AutoModel.from_pretrained("encoder").eval()
-        >>> matrices = {
-        ...     name: rtn(module.weight.detach().T, None, Grid(4, 32))
-        ...     for name, module in model.named_modules()
-        ...     if isinstance(module, nn.Linear)
-        ... }
-        >>> export(model, folder, matrices, source=Path("encoder"))
+        MissingDependencyError, UnsupportedModelError: see `trace`.
     """
-    found = matrices_of(model, matrices)
+    layout = source.layout
+    trace(tied_config(source.config, layout.head, layout.tied), source.task)
+
+
+def write(model: CompressedModel, folder: Path, options: OnnxOptions) -> tuple[str, ...]:
+    """Write the folder; returns what was left out of it."""
+    config = model.stored_config
+    traced = trace(config, model.task)
     graph, data = folder / GRAPH, folder / DATA
     graph.parent.mkdir(exist_ok=True)
     with data.open("wb") as file:
-        proto = build_traced(model, file, data.name, found, options)
+        builder = GraphBuilder(
+            TensorWriter(file, data.name), options.ops, ACCURACY_LEVEL, options.floats, options.codes
+        )
+        proto = assemble(traced, model.matrices, model.tensors, builder)
     graph.write_bytes(proto.SerializeToString(deterministic=True))
-    held = set(OnnxMatrices(graph)) if found else set()
-    written = {name: matrix for name, matrix in found.items() if name in held}
-    config = _config_json(model)
-    write_object(folder / "config.json", config)
-    if interface_task(proto) == "generation":
-        original = getattr(model, "generation_config", None)
-        values = {} if original is None else original.to_dict()
-        generation = generation_config_json(config, _set(values))
+    source = Path(model.source) if model.source else None
+    _write_files(traced, config, source, folder)
+    held = set(OnnxMatrices(graph))
+    missing = [name for name in model.matrices if name not in held]
+    return tuple(f"{name} is left out: the output does not depend on it." for name in missing)
+
+
+def read_model(folder: Path, matrices: OnnxMatrices) -> CompressedModel:
+    """The whole model of a folder, from its own files alone.
+
+    Raises:
+        ArtifactError: config.json cannot be read.
+        UnsupportedModelError: a configuration that transformers has no model for.
+    """
+    config = read_object(folder / "config.json")
+    outline = outline_of_config(config, str(folder / "config.json"))
+    return outline.compressed(config, matrices, matrices.tensors, str(folder))
+
+
+def _write_files(traced: Trace, config: Mapping[str, Any], source: Path | None, folder: Path) -> None:
+    """Everything beside the graph."""
+    from transformers import AutoConfig
+
+    settings = AutoConfig.for_model(**config)
+    values = _config_json(settings, traced.class_name)
+    write_object(folder / "config.json", values)
+    if traced.interface.task == "generation":
+        generation = generation_config_json(values, read_optional(source, "generation_config.json"))
         write_object(folder / "generation_config.json", generation)
-        facts = _genai_decoder(model, interface_of(model))
+        facts = _genai_decoder(settings, traced.interface)
         if facts is not None:
             write_object(folder / "genai_config.json", genai_json(facts, generation, GRAPH))
     if source is not None:
         copy_tokenizer(source, folder)
-        for name in (*_SENTENCE_FILES, "vocab.txt"):
-            if (source / name).is_file():
-                (folder / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(source / name, folder / name)
-    return written
+        copy_sentence_files(source, folder)
 
 
-def _config_json(model: nn.Module) -> dict[str, Any]:
+def _config_json(settings: Any, class_name: str) -> dict[str, Any]:
     """The configuration, readable in transformers 4 and 5, with what transformers.js needs to know."""
     dropped = ("quantization_config", "auto_map", "_name_or_path", "transformers_version", "torch_dtype")
-    values = {key: value for key, value in config_of(model).to_dict().items() if key not in dropped}
+    values = {key: value for key, value in settings.to_dict().items() if key not in dropped}
     if "rope_parameters" in values or "rope_theta" in values:
         values = portable_config(values)
-    names = getattr(
-        config_of(model), "attribute_map", {}
-    )  # GPT-2 says n_layer where others say num_hidden_layers
+    names = getattr(settings, "attribute_map", {})  # GPT-2 says n_layer where others say num_hidden_layers
     values |= {name: values[own] for name, own in names.items() if own in values and name in _PLAIN_NAMES}
-    values["architectures"] = [type(model).__name__]
+    values["architectures"] = [class_name]
     values["dtype"] = "float32"
     values["transformers.js_config"] = {"use_external_data_format": True, "dtype": "fp32"}
     return dict(sorted(values.items()))
 
 
-def _genai_decoder(model: nn.Module, interface: Interface) -> GenaiDecoder | None:
+def _genai_decoder(settings: Any, interface: Interface) -> GenaiDecoder | None:
     """What onnxruntime-genai wants to know; None for layers of different sizes, which it cannot run."""
-    config, sizes = config_of(model), set(interface.cache)
-    context = getattr(config, "max_position_embeddings", None)
+    sizes, context = set(interface.cache), getattr(settings, "max_position_embeddings", None)
     if len(sizes) != 1 or not isinstance(context, int):
         return None
     ((key_value_heads, head_size),) = sizes
@@ -132,14 +127,10 @@ def _genai_decoder(model: nn.Module, interface: Interface) -> GenaiDecoder | Non
         model_type="decoder",
         context=context,
         vocabulary=int(interface.output_sizes[-1]),
-        hidden=int(config.hidden_size),
+        hidden=int(settings.hidden_size),
         layers=len(interface.cache),
-        heads=int(config.num_attention_heads),
+        heads=int(settings.num_attention_heads),
         key_value_heads=key_value_heads,
         head_size=head_size,
         shares_buffer=False,
     )
-
-
-def _set(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}

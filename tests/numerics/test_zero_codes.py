@@ -28,7 +28,7 @@ from compot_deploy.core.matrix import Factorized, Matrix, Quantized
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.gguf.options import GgufOptions
 from compot_deploy.exporters.gguf.writer import write
-from compot_deploy.exporters.onnx.exporter import OnnxOptions
+from compot_deploy.exporters.onnx.options import OnnxOptions
 from compot_deploy.exporters.onnx.tensors import GRAPH
 from compot_deploy.models.compressed import CompressedModel
 

@@ -33,7 +33,7 @@ FLOORS = (
     ("report",),
     ("pipeline", "serving"),
     ("cli",),
-    ("__init__", "__main__"),
+    ("__init__", "__main__", "huggingface"),
 )
 """Rooms from the ground up. Rooms of one floor do not know each other."""
 

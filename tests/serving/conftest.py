@@ -13,7 +13,7 @@ from servers import Served, serving
 from compot_deploy.core.grid import DENSE, Grid
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.gguf import exporter as gguf
-from compot_deploy.exporters.onnx.exporter import OnnxOptions
+from compot_deploy.exporters.onnx.options import OnnxOptions
 
 NEEDS = {"gguf": ("xllamacpp", "llama"), "onnx": ("onnxruntime", "onnx")}
 

@@ -98,6 +98,37 @@ def _roberta() -> Any:
     )
 
 
+def _albert() -> Any:
+    """Layers that share their weights."""
+    return transformers.AlbertConfig(
+        **_SIZES,
+        embedding_size=32,
+        intermediate_size=160,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        **_LARGE,
+    )
+
+
+def _llama_classes() -> Any:
+    """A decoder that exporters know by name, with a head that they do not."""
+    return transformers.LlamaConfig(**tiny.COMMON, num_labels=3)
+
+
+def _opt_projected() -> Any:
+    """Linears between the blocks and the tables."""
+    made = _opt()
+    made.word_embed_proj_dim = 32
+    return made
+
+
+def _gpt2_narrow() -> Any:
+    """Rows that are no multiple of a block."""
+    made = _gpt2()
+    made.n_embd = 48
+    return made
+
+
 def _gpt2_classes() -> Any:
     made = _gpt2()
     made.pad_token_id, made.num_labels = 2, 3
@@ -118,6 +149,10 @@ _MADE: Final[Mapping[str, tuple[Callable[[], Any], str]]] = MappingProxyType(
         "distilbert": (_distilbert, "DistilBertModel"),
         "roberta": (_roberta, "RobertaModel"),
         "gpt2 classes": (_gpt2_classes, "GPT2ForSequenceClassification"),
+        "albert": (_albert, "AlbertModel"),
+        "llama classes": (_llama_classes, "LlamaForSequenceClassification"),
+        "opt projected": (_opt_projected, "OPTForCausalLM"),
+        "gpt2 narrow": (_gpt2_narrow, "GPT2LMHeadModel"),
     }
 )
 
@@ -134,6 +169,9 @@ READERS: Final = (
 """Models that read whole texts."""
 
 KINDS: Final = (*DECODERS, *READERS)
+
+UNUSUAL: Final = ("albert", "llama classes", "opt projected", "gpt2 narrow")
+"""What only exporters have to be shown."""
 
 
 def model(kind: str, seed: int = 0) -> Any:

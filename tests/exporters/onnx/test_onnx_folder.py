@@ -48,7 +48,7 @@ from compot_deploy.exporters.onnx.config import (
     portable_tokenizer_config,
 )
 from compot_deploy.exporters.onnx.decoder import build_decoder
-from compot_deploy.exporters.onnx.exporter import OnnxOptions
+from compot_deploy.exporters.onnx.options import OnnxOptions
 from compot_deploy.exporters.onnx.session import open_session
 from compot_deploy.exporters.onnx.tensors import DATA, GRAPH, TensorReader, TensorWriter
 from compot_deploy.exporters.staging import staged_folder

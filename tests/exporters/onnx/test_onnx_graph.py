@@ -32,8 +32,8 @@ from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Dense, Matrix, Quantized
 from compot_deploy.errors import ArtifactError, RecipeError, UnsupportedModelError
 from compot_deploy.exporters import EXPORTERS
-from compot_deploy.exporters.onnx.exporter import OnnxOptions
 from compot_deploy.exporters.onnx.nodes import node_path
+from compot_deploy.exporters.onnx.options import OnnxOptions
 from compot_deploy.exporters.onnx.session import open_session, with_accuracy_level
 from compot_deploy.exporters.onnx.shape import check_supported, decoder_shape, portable_config
 from compot_deploy.exporters.onnx.tensors import GRAPH

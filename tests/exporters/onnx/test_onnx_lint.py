@@ -19,8 +19,8 @@ from compot_deploy.core.diagnostics import Finding
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.exporters import EXPORTERS
-from compot_deploy.exporters.onnx.exporter import OnnxOptions
 from compot_deploy.exporters.onnx.lint.folder import lint_onnx
+from compot_deploy.exporters.onnx.options import OnnxOptions
 from compot_deploy.exporters.onnx.session import with_accuracy_level
 from compot_deploy.exporters.onnx.tensors import DATA, GRAPH
 

@@ -45,9 +45,9 @@ from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.artifact import verify
 from compot_deploy.exporters.onnx import expansion as onnx_expansion
 from compot_deploy.exporters.onnx.expansion import EXPANSION_TABLE, unfolded_nodes
-from compot_deploy.exporters.onnx.exporter import OnnxOptions
 from compot_deploy.exporters.onnx.layouts import pack_nbits
 from compot_deploy.exporters.onnx.lint.folder import lint_onnx
+from compot_deploy.exporters.onnx.options import OnnxOptions
 from compot_deploy.exporters.onnx.packed_codes import (
     POSITIONS,
     TwoOfFour,

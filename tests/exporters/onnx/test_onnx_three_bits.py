@@ -32,7 +32,7 @@ from compot_deploy.core.storage import matrix_bytes
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.onnx.expansion import THREE_BITS_TABLE, unfolded_nodes
-from compot_deploy.exporters.onnx.exporter import OnnxOptions
+from compot_deploy.exporters.onnx.options import OnnxOptions
 from compot_deploy.exporters.onnx.packed_codes import (
     ThreeBits,
     pack_three_bits,
