@@ -29,7 +29,7 @@ from compot_deploy.numerics.whiten import whiten
 from compot_deploy.planning.curves import Candidate, Curve
 from compot_deploy.planning.knapsack import knapsack
 from compot_deploy.planning.schemes import Joint, Plain
-from compot_deploy.planning.settings import search_of
+from compot_deploy.planning.settings import resolve
 from compot_deploy.recipe import Recipe
 
 PATTERNS = [Pattern(2, 4), Pattern(4, 8), Pattern(1, 4)]
@@ -154,7 +154,7 @@ def test_patterns_are_tried_where_the_format_stores_them_in_fewer_bytes(
 ) -> None:
     model = tiny.save(tmp_path / "model", num_hidden_layers=1)
     recipe = Recipe(model=str(model), bits=2.0, **knobs)
-    search = search_of(recipe, open_source(str(model)))
+    search = resolve(recipe, open_source(str(model))).search
     assert search.patterns == patterns
     exporter = EXPORTERS[recipe.format[0]]
     assert exporter.options(asdict(recipe)) is not None
@@ -171,7 +171,7 @@ def test_groups_of_256_are_tried_at_few_bits_where_the_format_takes_them(
     tmp_path: Path, knobs: dict[str, Any], tried: dict[int, bool]
 ) -> None:
     model = tiny.save(tmp_path / "model", num_hidden_layers=1)
-    search = search_of(Recipe(model=str(model), bits=2.0, **knobs), open_source(str(model)))
+    search = resolve(Recipe(model=str(model), bits=2.0, **knobs), open_source(str(model))).search
     assert {bits: 256 in search.grids.groups[bits] for bits in tried} == tried
 
 

@@ -13,7 +13,6 @@ import pytest
 import tiny
 import torch
 
-from compot_deploy.accuracy.torch_runner import torch_runner
 from compot_deploy.cli.main import main
 from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.matrix import Factorized, Quantized, leaves
@@ -26,10 +25,13 @@ from compot_deploy.numerics.joint import Level
 from compot_deploy.numerics.whiten import whiten
 from compot_deploy.pipeline.deploy import deploy, plan_only
 from compot_deploy.planning import carry_out as planning
+from compot_deploy.planning import measure, sensitivity
 from compot_deploy.planning.candidates import Search, forms, realize
+from compot_deploy.planning.context import PlanningContext
 from compot_deploy.planning.curves import Candidate, Curve
-from compot_deploy.planning.knapsack import Plan, knapsack
+from compot_deploy.planning.knapsack import Plan, knapsack, smallest_bytes
 from compot_deploy.planning.schemes import Form, GridChoice, Joint, Plain, form_from_data, form_to_data
+from compot_deploy.planning.sensitivity import Effect
 from compot_deploy.quant import Quantizer, gptq, rtn
 from compot_deploy.recipe import Recipe
 from compot_deploy.report import plan as plan_report
@@ -68,7 +70,7 @@ def test_a_budget_below_every_plain_grid_is_kept_and_exported_exactly(shared: Pa
     exporter = EXPORTERS["onnx"]
     storage = exporter.storage(exporter.options({}))
     checkpoint = open_source(str(model))
-    names = checkpoint.architecture.linear_names(checkpoint.layers)
+    names = checkpoint.layout.names
     matrices = exporter.read(shared)
     linears = {name: matrices[name] for name in names}
     numbers = sum(checkpoint.weight(name).numel() for name in names)
@@ -110,7 +112,7 @@ def test_candidates_of_one_matrix_are_in_memory_at_a_time(
     made: list[weakref.ref[torch.Tensor]] = []
     weights: list[tuple[frozenset[str], weakref.ref[torch.Tensor]]] = []
     peak = [0]
-    make, read = planning.realize, planning.Task.weights
+    make, read = measure.realize, PlanningContext.weights
 
     def realize_and_look(form: Form, covered: Mapping[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         assert not [one for one in made if one() is not None], form
@@ -124,13 +126,14 @@ def test_candidates_of_one_matrix_are_in_memory_at_a_time(
         made.extend(weakref.ref(tensor) for tensor in tensors)
         return result
 
-    def read_and_remember(task: planning.Task, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        found = read(task, names)
+    def read_and_remember(context: PlanningContext, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        found = read(context, names)
         weights.extend((frozenset(names), weakref.ref(weight)) for weight in found.values())
         return found
 
-    monkeypatch.setattr(planning, "realize", realize_and_look)
-    monkeypatch.setattr(planning.Task, "weights", read_and_remember)
+    monkeypatch.setattr(measure, "realize", realize_and_look)
+    monkeypatch.setattr(sensitivity, "realize", realize_and_look)
+    monkeypatch.setattr(PlanningContext, "weights", read_and_remember)
     plan_only(
         Recipe(model=str(model), calibration=str(text), bits=2.0, out=str(tmp_path / "out"), **SETTINGS)
     )
@@ -146,7 +149,7 @@ def test_what_is_impossible_names_the_smallest_that_is_not(model: Path, text: Pa
         plan(0.05)
     (smallest,) = re.findall(r"need (\d+) bytes", str(caught.value))
     checkpoint = open_source(str(model))
-    names = checkpoint.architecture.linear_names(checkpoint.layers)
+    names = checkpoint.layout.names
     numbers = sum(checkpoint.weight(name).numel() for name in names)
     assert plan((int(smallest) + 0.5) * 8 / numbers).bytes == int(smallest)
     with pytest.raises(RecipeError, match=smallest):
@@ -175,21 +178,21 @@ def test_an_effect_is_what_disturbing_one_linear_alone_costs_per_unit_of_its_err
     drafted = plan_only(
         Recipe(model=str(model), calibration=str(text), bits=2.0, out=str(measured), **SETTINGS)
     )
-    task = drafted.task
+    context = drafted.context
     reference = AutoModelForCausalLM.from_pretrained(model).float().eval()
 
     def predictions() -> torch.Tensor:
         with torch.no_grad():
-            made = [reference(window[None]).logits[0].double() for window in task.windows.windows]
+            made = [reference(window[None]).logits[0].double() for window in context.windows.windows]
         return torch.cat(made).log_softmax(-1)
 
     original = predictions()
-    coarsest = min(task.search.grids.grids, key=lambda grid: (grid.bits, -grid.group))
+    coarsest = min(context.search.grids.grids, key=lambda grid: (grid.bits, -grid.group))
     for path in ("self_attn.q_proj", "mlp.down_proj"):
         name = f"model.layers.0.{path}"
-        (shared,) = [one for _, one in task.inputs if path in one.linears]
-        weights = task.weights([name])
-        made = realize(Plain(coarsest), weights, task.whitening(0, shared), task.search)
+        (group,) = [one for one in context.groups if name in one.names]
+        weights = context.weights([name])
+        made = realize(Plain(coarsest), weights, context.whitening(group), context.search)
         module = reference.get_submodule(name)
         before = module.weight.data
         module.weight.data = made.matrices[name].dequantize().T.contiguous()
@@ -228,7 +231,7 @@ def test_a_plan_stands_beside_the_best_mix_and_the_best_single_grid_of_its_budge
     assert chosen(30, a, {joint: (10, 0.1)}) == [[joint, joint]]
 
 
-@pytest.mark.parametrize("favourite", [None, 1, 2])
+@pytest.mark.parametrize("favourite", [None, 0, 1, 2])
 def test_a_ratio_is_a_budget_too_and_what_is_made_is_never_worse_than_plain_grids(
     model: Path, text: Path, measured: Path, monkeypatch: pytest.MonkeyPatch, favourite: int | None
 ) -> None:
@@ -242,7 +245,7 @@ def test_a_ratio_is_a_budget_too_and_what_is_made_is_never_worse_than_plain_grid
         **SETTINGS,
     )
     drafted = plan_only(recipe)
-    storage = drafted.task.storage
+    storage = drafted.context.storage
     plain = sum(Plain(Grid(4, 32)).bytes(*size, storage) for size in drafted.sizes.values())
     plan, *others = drafted.plans
     assert plan.budget == int(0.7 * plain)
@@ -252,18 +255,21 @@ def test_a_ratio_is_a_budget_too_and_what_is_made_is_never_worse_than_plain_grid
     assert len(singles) == 1
     assert all(isinstance(e.candidate.form, Plain) for one in others for e in one.chosen)
     # A budget between two grids leaves room for all three; make them, and look at what is taken.
-    monkeypatch.setattr(planning, "_EFFECT_POSITIONS", 16)
+    monkeypatch.setattr(sensitivity, "_POSITIONS", 64)
     if favourite is None:
         effects: list[float] = []
-        measure = planning._Effect.__call__
+        own = Effect.__call__
 
-        def remember(effect: Any, matrices: Any) -> float:
+        def remember(effect: Effect, matrices: Any) -> float:
             # They come close to each other, so more text is read for the choice than for one linear's effect.
-            assert sum(map(len, effect._windows)) == 4 * 16
-            effects.append(measure(effect, matrices))
+            assert sum(int(batch.real.sum()) for batch in effect._batches) == min(4 * 64, 6 * 32)
+            effects.append(own(effect, matrices))
             return effects[-1]
 
-        monkeypatch.setattr(planning._Effect, "__call__", remember)
+        monkeypatch.setattr(Effect, "__call__", remember)
+    elif favourite == 0:  # all cost the same
+        monkeypatch.setattr(Effect, "__call__", lambda *_: 0.1)
+        effects = [0.1] * len(drafted.plans)
     else:
         favourite = min(favourite, len(others))
         calls: list[int] = []
@@ -272,9 +278,9 @@ def test_a_ratio_is_a_budget_too_and_what_is_made_is_never_worse_than_plain_grid
             calls.append(1)
             return 0.1 if len(calls) - 1 == favourite else 0.2
 
-        monkeypatch.setattr(planning._Effect, "__call__", prefer)
+        monkeypatch.setattr(Effect, "__call__", prefer)
         effects = [0.1 if number == favourite else 0.2 for number in range(len(drafted.plans))]
-    outcome = planning.carry_out(drafted.task, drafted.plans)
+    outcome = planning.carry_out(drafted.context, drafted.plans)
     assert len(effects) == len(drafted.plans) > 1
     best = drafted.plans[effects.index(min(effects))]
     assert outcome.plan == best
@@ -291,12 +297,12 @@ def test_a_budget_that_is_too_small_is_refused_before_a_form_is_measured(
     """And with the figure that measured forms would have given; one that is not too small goes on."""
     recipe = Recipe(model=str(model), calibration=str(text), bits=bits, out=str(tmp_path / "out"), **SETTINGS)
     listed: list[str] = []
-    listing = planning._listed
+    listing = measure._listed
     monkeypatch.setattr(
-        planning, "_listed", lambda task, *rest: (listed.append("1"), listing(task, *rest))[1]
+        measure, "_listed", lambda context, *rest: (listed.append("1"), listing(context, *rest))[1]
     )
     with monkeypatch.context() as patch:
-        patch.setattr(planning, "realize", lambda *_, **__: pytest.fail("a form was made"))
+        patch.setattr(measure, "realize", lambda *_, **__: pytest.fail("a form was made"))
         if bits < 1.0:
             with pytest.raises(RecipeError, match=r"cannot be met: .* need \d+ bytes") as said:
                 plan_only(recipe)
@@ -306,7 +312,7 @@ def test_a_budget_that_is_too_small_is_refused_before_a_form_is_measured(
     assert listed
     if bits < 1.0:
         drafted = plan_only(Recipe(**{**vars(recipe), "bits": 2.6}))
-        assert f"need {planning.smallest_bytes(drafted.curves)} bytes" in str(said.value)
+        assert f"need {smallest_bytes(drafted.curves)} bytes" in str(said.value)
 
 
 def test_a_report_has_the_frontier_with_the_chosen_point_and_the_memory_figures(shared: Path) -> None:
@@ -391,7 +397,7 @@ def test_the_plan_command_prints_the_plan(
 @pytest.mark.parametrize(
     ("knobs", "complaint"),
     [
-        ({"size": "20KB"}, "alone need about"),
+        ({"size": "20KB"}, "alone need"),
         ({"bits": 2.0, "size": "1MB"}, "give one of them"),
         ({"size": "much"}, "400MB"),
         ({"bits": 2.0, "allocation": "spectral"}, "need --allocation knapsack"),
@@ -405,7 +411,7 @@ def test_impossible_budgets_say_what_is_possible(
 
 
 @pytest.mark.parametrize("knobs", [{}, {"format": ("gguf",), "gguf_layout": "sparse"}], ids=["onnx", "gguf"])
-def test_the_whole_output_has_the_size_that_was_asked_for_and_predicted(
+def test_the_model_s_files_have_the_size_that_was_asked_for_and_predicted(
     model: Path, text: Path, tmp_path: Path, knobs: dict[str, Any]
 ) -> None:
     out = tmp_path / "sized"
@@ -416,11 +422,13 @@ def test_the_whole_output_has_the_size_that_was_asked_for_and_predicted(
     ]
     (done,) = deploy(**common, size="160KB")
     size = sum(
-        path.stat().st_size for path in out.rglob("*") if path.is_file() and path.name != "report.html"
+        path.stat().st_size
+        for path in out.rglob("*")
+        if path.is_file() and path != out / "README.md" and out / "compot" not in path.parents
     )
     assert size <= 160_000
     assert size > 0.96 * 160_000
-    assert predicted == pytest.approx(size, rel=0.01)
+    assert predicted == size
     assert done.folder == out
 
 
@@ -491,22 +499,6 @@ def test_without_quantization_the_paper_s_accounting_plans_floating_forms() -> N
     assert sizes[0] == 1.0
     assert 0.45 < sizes[1] <= 0.5
     assert 0.75 < sizes[2] <= 0.8
-
-
-def test_replaced_matrices_come_back(model: Path) -> None:
-    runner = torch_runner(model)
-    tokens = torch.arange(3, 11)[None]
-    (before,) = runner.logits(tokens, 8)
-    name = "model.layers.0.mlp.down_proj"
-    weight = open_source(str(model)).weight(name).float()
-    made = realize(
-        Plain(Grid(2, 64)), {name: weight}, whiten(torch.eye(weight.shape[0])), Search(GridChoice({2: (64,)}))
-    )
-    with runner.replaced(made.matrices):
-        (during,) = runner.logits(tokens, 8)
-    (after,) = runner.logits(tokens, 8)
-    assert torch.equal(before, after)
-    assert not torch.equal(before, during)
 
 
 def test_a_label_says_the_path_once() -> None:

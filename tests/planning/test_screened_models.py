@@ -13,25 +13,26 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from compot_deploy.models.checkpoint import open_checkpoint
 
 from compot_deploy.cli.main import main
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.storage import PaperStorage
 from compot_deploy.embedded import MODEL
 from compot_deploy.errors import InterruptedRunError
-from compot_deploy.models.tokens import TokenWindows, load_tokenizer
+from compot_deploy.models.source import open_source
+from compot_deploy.models.tokens import TokenWindows
 from compot_deploy.numerics.whiten import whiten
 from compot_deploy.pipeline.deploy import plan_only
 from compot_deploy.pipeline.texts import calibration_windows
-from compot_deploy.planning import carry_out as planning
-from compot_deploy.planning import settings
+from compot_deploy.planning import measure, settings
 from compot_deploy.planning.candidates import Search, realize
+from compot_deploy.planning.carry_out import choose
+from compot_deploy.planning.context import PlanningContext, collect_grams
 from compot_deploy.planning.curves import Curve
 from compot_deploy.planning.knapsack import knapsack, smallest_bytes
 from compot_deploy.planning.schemes import Form, GridChoice, Plain
 from compot_deploy.planning.screening import Measured
-from compot_deploy.planning.settings import search_of, storage_of
+from compot_deploy.planning.settings import resolve
 from compot_deploy.quant import rtn
 from compot_deploy.recipe import Recipe
 from compot_deploy.report import plan as plan_report
@@ -41,11 +42,12 @@ from compot_deploy.report import plan as plan_report
 def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Curve], list[Curve], dict[str, float], int]:
     """Curves of q, k and v of the shipped model, all forms and coarse to fine, and how many forms were made."""
     work = tmp_path_factory.mktemp("work")
-    checkpoint = open_checkpoint(MODEL)
+    checkpoint = open_source(MODEL)
     recipe = Recipe(bits=2.2, samples=16, length=64, search="full")
-    windows = calibration_windows(recipe, checkpoint, load_tokenizer(checkpoint.folder), work)
-    full = planning.Task(checkpoint, windows, work, storage_of(recipe), search_of(recipe, checkpoint))
-    planning.collect_grams(full)
+    windows = calibration_windows(recipe, checkpoint, work)
+    resolved = resolve(recipe, checkpoint)
+    full = PlanningContext(checkpoint, windows, work, resolved.storage, resolved.search)
+    collect_grams(full)
     coarse = replace(full, search=replace(full.search, tolerance=0.03))
     known: dict[Any, Any] = {}
     made = [0]
@@ -57,17 +59,16 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Curve], list[Cu
             known[key] = replace(realize(form, weights, *args, **kwargs), matrices={})
         return known[key]
 
-    inputs = [entry for entry in full.inputs if entry[0] == 1 and entry[1].name == "attention_input"]
+    block = checkpoint.layout.blocks[1]
+    inputs = [group for group in full.groups if (group.block, group.name) == (block, "self_attn.q_proj")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "realize", realize_once)
-        everything = [planning._curve(full, *entry) for entry in inputs]
+        patch.setattr(measure, "realize", realize_once)
+        everything = [measure._curve(full, group) for group in inputs]
         before, made[0] = made[0], 0
-        some = [planning._curve(coarse, *entry) for entry in inputs]
+        some = [measure._curve(coarse, group) for group in inputs]
     assert made[0] < before
     effects = {name: 1.0 for curve in everything for name in curve.names}
-    weights = sum(
-        math.prod(settings.shape_of(checkpoint, name)) for curve in everything for name in curve.names
-    )
+    weights = sum(math.prod(checkpoint.shape(name)) for curve in everything for name in curve.names)
     return everything, some, effects, weights
 
 
@@ -78,7 +79,7 @@ def test_the_error_of_rounding_to_nearest_is_that_of_the_quantizer_of_that_name(
     inputs = torch.randn(400, 200, generator=generator) @ torch.randn(200, 200, generator=generator)
     whitening = whiten((inputs.T @ inputs).double())
     search = Search(GridChoice({3: (16, 32, 128)}), rates=(), sparse=(), tolerance=0.01)
-    task = planning.Task(open_checkpoint(MODEL), TokenWindows((), "", ""), tmp_path, PaperStorage(), search)
+    context = PlanningContext(open_source(MODEL), TokenWindows((), "", ""), tmp_path, PaperStorage(), search)
     seen: dict[Grid, float] = {}
 
     def look(alone: Mapping[str, Mapping[Form, int]], *args: Any, nearest: Any, **kwargs: Any) -> Measured:
@@ -92,8 +93,8 @@ def test_the_error_of_rounding_to_nearest_is_that_of_the_quantizer_of_that_name(
         return Measured({}, {})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "screen", look)
-        planning._measure(task, {"w": weight}, whitening)
+        patch.setattr(measure, "screen", look)
+        measure._measure(context, {"w": weight}, whitening)
     some = weight[:, ::3]
     assert len(seen) == 3
     for grid, error in seen.items():
@@ -134,11 +135,11 @@ def test_measured_forms_are_some_of_the_listed_with_the_errors_that_all_have(
     real: tuple[list[Curve], list[Curve], dict[str, float], int],
 ) -> None:
     everything, some, *_ = real
-    measured, listed = planning.counted(some)
+    measured, listed = measure.counted(some)
     assert 0.4 < measured / listed < 0.9
-    assert planning.counted(everything) == (listed, listed)
-    assert planning.notes_on(everything) == ()
-    assert f"{measured} of {listed} forms" in planning.notes_on(some)[0]
+    assert measure.counted(everything) == (listed, listed)
+    assert measure.notes_on(everything) == ()
+    assert f"{measured} of {listed} forms" in measure.notes_on(some)[0]
     for full, coarse in zip(everything, some, strict=True):
         for all_of_one, found in zip(full.alone, coarse.alone, strict=True):
             assert set(found) <= set(all_of_one)
@@ -152,7 +153,7 @@ def test_contenders_of_a_coarse_search_are_grids_that_every_matrix_has(
     """Of every number of bits the coarsest at least; so where one fits, there is a single grid to compare with."""
     _, some, effects, weights = real
     for bits in (3.0, 4.5, 6.0, 8.6):
-        plans = planning.choose(some, effects, int(bits * weights / 8))
+        plans = choose(some, effects, int(bits * weights / 8))
         singles = [plan for plan in plans if len({entry.candidate.form for entry in plan.chosen}) == 1]
         assert singles
         assert all(plan.bytes <= plans[0].budget and plan.loss >= plans[0].loss for plan in plans)
@@ -200,7 +201,7 @@ def test_what_is_measured_depends_on_no_budget_and_a_stopped_search_goes_on(
     assert any(told in line for line in plan_report.overview(first).lines)
 
     with monkeypatch.context() as patch:
-        patch.setattr(planning, "realize", realize_and_stop)
+        patch.setattr(measure, "realize", realize_and_stop)
         with pytest.raises(InterruptedRunError):
             plan(stopped, bits=3.3)
     assert 0 < len(_curves(stopped)) < len(measured)
@@ -223,12 +224,11 @@ def test_what_is_measured_depends_on_no_budget_and_a_stopped_search_goes_on(
 def test_large_models_are_searched_coarse_to_fine_unless_told_otherwise(
     knobs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = open_checkpoint(knobs["model"])
-    names = checkpoint.architecture.linear_names(checkpoint.layers)
-    weights = sum(math.prod(settings.shape_of(checkpoint, name)) for name in names)
+    checkpoint = open_source(knobs["model"])
+    weights = sum(math.prod(site.shape) for site in checkpoint.layout.sites)
 
     def tolerance(**changes: Any) -> float:
-        return search_of(Recipe(model=knobs["model"], bits=2.0, **changes), checkpoint).tolerance
+        return resolve(Recipe(model=knobs["model"], bits=2.0, **changes), checkpoint).search.tolerance
 
     assert tolerance() == tolerance(search="full") == 0.0
     assert tolerance(search="coarse") == tolerance(search="coarse", quant="none") == 0.03
@@ -241,6 +241,6 @@ def test_large_models_are_searched_coarse_to_fine_unless_told_otherwise(
 
 def test_measurements_of_every_form_keep_their_names() -> None:
     """Curves that were measured before there was a tolerance are found again."""
-    search = Search(settings.search_of(Recipe(bits=2.0), open_checkpoint(MODEL)).grids)
+    search = Search(resolve(Recipe(bits=2.0), open_source(MODEL)).search.grids)
     assert search.tolerance == 0.0
     assert repr(replace(search, tolerance=0.03)) == repr(search)
