@@ -41,12 +41,12 @@ compatibility: $(VENV)/dev.stamp
 		"onnxscript>=0.5" "pytest>=8" "hypothesis>=6" "beartype>=0.20"
 	COMPOT_DEPLOY_OPTIMUM_PYTHON=$(OLD)/bin/python $(OLD)/bin/python -m pytest -q \
 		tests/models/test_calibrate.py tests/models/test_checkpoint.py tests/cli/test_cli.py tests/exporters/onnx/test_onnx_folder.py \
-		tests/exporters/onnx/test_onnx_graph.py tests/exporters/onnx/test_onnx_traced.py tests/accuracy/test_runners.py tests/models/test_tokens.py
+		tests/exporters/onnx/test_onnx_consumers.py tests/exporters/onnx/test_onnx_graph.py tests/exporters/onnx/test_onnx_traced.py tests/accuracy/test_runners.py tests/models/test_tokens.py
 	COMPOT_DEPLOY_OPTIMUM_PYTHON=$(OLD)/bin/python $(BIN)/python -m pytest -q \
-		tests/exporters/onnx/test_onnx_folder.py tests/exporters/onnx/test_onnx_traced.py tests/pipeline/test_traced.py -k optimum
+		tests/exporters/onnx/test_onnx_consumers.py tests/exporters/onnx/test_onnx_traced.py tests/pipeline/test_traced.py -k optimum
 	$(PYTHON) -m venv $(GENAI)
 	$(GENAI)/bin/python -m pip install --quiet "onnxruntime-genai==0.18.0" numpy
-	COMPOT_DEPLOY_GENAI_PYTHON=$(GENAI)/bin/python $(BIN)/python -m pytest -q tests/exporters/onnx/test_onnx_folder.py -k genai_generates
+	COMPOT_DEPLOY_GENAI_PYTHON=$(GENAI)/bin/python $(BIN)/python -m pytest -q tests/exporters/onnx/test_onnx_consumers.py -k genai_generates
 
 site: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -17,10 +17,15 @@ setup(
             sources=[
                 "compot_deploy/llama/module.c",
                 "compot_deploy/llama/plugin.c",
+                "compot_deploy/llama/plugin_graph.c",
                 "compot_deploy/llama/kernels.c",
+                "compot_deploy/llama/leaf.c",
+                "compot_deploy/llama/tiles.c",
             ],
             depends=[
                 "compot_deploy/llama/kernels.h",
+                "compot_deploy/llama/leaf.h",
+                "compot_deploy/llama/plugin.h",
                 "compot_deploy/llama/kernels_avx2.h",
                 "compot_deploy/llama/kernels_avx512.h",
                 "compot_deploy/llama/kernels_neon.h",

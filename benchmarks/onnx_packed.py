@@ -26,7 +26,7 @@ from compot_deploy.core.matrix import Factorized, Matrix, Pair, Quantized, leave
 from compot_deploy.core.storage import Storage, matrix_bytes
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.onnx.expansion import unfolded_nodes
-from compot_deploy.exporters.onnx.exporter import OnnxOptions
+from compot_deploy.exporters.onnx.options import OnnxOptions
 from compot_deploy.exporters.onnx.session import open_session
 from compot_deploy.exporters.onnx.tensors import GRAPH
 from compot_deploy.models.compressed import CompressedModel

@@ -5,6 +5,7 @@ with LlamaModel("model.gguf", threads=2) as model:
 """
 
 from compot_deploy.exporters.gguf.library import LlamaError, UnsupportedLlamaError
-from compot_deploy.llama.model import Generation, LlamaModel, generate
+from compot_deploy.llama.generation import Generation
+from compot_deploy.llama.model import LlamaModel, generate
 
 __all__ = ["Generation", "LlamaError", "LlamaModel", "UnsupportedLlamaError", "generate"]

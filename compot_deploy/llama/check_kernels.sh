@@ -7,7 +7,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 flags="-O2 -g -std=c11 -ffp-contract=off -Wall -Wextra -Werror"
-sources="$here/check_kernels.c $here/kernels.c"
+sources="$here/check_kernels.c $here/kernels.c $here/leaf.c $here/tiles.c"
 failed=0
 
 native() {

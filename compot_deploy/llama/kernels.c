@@ -1,5 +1,5 @@
-/* See kernels.h. This file: checks, rounding, tiling, the portable kernels, and the choice at run time. */
-#include "kernels.h"
+/* See kernels.h. This file: rounding, the portable kernels, and the choice at run time. */
+#include "leaf.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -16,173 +16,6 @@ typedef struct {
     round_function round;
     product_function product;
 } kernel_set;
-
-static float half_to_float(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 1023u, bits;
-    if (exponent == 0) {
-        float value = (float)mantissa * 0x1p-24f;
-        memcpy(&bits, &value, 4);
-        bits |= sign;
-    } else if (exponent == 31) {
-        bits = sign | 0x7f800000u | (mantissa << 13);
-    } else {
-        bits = sign | ((exponent + 112u) << 23) | (mantissa << 13);
-    }
-    float result;
-    memcpy(&result, &bits, 4);
-    return result;
-}
-
-static float load_half(const uint8_t *p) {
-    uint16_t h;
-    memcpy(&h, p, 2);
-    return half_to_float(h);
-}
-
-static float load_bfloat(const uint8_t *p) {
-    uint16_t h;
-    memcpy(&h, p, 2);
-    uint32_t bits = (uint32_t)h << 16;
-    float result;
-    memcpy(&result, &bits, 4);
-    return result;
-}
-
-static int slots_of(const compot_leaf *leaf) { return leaf->of == 1 ? 64 : 32; }
-
-static int64_t value_bytes(const compot_leaf *leaf) { return (int64_t)slots_of(leaf) * leaf->bits / 8; }
-
-static int64_t record_bytes(const compot_leaf *leaf) {
-    int position_bits = leaf->of == 1 ? 0 : leaf->of == 4 ? 2 : 3;
-    return (int64_t)slots_of(leaf) * (leaf->bits + position_bits) / 8;
-}
-
-static int64_t groups_of(const compot_leaf *leaf) { return (leaf->inputs + leaf->group - 1) / leaf->group; }
-
-
-/* One plane of slots: bits 1, 2 or 4 per slot, slot j * (slots * bits / 8) + i in byte i at bit j * bits. */
-static void unpack_plane(const uint8_t *plane, int slots, int bits, uint8_t *out) {
-    int bytes = slots * bits / 8, mask = (1 << bits) - 1;
-    for (int j = 0; j < 8 / bits; j++)
-        for (int i = 0; i < bytes; i++) out[j * bytes + i] = (uint8_t)((plane[i] >> (j * bits)) & mask);
-}
-
-/* The width of the integers of a leaf; what is stored is larger by half of their range. */
-static int bits_of(const compot_leaf *leaf) {
-    return leaf->kind == COMPOT_Q4_0 ? 4 : leaf->kind == COMPOT_Q8_0 ? 8 : leaf->bits;
-}
-
-/* The slots of 64 inputs of a row: unsigned, offset included, and for sparse ones where they belong in their group. */
-static void read_unit(const compot_leaf *leaf, const uint8_t *row, int64_t u, uint8_t slots[64], uint8_t places[32]) {
-    if (leaf->kind != COMPOT_PLANES) {
-        int64_t blocks = (leaf->inputs + 31) / 32;
-        for (int h = 0; h < 2; h++) {
-            if (2 * u + h >= blocks) {
-                memset(slots + 32 * h, leaf->kind == COMPOT_Q4_0 ? 8 : 128, 32);
-            } else if (leaf->kind == COMPOT_Q4_0) {
-                unpack_plane(row + 18 * (2 * u + h) + 2, 32, 4, slots + 32 * h);
-            } else {
-                const uint8_t *block = row + 34 * (2 * u + h) + 2;
-                for (int i = 0; i < 32; i++) slots[32 * h + i] = block[i] ^ 0x80;
-            }
-        }
-        return;
-    }
-    const uint8_t *record = row + 2 * groups_of(leaf) + u * record_bytes(leaf), *planes = record + value_bytes(leaf);
-    int count = slots_of(leaf);
-    uint8_t high[64];
-    if (leaf->bits == 8) {
-        for (int s = 0; s < count; s++) slots[s] = record[s] ^ 0x80;
-    } else if (leaf->bits == 3) {
-        unpack_plane(record, count, 2, slots);
-        unpack_plane(record + count / 4, count, 1, high);
-        for (int s = 0; s < count; s++) slots[s] |= (uint8_t)(high[s] << 2);
-    } else {
-        unpack_plane(record, count, leaf->bits, slots);
-    }
-    if (leaf->of == 1) return;
-    unpack_plane(planes, 32, 2, places);
-    if (leaf->of == 8) {
-        unpack_plane(planes + 8, 32, 1, high);
-        for (int s = 0; s < 32; s++) places[s] |= (uint8_t)(high[s] << 2);
-    }
-}
-
-/* Where the scale of half h of a row is; NULL beyond the blocks. */
-static const uint8_t *scale_at(const compot_leaf *leaf, const uint8_t *row, int64_t h) {
-    if (leaf->kind == COMPOT_PLANES) {
-        int64_t g = h * 32 / leaf->group, last = groups_of(leaf) - 1;
-        return row + 2 * (g < last ? g : last);
-    }
-    return h < (leaf->inputs + 31) / 32 ? row + h * (leaf->kind == COMPOT_Q4_0 ? 18 : 34) : NULL;
-}
-
-static float float_value(const compot_leaf *leaf, const uint8_t *row, int64_t i) {
-    float w;
-    if (leaf->kind != COMPOT_F32) return leaf->kind == COMPOT_F16 ? load_half(row + 2 * i) : load_bfloat(row + 2 * i);
-    memcpy(&w, row + 4 * i, 4);
-    return w;
-}
-
-/* --- tiles --- */
-
-int64_t compot_tiles_of(const compot_leaf *leaf, compot_tiles *tiles) {
-    if (leaf->kind != COMPOT_Q4_0 && leaf->kind != COMPOT_Q8_0 && leaf->kind != COMPOT_PLANES) return 0;
-    int planes = leaf->kind == COMPOT_PLANES;
-    tiles->bits = bits_of(leaf), tiles->of = planes ? leaf->of : 1;
-    tiles->fine = !planes || (leaf->group % 64 && leaf->group < leaf->inputs);
-    tiles->units = compot_units(leaf->inputs), tiles->outputs = leaf->outputs;
-    tiles->per_scale = tiles->fine ? 0 : leaf->group < leaf->inputs ? leaf->group / 64 : (int32_t)tiles->units;
-    int64_t scales = tiles->fine ? 2 * tiles->units : (tiles->units + tiles->per_scale - 1) / tiles->per_scale;
-    int slots = tiles->of == 1 ? 64 : 32, position_bits = tiles->of == 1 ? 0 : tiles->of == 4 ? 2 : 3;
-    tiles->unit_bytes = COMPOT_TILE * slots * (tiles->bits + position_bits) / 8;
-    tiles->head = (2 * COMPOT_TILE * scales + 63) & ~(int64_t)63;
-    tiles->tile_bytes = tiles->head + tiles->units * tiles->unit_bytes;
-    tiles->data = NULL;
-    return tiles->tile_bytes * ((leaf->outputs + COMPOT_TILE - 1) / COMPOT_TILE);
-}
-
-/* Bits [from, from + bits) of the slots of 16 rows as a plane: vector j is 4 slots of each row, in order. */
-static void put_plane(const uint8_t slots[COMPOT_TILE][64], int vectors, int from, int bits, uint8_t *plane) {
-    int per = 8 / bits;
-    uint32_t mask = ((1u << bits) - 1) * 0x01010101u, words[16 * COMPOT_TILE] = {0};
-    for (int j = 0; j < vectors; j++)
-        for (int r = 0; r < COMPOT_TILE; r++) {
-            uint32_t word;
-            memcpy(&word, slots[r] + 4 * j, 4);
-            words[j / per * COMPOT_TILE + r] |= ((word >> from) & mask) << (j % per * bits);
-        }
-    memcpy(plane, words, (size_t)(vectors * COMPOT_TILE * bits / 2));
-}
-
-void compot_tile(const compot_leaf *leaf, compot_tiles *tiles, uint8_t *out) {
-    int vectors = tiles->of == 1 ? 16 : 8, bits = tiles->bits;
-    int64_t scales = tiles->fine ? 2 * tiles->units : (tiles->units + tiles->per_scale - 1) / tiles->per_scale;
-    tiles->data = out;
-    for (int64_t first = 0; first < leaf->outputs; first += COMPOT_TILE, out += tiles->tile_bytes) {
-        const uint8_t *row = leaf->data + first * leaf->row_bytes;
-        int rows = leaf->outputs - first < COMPOT_TILE ? (int)(leaf->outputs - first) : COMPOT_TILE;
-        uint8_t slots[COMPOT_TILE][64], places[COMPOT_TILE][64], *unit = out + tiles->head;
-        memset(out, 0, (size_t)tiles->head);
-        memset(slots, 1 << (bits - 1), sizeof slots); /* rows that fill up the last tile are zero */
-        memset(places, 0, sizeof places);
-        for (int64_t g = 0; g < scales; g++)
-            for (int r = 0; r < rows; r++) {
-                const uint8_t *at = scale_at(leaf, row + r * leaf->row_bytes, tiles->fine ? g : 2 * g * tiles->per_scale);
-                if (at) memcpy(out + 2 * (COMPOT_TILE * g + r), at, 2);
-            }
-        for (int64_t u = 0; u < tiles->units; u++, unit += tiles->unit_bytes) {
-            uint8_t *plane = unit;
-            for (int r = 0; r < rows; r++) read_unit(leaf, row + r * leaf->row_bytes, u, slots[r], places[r]);
-            for (int from = 0, width; from < bits; plane += 8 * vectors * width, from += width) {
-                width = bits == 3 ? 2 - from / 2 : bits;
-                put_plane(slots, vectors, from, width, plane);
-            }
-            if (tiles->of > 1) put_plane(places, vectors, 0, 2, plane);
-            if (tiles->of == 8) put_plane(places, vectors, 2, 1, plane + 128);
-        }
-    }
-}
 
 /* One unit. The same lines are compiled for each instruction set, and give the same bits in all. */
 static inline __attribute__((always_inline)) void round_unit(const float *part, int8_t *q, float *scale, int32_t *sums) {
@@ -218,7 +51,6 @@ static inline __attribute__((always_inline)) void round_unit(const float *part, 
     }
     *scale = peak / 127.0f;
 }
-
 
 static void scalar_round(const float *part, int8_t *q, float *scale, int32_t *sums) { round_unit(part, q, scale, sums); }
 
@@ -398,59 +230,6 @@ void compot_multiply_tiles(const compot_tiles *tiles, int64_t first, int64_t las
             }
         }
     }
-}
-
-void compot_row(const compot_leaf *leaf, int64_t row, float *out) {
-    const uint8_t *bytes = leaf->data + row * leaf->row_bytes;
-    if (leaf->kind == COMPOT_COLUMNS) {
-        float scale = load_half(leaf->data + 2 * row);
-        for (int64_t i = 0; i < leaf->inputs; i++)
-            out[i] = scale * (float)(int8_t)leaf->data[(2 + i) * leaf->outputs + row];
-        return;
-    }
-    if (leaf->kind <= COMPOT_BF16) {
-        for (int64_t i = 0; i < leaf->inputs; i++) out[i] = float_value(leaf, bytes, i);
-        return;
-    }
-    int sparse = leaf->kind == COMPOT_PLANES && leaf->of > 1, offset = 1 << (bits_of(leaf) - 1);
-    for (int64_t u = 0; u < compot_units(leaf->inputs); u++) {
-        uint8_t slots[64], places[32];
-        int values[64] = {0};
-        read_unit(leaf, bytes, u, slots, places);
-        /* added, not stored: should a damaged file name one position twice, both count, as in the kernels */
-        for (int s = 0; s < (sparse ? 32 : 64); s++)
-            values[sparse ? s / (leaf->of / 2) * leaf->of + places[s] : s] += slots[s] - offset;
-        for (int h = 0; h < 2; h++) {
-            const uint8_t *at = scale_at(leaf, bytes, 2 * u + h);
-            float d = at ? load_half(at) : 0;
-            for (int i = 32 * h; i < 32 * h + 32 && 64 * u + i < leaf->inputs; i++) out[64 * u + i] = d * (float)values[i];
-        }
-    }
-}
-
-int compot_check(const compot_leaf *leaf) {
-    if (!leaf || !leaf->data) return 1;
-    if (leaf->inputs < 1 || leaf->outputs < 1 || leaf->inputs >= INT64_C(1) << 31 || leaf->outputs >= INT64_C(1) << 31)
-        return 2;
-    int64_t row;
-    switch (leaf->kind) {
-    case COMPOT_F32: row = 4 * leaf->inputs; break;
-    case COMPOT_F16:
-    case COMPOT_BF16: row = 2 * leaf->inputs; break;
-    case COMPOT_Q4_0: row = (leaf->inputs + 31) / 32 * 18; break;
-    case COMPOT_Q8_0: row = (leaf->inputs + 31) / 32 * 34; break;
-    case COMPOT_COLUMNS:
-        if (leaf->bits < 2 || leaf->bits > 8 || leaf->inputs > 32) return 3;
-        return leaf->nbytes == leaf->outputs * (2 + leaf->inputs) && leaf->row_bytes == leaf->outputs ? 0 : 4;
-    case COMPOT_PLANES:
-        if (leaf->bits != 2 && leaf->bits != 3 && leaf->bits != 4 && leaf->bits != 8) return 3;
-        if (leaf->of != 1 && leaf->of != 4 && leaf->of != 8) return 5;
-        if (leaf->group < 1 || (leaf->group % 32 && leaf->group < leaf->inputs)) return 6;
-        row = 2 * groups_of(leaf) + compot_units(leaf->inputs) * record_bytes(leaf);
-        break;
-    default: return 7;
-    }
-    return leaf->row_bytes == row && leaf->nbytes == row * leaf->outputs ? 0 : 4;
 }
 
 int compot_product(const compot_leaf *leaf, const float *x, int64_t tokens, float *y) {

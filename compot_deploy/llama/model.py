@@ -1,20 +1,13 @@
-"""Load a GGUF file of any layout into llama.cpp, and ask it for logits or text.
-
-A dense file is llama.cpp's own business. For a factorised one llama.cpp gets the metadata under the base
-architecture and placeholders of its narrowest type, whose memory is never touched: norms, biases and matrices
-in its own types are handed over one by one (`llama_model_init_from_user`), and the plug-in computes the rest from the
-mapped file. Without a plug-in the factors are multiplied out when the file is loaded.
-"""
+"""A GGUF file of any layout in llama.cpp, to be asked for logits or text."""
 
 from __future__ import annotations
 
 import ctypes as C
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, TypeAlias
+from typing import Final
 
 import numpy as np
 from jaxtyping import Float32
@@ -23,51 +16,19 @@ from compot_deploy.errors import ArtifactError, InputError
 from compot_deploy.exporters.gguf import index as gguf_index
 from compot_deploy.exporters.gguf.library import (
     TYPE_F32,
-    TYPE_Q1_0,
     ContextFields,
-    GgmlInit,
-    GgmlTensor,
-    GgufInit,
     LlamaError,
-    SetTensorCallback,
-    UnsupportedLlamaError,
-    check_layout,
     check_parameters,
     load_library,
     set_field,
 )
 from compot_deploy.exporters.gguf.reader import GgufFile, read_header
-from compot_deploy.llama.parts import EMBEDDING, HEAD, Parts, Tensor
-from compot_deploy.llama.plugin import Leaf, has_plugin, load_plugin
-
-Execution: TypeAlias = Literal["auto", "plugin", "float", "expand"]
+from compot_deploy.llama.generation import Generation
+from compot_deploy.llama.loading import Execution, Loading, refusal
+from compot_deploy.llama.plugin import load_plugin
 
 MAX_THREADS: Final = 512
 """ggml's own limit, GGML_MAX_N_THREADS."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Text, and how fast it came.
-
-    Attributes:
-        text: what was generated, without the prompt.
-        tokens: its ids.
-        prompt_tokens: how many tokens the prompt had.
-        prompt_seconds: time until the first token.
-        seconds: time for the tokens after the first.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    prompt_tokens: int
-    prompt_seconds: float
-    seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decoding speed, without the prompt; 0 when fewer than two tokens were made."""
-        return (len(self.tokens) - 1) / self.seconds if len(self.tokens) > 1 and self.seconds > 0 else 0.0
 
 
 class LlamaModel:
@@ -108,9 +69,8 @@ class LlamaModel:
         execution: Execution = "auto",
         batch: int = 512,
     ) -> None:
-        self._model: int | None = None
         self._context: int | None = None
-        self._state: int | None = None
+        self._loaded: Loading | None = None
         if not 1 <= threads <= MAX_THREADS:
             raise InputError(f"{threads} threads are impossible: llama.cpp takes 1 to {MAX_THREADS}.")
         self.path, self.threads = Path(path), threads
@@ -125,14 +85,14 @@ class LlamaModel:
                 f"A context of {context} positions: {self.path.name} was made for 1 to {longest}."
             )
         self._batch = max(1, min(batch, self.context))
-        self._keep: list[object] = []
-        self.execution = "native"
+        self._loaded = Loading(file, self._library, threads, self._batch)
         try:
             if self.layout == "dense":
-                self._load_dense(file, execution)
+                self._loaded.dense(execution)
             else:
-                self._load_factorized(file, execution)
-            self._open_context(exact)
+                self._loaded.factorized(execution)
+            self.execution = self._loaded.execution
+            self._open_context(self._loaded, exact)
         except BaseException:
             self.close()
             raise
@@ -149,13 +109,13 @@ class LlamaModel:
         """Free everything; the object is of no use afterwards."""
         if self._context:
             self._library.llama_free(self._context)
-        if self._model:
-            self._library.llama_model_free(self._model)
-        if self._state:
-            load_plugin().c.compot_plugin_free(self._state)
-        self._context = self._model = self._state = None
+        if self._loaded:
+            self._loaded.free()
+        self._context = self._loaded = None
 
-    # --- what it is asked ---------------------------------------------------------------------------------
+    @property
+    def _state(self) -> int | None:
+        return self._loaded.state if self._loaded else None
 
     @property
     def vocabulary(self) -> int:
@@ -288,172 +248,11 @@ class LlamaModel:
                 return
             last = self._decode([token], len(ids) + made, False)
 
-    # --- loading ------------------------------------------------------------------------------------------
-
     def _promised(self, file: GgufFile) -> int:
         base = file.text("general.architecture" if self.layout == "dense" else "compot.base_architecture")
         return file.count(f"{base}.context_length")
 
-    def _refusal(self, what: str) -> LlamaError:
-        said = self._library.said
-        return LlamaError(f"llama.cpp could not {what} {self.path.name}" + (f": {said}" if said else "."))
-
-    def _load_dense(self, file: GgufFile, execution: Execution) -> None:
-        if execution == "expand" and self._may_hand_over():
-            self.execution = "expand"
-            parts = Parts(file, gguf_index.FactorizedIndex({}, {}))
-            self._hand_over(file, parts, parts.expanded(), {})
-            return
-        self._library.clear_log()
-        parameters = self._library.llama_model_default_params()
-        self._model = self._library.llama_model_load_from_file(str(self.path).encode(), parameters)
-        if not self._model:
-            raise self._refusal("load")
-
-    def _may_hand_over(self) -> bool:
-        """Whether the library is one whose tensors are known; any other still reads dense files by itself."""
-        try:
-            check_layout()
-        except UnsupportedLlamaError:
-            return False
-        return True
-
-    def _load_factorized(self, file: GgufFile, execution: Execution) -> None:
-        check_layout()
-        index = gguf_index.read_index(file)
-        use_plugin = execution in ("plugin", "float") or (execution == "auto" and has_plugin())
-        self.execution = "float" if execution == "float" else "plugin" if use_plugin else "expand"
-        parts = Parts(file, index)
-        if use_plugin:
-            self._attach(parts)
-            # llama.cpp rounds activations for what is not F32: for a head of its own in Q8_0 or F16, for example.
-            hold = parts.floating if self.execution == "float" else parts.native
-            values = {name: hold(name) for name in parts.natives}
-            if parts.tied and EMBEDDING in values:
-                values[HEAD] = values[EMBEDDING]
-            placeholders = parts.placeholders
-        else:
-            values, placeholders = parts.expanded(), {}
-        self._hand_over(file, parts, values, placeholders)
-
-    def _attach(self, parts: Parts) -> None:
-        """Give the plug-in its matrices, after one row of each kind of leaf agreed with numpy."""
-        plugin = load_plugin()
-        operations = check_layout()
-        parts.self_test(plugin)
-        linears = parts.linears()
-        state = plugin.c.compot_plugin_new(
-            operations.mul_mat,
-            operations.get_rows,
-            operations.custom,
-            operations.add,
-            operations.mul,
-            len(linears) + 1,
-            self._batch,
-            self.threads,
-        )
-        if not state:
-            raise MemoryError("The plug-in got no memory.")
-        self._state = state
-        plugin.c.compot_plugin_exact(state, int(self.execution == "float"))
-        for name, pairs, leaves, bundle in linears:
-            array = (Leaf * len(leaves))(*leaves)
-            wrong = plugin.c.compot_plugin_add(state, name.encode(), pairs, array, bundle)
-            if wrong == 23:
-                raise MemoryError(f"The plug-in got no memory for {name}.")
-            if wrong:
-                raise ArtifactError(
-                    f"{self.path.name}: the plug-in refuses {name} with number {wrong}: damaged file."
-                )
-            parts.release_pages()  # the plug-in keeps integers in an order of its own
-        wrong = plugin.c.compot_plugin_ready(state)
-        if wrong:
-            raise MemoryError(f"The plug-in could not prepare {len(linears)} matrices (number {wrong}).")
-        self._keep.append(parts)
-
-    def _hand_over(
-        self,
-        file: GgufFile,
-        parts: Parts,
-        values: dict[str, Tensor],
-        placeholders: dict[str, tuple[int, int]],
-    ) -> None:
-        """Build the model from metadata and tensors in memory."""
-        library = self._library
-        source = library.gguf_init_from_file(str(self.path).encode(), GgufInit(True, None))
-        if not source:
-            raise self._refusal("read the header of")
-        described = library.gguf_init_empty()
-        count = len(values) + len(placeholders) + 8
-        context = library.ggml_init(GgmlInit(count * (int(library.ggml_tensor_overhead()) + 64), None, True))
-        try:
-            library.gguf_set_kv(described, source)
-            library.gguf_set_val_str(described, b"general.architecture", parts.base.encode())
-            narrowest = library.type_number(TYPE_Q1_0)
-            for name, (kind, shape, _) in values.items():
-                number = library.type_number(kind.lower())
-                self._describe(context, described, name, number, shape)
-            for name, shape in placeholders.items():
-                # Rows that the narrowest type cannot have are kept in the next best: nothing is ever read.
-                number = narrowest if shape[1] % 128 == 0 else TYPE_F32
-                self._describe(context, described, name, number, shape)
-
-            problems: list[str] = []
-
-            def fill(pointer: Any, data: Any) -> None:
-                try:
-                    self._fill(pointer.contents, values, placeholders)
-                except Exception as error:  # an exception must not cross llama.cpp's frames
-                    problems.append(f"{pointer.contents.name.decode()}: {error}")
-
-            callback = SetTensorCallback(fill)
-            library.clear_log()
-            parameters = library.llama_model_default_params()
-            self._model = library.llama_model_init_from_user(described, callback, None, parameters)
-            if problems:
-                raise ArtifactError(f"{self.path.name}: {problems[0]}")
-            if not self._model:
-                raise self._refusal("load")
-        finally:
-            library.ggml_free(context)
-            library.gguf_free(described)
-            library.gguf_free(source)
-        parts.release_pages()
-
-    def _describe(self, context: int, described: int, name: str, number: int, shape: tuple[int, ...]) -> None:
-        library = self._library
-        if len(shape) == 1:
-            tensor = library.ggml_new_tensor_1d(context, number, shape[0])
-        else:
-            tensor = library.ggml_new_tensor_2d(context, number, shape[1], shape[0])
-        library.ggml_set_name(tensor, name.encode())
-        library.gguf_add_tensor(described, tensor)
-
-    def _fill(
-        self,
-        tensor: GgmlTensor,
-        values: dict[str, Tensor],
-        placeholders: dict[str, tuple[int, int]],
-    ) -> None:
-        name = tensor.name.decode()
-        nbytes = int(self._library.ggml_nbytes(C.byref(tensor)))
-        if name in placeholders:
-            return
-        if name in values:
-            array = np.ascontiguousarray(values[name][2]())
-        elif tensor.type == TYPE_F32:
-            # Optional tensors that the file has none of: scales are one, biases zero.
-            neutral = 1.0 if name.endswith("scale") or name.startswith("rope_") else 0.0
-            array = np.full(nbytes // 4, neutral, np.float32)
-            if self._state and name.endswith((".scale", ".bias")):
-                load_plugin().c.compot_plugin_neutral(self._state, name.encode())
-        else:
-            raise ArtifactError(f"llama.cpp asks for {name}, which the file does not have")
-        if array.nbytes != nbytes:
-            raise ArtifactError(f"llama.cpp wants {nbytes} bytes, the file has {array.nbytes}")
-        self._library.ggml_backend_tensor_set(C.byref(tensor), array.ctypes.data, 0, nbytes)
-
-    def _open_context(self, exact: bool) -> None:
+    def _open_context(self, loaded: Loading, exact: bool) -> None:
         parameters = self._library.llama_context_default_params()
         set_field(parameters, ContextFields.CONTEXT, self.context)
         set_field(parameters, ContextFields.BATCH, self._batch)
@@ -462,17 +261,15 @@ class LlamaModel:
             set_field(parameters, ContextFields.FLASH_ATTENTION, 0)
             set_field(parameters, ContextFields.TYPE_K, TYPE_F32)
             set_field(parameters, ContextFields.TYPE_V, TYPE_F32)
-        if self._state:
+        if loaded.state:
             set_field(parameters, ContextFields.EVAL_CALLBACK, load_plugin().callback, 8)
-            set_field(parameters, ContextFields.EVAL_DATA, self._state, 8)
+            set_field(parameters, ContextFields.EVAL_DATA, loaded.state, 8)
         self._library.clear_log()
-        self._context = self._library.llama_init_from_model(self._model, parameters)
+        self._context = self._library.llama_init_from_model(loaded.model, parameters)
         if not self._context:
-            raise self._refusal("make a context for")
+            raise refusal(self._library, self.path, "make a context for")
         self._library.llama_set_n_threads(self._context, self.threads, self.threads)
-        self._vocab = self._library.llama_model_get_vocab(self._model)
-
-    # --- running ------------------------------------------------------------------------------------------
+        self._vocab = self._library.llama_model_get_vocab(loaded.model)
 
     def _checked(self, tokens: Sequence[int]) -> list[int]:
         ids = [int(token) for token in tokens]

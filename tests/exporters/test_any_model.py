@@ -16,7 +16,8 @@ from matrices import same_matrix
 from reference_onnx import rounded
 from torch import Tensor
 
-from compot_deploy.accuracy.runners import OnnxRunner, TorchRunner
+from compot_deploy.accuracy.onnx_runner import OnnxRunner
+from compot_deploy.accuracy.torch_runner import TorchRunner
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Dense, Quantized
 from compot_deploy.errors import RecipeError
@@ -27,7 +28,7 @@ from compot_deploy.exporters.onnx.session import open_session
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.whole import model_of
 from compot_deploy.quant import rtn
-from compot_deploy.transformers_plugin import from_compressed
+from compot_deploy.transformers_plugin.filling import from_compressed
 
 transformers.utils.logging.disable_progress_bar()
 

@@ -21,7 +21,8 @@ from reference_onnx import two_pairs
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTModel
 
-from compot_deploy.accuracy.runners import OnnxRunner, TorchRunner
+from compot_deploy.accuracy.onnx_runner import OnnxRunner
+from compot_deploy.accuracy.torch_runner import TorchRunner
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Dense
 from compot_deploy.errors import InputError, MissingDependencyError, RecipeError, UnsupportedModelError
