@@ -66,7 +66,7 @@ def demo_command(arguments: list[str], out: Console, err: Console) -> int:
             "A model of 1.6 million parameters, trained on Python's documentation, is compressed in four ways."
         )
     )
-    made = []
+    made: list[Deployment] = []
     with tempfile.TemporaryDirectory() as scratch, progress_on(err) as progress:
         for way in WAYS:
             values = {**_COMMON, **way.options, "out": str(target / way.folder)}

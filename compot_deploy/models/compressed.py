@@ -59,6 +59,17 @@ class CompressedModel:
     outside: frozenset[str] = frozenset()
 
     @property
+    def native(self) -> Architecture:
+        """What exporters know about models of this type, for those that write nothing else.
+
+        Raises:
+            UnsupportedModelError: nothing is known.
+        """
+        if self.architecture is None:
+            raise UnsupportedModelError(f"A {self.model_type} has no native way into this format.")
+        return self.architecture
+
+    @property
     def model_type(self) -> str:
         """``model_type`` of the configuration."""
         return str(self.config["model_type"])

@@ -40,12 +40,12 @@ class TensorPlan:
         self._leaves: dict[str, dict[str, Any]] = {}
         self._pairs: dict[str, list[dict[str, Any]]] = {}
         self._dictionaries: dict[tuple[str, int], str] = {}
-        frequencies = gguf_metadata.rope_frequencies(model.architecture, model.config)
+        frequencies = gguf_metadata.rope_frequencies(model.native, model.config)
         if frequencies is not None:
             self._floats("rope_freqs.weight", frequencies.shape, "F32", lambda: frequencies)
-        names = GgufNames(model.architecture, model.config)
+        names = GgufNames(model.native, model.config)
         for name, matrix in model.matrices.items():
-            if name == model.architecture.head and model.tied:
+            if name == model.native.head and model.tied:
                 continue
             before = sum(entry.nbytes for entry in self.entries)
             self._matrix(name, names.stem(name), matrix, names.order(name))
@@ -63,13 +63,13 @@ class TensorPlan:
         return {
             "compot.layout": self.options.layout,
             "compot.layout.version": LAYOUT_VERSION,
-            "compot.base_architecture": self.model.architecture.ggml_name,
+            "compot.base_architecture": self.model.native.ggml_name,
             "compot.tensors": json.dumps(self._leaves, separators=(",", ":")),
             "compot.matrices": json.dumps(self._pairs, separators=(",", ":")),
         }
 
     def _matrix(self, name: str, stem: str, matrix: Matrix, order: np.ndarray | None) -> None:
-        table = name in (self.model.architecture.embedding, self.model.architecture.head)
+        table = name in (self.model.native.embedding, self.model.native.head)
         if self.options.layout == "dense":
             self.entries.append(self._products.entry(name, f"{stem}.weight", matrix, order, table))
         elif isinstance(matrix, Factorized):

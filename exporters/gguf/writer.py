@@ -62,7 +62,7 @@ def write(model: CompressedModel, path: str | Path, options: GgufOptions | None 
     plan = TensorPlan(model, options)
     facts += plan.facts
     temporary = path.with_name(f".{path.name}.partial")
-    architecture = model.architecture.ggml_name if options.layout == "dense" else ARCHITECTURE
+    architecture = model.native.ggml_name if options.layout == "dense" else ARCHITECTURE
     writer = GGUFWriter(temporary, architecture)
     try:
         _write_header(writer, keys | plan.keys(), plan.entries)
@@ -98,7 +98,7 @@ def write_header(model: CompressedModel, path: str | Path, options: GgufOptions 
     options = options or GgufOptions()
     keys, _ = _metadata(model, options)
     plan = TensorPlan(model, options)
-    writer = GGUFWriter(path, model.architecture.ggml_name if options.layout == "dense" else ARCHITECTURE)
+    writer = GGUFWriter(path, model.native.ggml_name if options.layout == "dense" else ARCHITECTURE)
     try:
         _write_header(writer, keys | plan.keys(), plan.entries)
     finally:
@@ -120,7 +120,7 @@ def _write_header(writer: Any, keys: Mapping[str, gguf_metadata.Value], entries:
 def _metadata(
     model: CompressedModel, options: GgufOptions
 ) -> tuple[dict[str, gguf_metadata.Value], list[str]]:
-    architecture, config = model.architecture, model.config
+    architecture, config = model.native, model.config
     tokenizer = tokenizer_keys(model.source, config)
     facts = list(tokenizer.facts)
     longest, window = int(config["max_position_embeddings"]), gguf_metadata.sliding_window(config)

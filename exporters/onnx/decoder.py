@@ -83,8 +83,8 @@ def build_decoder(
         RecipeError: a grid that ONNX cannot hold, a factorized embedding, or a context out of range.
         ValueError: a shape that the configuration contradicts, or a shared name with different contents.
     """
-    check_supported(model.architecture, model.config)
-    shape = decoder_shape(model.architecture, model.config)
+    check_supported(model.native, model.config)
+    shape = decoder_shape(model.native, model.config)
     rows = shape.context if context is None else context
     if not 1 <= rows <= shape.context:
         raise RecipeError(f"A context of {rows} tokens is out of range: the model has 1 to {shape.context}.")
@@ -139,7 +139,7 @@ class _Decoder:
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)
 
     def build(self, tables: RotaryTables) -> None:
-        graph, shape, architecture = self.graph, self.shape, self.model.architecture
+        graph, shape, architecture = self.graph, self.shape, self.model.native
         lengths = self._lengths()
         padding = self._padding_bias()
         biases: dict[int | None, str] = {None: padding}
@@ -260,13 +260,13 @@ class _Decoder:
 
     def _embed(self) -> tuple[str, TokenTable]:
         """The token embedding, and its table for a head that is tied to it."""
-        name = self.model.architecture.embedding
+        name = self.model.native.embedding
         matrix = self.model.matrices[name]
         _check_shape(name, matrix, (self.shape.hidden, self.shape.vocabulary))
         return self.graph.embedding(name, matrix, "input_ids", tied=self.model.tied)
 
     def _head(self, source: str, table: TokenTable) -> None:
-        graph, architecture = self.graph, self.model.architecture
+        graph, architecture = self.graph, self.model.native
         if self.model.tied:
             graph.tied_head(architecture.head, architecture.embedding, table, source)
         else:
@@ -285,7 +285,7 @@ class _Decoder:
         if delta is None:
             return stream, self._plain_norm(path, stream, weight)
         outputs = [f"{path}/output_0", "", "", f"{path}/output_3"]
-        if module == self.model.architecture.final_norm:
+        if module == self.model.native.final_norm:
             outputs = outputs[:1]  # nobody reads the stream after it
         graph.node(
             "SkipSimplifiedLayerNormalization",

@@ -17,7 +17,7 @@ from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.exporters.onnx.assembly import assemble
 from compot_deploy.exporters.onnx.config import GenaiDecoder, genai_json, generation_config_json
 from compot_deploy.exporters.onnx.files import copy_sentence_files, copy_tokenizer, read_optional
-from compot_deploy.exporters.onnx.graph import ACCURACY_LEVEL, GraphBuilder
+from compot_deploy.exporters.onnx.graph import GraphBuilder
 from compot_deploy.exporters.onnx.interface import Interface, interface_of
 from compot_deploy.exporters.onnx.matrices import OnnxMatrices
 from compot_deploy.exporters.onnx.options import OnnxOptions
@@ -62,7 +62,7 @@ def write(model: CompressedModel, folder: Path, options: OnnxOptions) -> tuple[s
     graph.parent.mkdir(exist_ok=True)
     with data.open("wb") as file:
         builder = GraphBuilder(
-            TensorWriter(file, data.name), options.ops, ACCURACY_LEVEL, options.floats, options.codes
+            TensorWriter(file, data.name), options.floats, ops=options.ops, codes=options.codes
         )
         proto = assemble(traced, model.matrices, model.tensors, builder)
     graph.write_bytes(proto.SerializeToString(deterministic=True))
