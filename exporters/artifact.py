@@ -14,7 +14,7 @@ import json
 import os
 import stat
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +38,7 @@ from compot_deploy.exporters.manifest import (
     PairRecord,
     check_path,
     read_manifest,
+    role_by_name,
 )
 from compot_deploy.exporters.staging import disk_errors
 from compot_deploy.models.compressed import CompressedModel
@@ -104,7 +105,10 @@ def _update(hasher: Any, tensor: Tensor) -> None:
 
 
 def describe_matrices(
-    matrices: Mapping[str, Matrix], storage: Storage, why_dense: Mapping[str, str] | None = None
+    matrices: Mapping[str, Matrix],
+    storage: Storage,
+    why_dense: Mapping[str, str] | None = None,
+    role: Callable[[str], str] = role_by_name,
 ) -> tuple[MatrixRecord, ...]:
     """Records of all matrices, read one at a time.
 
@@ -112,6 +116,7 @@ def describe_matrices(
         matrices: by module path, perhaps lazily read.
         storage: what the format needs for a leaf.
         why_dense: module path to the reason why it was not factorized.
+        role: of a matrix, by module path.
     """
     reasons = why_dense or {}
     total = matrix_bytes(matrices, storage)
@@ -150,6 +155,7 @@ def describe_matrices(
                 plain=plain,
                 pairs=pairs,
                 why_dense=reasons.get(name),
+                role=role(name),
             )
         )
     return tuple(records)
@@ -189,14 +195,14 @@ def describe(model: CompressedModel, exporter: str, storage: Storage, provenance
         format=MANIFEST_FORMAT,
         exporter=exporter,
         package=__version__,
-        model_type=model.architecture.model_type,
+        model_type=model.model_type,
         tied=model.tied,
         recipe=dict(provenance.recipe),
         calibration=provenance.calibration,
         seed=provenance.seed,
         facts=dict(provenance.facts),
         versions=library_versions(),
-        matrices=describe_matrices(model.matrices, storage, provenance.why_dense),
+        matrices=describe_matrices(model.matrices, storage, provenance.why_dense, model.role),
         files=(),
     )
 

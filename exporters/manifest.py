@@ -22,6 +22,9 @@ MANIFEST: Final = "compot/manifest.json"
 
 MANIFEST_FORMAT: Final = 1
 
+ROLES: Final = ("linear", "table", "other")
+"""What a matrix may be, see `MatrixRecord`."""
+
 
 @dataclass(frozen=True)
 class FileRecord:
@@ -86,6 +89,8 @@ class MatrixRecord:
 
     Attributes:
         name: module path.
+        role: ``linear``: a matrix of a block, which is what a budget is spent on; ``table``: the token embedding or an
+            output head; ``other``: any other matrix, a classifier's for example.
         kind: ``dense``, ``quantized`` or ``factorized``.
         inputs: m.
         outputs: n.
@@ -107,6 +112,7 @@ class MatrixRecord:
     plain: LeafRecord | None = None
     pairs: tuple[PairRecord, ...] = ()
     why_dense: str | None = None
+    role: str = ""
 
 
 @dataclass(frozen=True)
@@ -180,6 +186,9 @@ def read_manifest(folder: Path) -> Manifest:
             "update compot-deploy."
         )
     manifest = cast(Manifest, _decode(Manifest, raw, str(path)))
+    manifest = dataclasses.replace(
+        manifest, matrices=tuple(_with_role(record, str(path)) for record in manifest.matrices)
+    )
     seen: set[str] = set()
     for record in manifest.files:
         check_path(record.path, str(path))
@@ -187,6 +196,22 @@ def read_manifest(folder: Path) -> Manifest:
             raise ArtifactError(f"{path} lists {record.path} twice.")
         seen.add(record.path)
     return manifest
+
+
+def role_by_name(name: str) -> str:
+    """What a matrix is, as far as its path tells: those of numbered blocks are linears, others are tables."""
+    return "linear" if any(part.isdigit() for part in name.split(".")) else "table"
+
+
+def _with_role(record: MatrixRecord, where: str) -> MatrixRecord:
+    """The record with its role, which manifests of version 0.1 do not tell."""
+    if not record.role:
+        return dataclasses.replace(record, role=role_by_name(record.name))
+    if record.role not in ROLES:
+        raise ArtifactError(
+            f"{where}: {record.name} has the role {record.role!r}, which does not exist. Export the model again."
+        )
+    return record
 
 
 def check_path(path: str, where: str) -> None:

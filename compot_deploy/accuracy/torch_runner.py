@@ -10,6 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from compot_deploy.accuracy.runner import greedy, stream
+from compot_deploy.models.cache import cache_argument, cache_of
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.whole import model_of, whole_model
@@ -43,10 +44,9 @@ class TorchRunner:
     def _advance(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
         # Not a decorator on `stream`: a grad mode set inside a generator leaks to whoever consumes it.
         with torch.inference_mode():
-            output = self._model(
-                input_ids=tokens.to(self._model.device), past_key_values=cache, use_cache=True
-            )
-        return output.logits, output.past_key_values
+            arguments = {cache_argument(self._model): cache, "use_cache": True}
+            output = self._model(input_ids=tokens.to(self._model.device), **arguments)
+        return output.logits, cache_of(output)
 
 
 def torch_runner(

@@ -320,8 +320,8 @@ def sample_from_model(
             ids = ids.to(model.device)
             step, cache = ids, None
             while ids.shape[1] < length:
-                out = model(input_ids=step, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
+                out = model(input_ids=step, use_cache=True, **{cache_argument(model): cache})
+                cache = cache_of(out)
                 probabilities = torch.softmax(out.logits[:, -1].double().cpu(), dim=-1)
                 step = torch.multinomial(probabilities, 1, generator=generator).to(model.device)
                 ids = torch.cat([ids, step], dim=1)

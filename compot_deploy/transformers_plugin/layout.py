@@ -25,9 +25,10 @@ from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import torch
+from torch import Tensor
 
 from compot_deploy.core.grid import DENSE, Codebook, Grid, Pattern
-from compot_deploy.core.matrix import Factorized, Matrix, leaves
+from compot_deploy.core.matrix import Dense, Factorized, Matrix, leaves
 from compot_deploy.core.packed import LeafForm
 from compot_deploy.errors import ArtifactError, RecipeError
 from compot_deploy.models.compressed import CompressedModel

@@ -29,7 +29,7 @@ from compot_deploy.core.grid import Grid
 from compot_deploy.core.json_files import write_object
 from compot_deploy.core.matrix import Dense, Factorized, Matrix, Quantized
 from compot_deploy.core.packed import PackedStorage, pack
-from compot_deploy.errors import ArtifactError
+from compot_deploy.errors import ArtifactError, RecipeError
 from compot_deploy.exporters.files import copy_present
 from compot_deploy.exporters.huggingface.bnb import BnbStorage
 from compot_deploy.exporters.huggingface.bnb_folder import is_bnb, read_bnb, write_bnb

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compot_deploy.errors import UnsupportedModelError
+from compot_deploy.models.cache import cache_of, cache_tensors
 
 Task: TypeAlias = Literal["features", "generation"]
 """What a graph is for: one pass over whole texts, or text token by token with a cache."""
@@ -92,17 +93,6 @@ def interface_of(model: nn.Module) -> Interface:
     return Interface(task, inputs, output, sizes)
 
 
-def cache_argument(model: nn.Module) -> str:
-    """What a forward pass calls its cache: transformers has renamed it."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
-def cache_of(output: Any) -> Any:
-    """The cache that a forward pass returns."""
-    found = output.get("cache")
-    return output.get("past_key_values") if found is None else found
-
-
 def decodes(model: nn.Module) -> bool:
     """Whether a model generates text token by token."""
     can_generate = getattr(model, "can_generate", None)
@@ -124,16 +114,6 @@ def _cache_sizes(cache: Any, name: str) -> tuple[tuple[int, int], ...]:
             f"{type(cache).__name__})."
         )
     return tuple((int(keys.shape[1]), int(keys.shape[3])) for keys in tensors[::2])
-
-
-def cache_tensors(cache: Any) -> list[Tensor]:
-    """Keys and values, layer by layer, of a cache of transformers."""
-    tensors = [part for layer in getattr(cache, "layers", ()) for part in _layer_tensors(layer)]
-    return tensors if all(isinstance(tensor, Tensor) for tensor in tensors) else []
-
-
-def _layer_tensors(layer: Any) -> tuple[Any, Any]:
-    return getattr(layer, "keys", None), getattr(layer, "values", None)
 
 
 def config_of(model: nn.Module) -> Any:

@@ -36,13 +36,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from compot_deploy.errors import MissingDependencyError, UnsupportedModelError
-from compot_deploy.exporters.onnx.interface import (
-    Interface,
-    cache_argument,
-    cache_of,
-    cache_tensors,
-    interface_of,
-)
+from compot_deploy.exporters.onnx.interface import Interface, interface_of
+from compot_deploy.models.cache import cache_argument, cache_of, cache_tensors
 from compot_deploy.models.sites import tables_of
 from compot_deploy.models.skeleton import on_meta, without_parameters
 from compot_deploy.models.tasks import Task

@@ -29,7 +29,7 @@ from compot_deploy.exporters.artifact import (
 )
 from compot_deploy.exporters.manifest import MANIFEST, read_manifest
 from compot_deploy.exporters.staging import check_target, staged_folder
-from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.compressed import CompressedModel, Tables
 from compot_deploy.models.hints import ARCHITECTURES
 
 
@@ -367,6 +367,41 @@ def test_records_say_what_each_matrix_is(artifact: Path) -> None:
     assert key.bytes == key.pairs[0].codes.bytes  # the dictionary is counted with q_proj
     with pytest.raises(ArtifactError, match=r"no matrix model\.layers\.9"):
         manifest.matrix("model.layers.9")
+
+
+def test_records_say_what_a_budget_is_spent_on(artifact: Path) -> None:
+    model = dataclasses.replace(
+        sample_model(),
+        architecture=None,
+        tables=Tables("model.embed_tokens", None),
+        outside=frozenset({"model.layers.0.mlp.down_proj"}),
+    )
+    storage = PackedStorage()
+    roles = [record.role for record in describe(model, "onnx", storage, Provenance()).matrices]
+    assert roles == ["table", "linear", "linear", "other"]
+    assert [record.role for record in read_manifest(artifact).matrices] == [
+        "table",
+        "linear",
+        "linear",
+        "linear",
+    ]
+
+
+def test_manifests_that_do_not_tell_roles_are_read_by_the_numbers_of_blocks(artifact: Path) -> None:
+    manifest = json.loads((artifact / MANIFEST).read_text())
+    for record in manifest["matrices"]:
+        del record["role"]
+    (artifact / MANIFEST).write_text(json.dumps(manifest))
+    assert [record.role for record in read_manifest(artifact).matrices] == [
+        "table",
+        "linear",
+        "linear",
+        "linear",
+    ]
+    manifest["matrices"][0]["role"] = "hero"
+    (artifact / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="has the role 'hero', which does not exist"):
+        read_manifest(artifact)
 
 
 def test_a_digest_is_of_the_numbers_alone() -> None:
