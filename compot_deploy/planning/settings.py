@@ -266,9 +266,8 @@ def _listed(settings: Settings) -> Search:
     recipe, exporter, storage = settings.recipe, settings.exporter, settings.storage
     if recipe.quant == "none":
         shares = tuple(round(0.3 + 0.05 * step, 2) for step in range(14))
-        return Search(
-            GridChoice({}), unquantized=True, floating=shares, floating_per_kept=recipe.atoms_per_nonzero
-        )
+        per_kept = 1.0 if recipe.method == "svd-llm" else recipe.atoms_per_nonzero
+        return Search(GridChoice({}), unquantized=True, floating=shares, floating_per_kept=per_kept)
     if settings.multiplies_out:
         # Factors are multiplied out: they would cost what the product costs, and finer grids as much as Q4_0.
         return Search(

@@ -37,7 +37,7 @@ if sys.version_info >= (3, 11):
 else:  # pragma: no cover - Python 3.10 only
     import tomli as tomllib
 
-LOSS_LIMITS: Final = ("max_perplexity_ratio", "max_kl", "min_top1", "max_export_nmse")
+LOSS_LIMITS: Final = ("max_perplexity_ratio", "max_kl", "min_top1", "min_cosine", "max_export_nmse")
 """Keys that replace a knob of the recipe."""
 
 BYTE_LIMITS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
@@ -159,7 +159,7 @@ class Demands:
         gate: limits on bytes, and allowed growth.
         baseline: what growth is measured from; None where nothing is compared.
         baseline_name: for error messages.
-        max_growth: allowed growth of KL divergence and bytes; what `gate` names itself wins. None leaves it to
+        max_growth: allowed growth of the loss and of bytes; what `gate` names itself wins. None leaves it to
             `gate`, and to `DEFAULT_GROWTH` where that names nothing.
     """
 
@@ -186,9 +186,10 @@ class Demands:
         """Allowed growth of every figure that is compared."""
         if self.baseline is None:
             return {}
+        default = _default_growth(self.baseline)
         if self.max_growth is not None:
-            return {**dict.fromkeys(DEFAULT_GROWTH, self.max_growth), **self.gate.growth}
-        return self.gate.growth or DEFAULT_GROWTH
+            return {**dict.fromkeys(default, self.max_growth), **self.gate.growth}
+        return self.gate.growth or default
 
     @property
     def compares_losses(self) -> bool:
@@ -257,14 +258,30 @@ class Growing:
     loss: bool
 
 
+def _default_growth(baseline: Report) -> Mapping[str, float]:
+    """Of a model that gives embeddings, the cosine takes the place of the divergence, which it does not have."""
+    total = baseline.accuracy.total
+    if total is None or total.comparison.divergence is not None:
+        return DEFAULT_GROWTH
+    return {("cosine_distance" if key == "kl" else key): value for key, value in DEFAULT_GROWTH.items()}
+
+
 def _kl(report: Report) -> float:
-    # A divergence below the noise floor is arithmetic: it may come and go.
     noise, total = report.accuracy.noise.comparison.divergence, _total(report).divergence
     if total is None:
         raise _no_figure("KL divergence")
-    if noise is None or not math.isfinite(noise.mean.value):
-        return total.mean.value
-    return max(total.mean.value, noise.mean.value)
+    return _above_noise(total.mean.value, None if noise is None else noise.mean.value)
+
+
+def _cosine_distance(report: Report) -> float:
+    noise = report.accuracy.noise.comparison.cosine
+    distance = 1.0 - _value(_total(report).cosine, "cosine")
+    return _above_noise(distance, None if noise is None else 1.0 - noise.value)
+
+
+def _above_noise(value: float, noise: float | None) -> float:
+    """A loss below the noise floor is arithmetic: it may come and go."""
+    return value if noise is None or not math.isfinite(noise) else max(value, noise)
 
 
 def _value(figure: Estimate | None, what: str) -> float:
@@ -300,9 +317,7 @@ GROWING: Final[Mapping[str, Growing]] = MappingProxyType(
             True,
         ),
         "cosine_distance": Growing(
-            lambda report: 1.0 - _value(_total(report).cosine, "cosine"),
-            "one minus the mean cosine to the original's embeddings",
-            True,
+            _cosine_distance, "one minus the mean cosine to the original's embeddings", True
         ),
         "bytes": Growing(lambda report: float(report.sizes.artifact), "bytes of all files", False),
         "weight_bytes": Growing(

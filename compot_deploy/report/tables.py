@@ -107,7 +107,7 @@ def loss_table(report: Report) -> Table:
     notes = [
         f"{facts.positions:,} positions in {facts.windows} windows of {facts.source}; "
         f"metrics version {accuracy.metrics_version}.",
-        f"The noise floor is {accuracy.noise.reference} against itself, token by token.",
+        f"The noise floor is {accuracy.noise.reference} against {accuracy.noise.candidate}.",
         *(f"{note}." for note in facts.notes),
     ]
     if accuracy.reference_absent is not None:

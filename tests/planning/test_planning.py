@@ -30,7 +30,16 @@ from compot_deploy.planning.candidates import Search, forms, realize
 from compot_deploy.planning.context import PlanningContext
 from compot_deploy.planning.curves import Candidate, Curve
 from compot_deploy.planning.knapsack import Plan, knapsack, smallest_bytes
-from compot_deploy.planning.schemes import Form, GridChoice, Joint, Plain, form_from_data, form_to_data
+from compot_deploy.planning.schemes import (
+    Form,
+    GridChoice,
+    Joint,
+    Plain,
+    Separate,
+    describe,
+    form_from_data,
+    form_to_data,
+)
 from compot_deploy.planning.sensitivity import Effect
 from compot_deploy.quant import Quantizer, gptq, rtn
 from compot_deploy.recipe import Recipe
@@ -448,8 +457,17 @@ def test_forms_survive_json() -> None:
     )
     tried = forms(weight, whitening, PaperStorage(), search)
     assert {type(form) for form in tried} == {Plain, Joint}
-    for form in tried:
-        assert form_from_data(json.loads(json.dumps(form_to_data(form)))) == form
+    tables = [Grid(4, 64, "nf4"), Grid(4, 128, "fp4"), Grid(3, 32), None]
+    separate = [
+        Separate(method, 24, pattern, dictionary, codes, rounds=7, paper_exact=exact)
+        for method, exact in (("compot", True), ("compot", False), ("svd-llm", False))
+        for pattern in (Pattern(), Pattern(2, 4), Pattern(12, 24))
+        for dictionary, codes in zip(tables, tables[::-1], strict=True)
+    ]
+    stored = [json.dumps(form_to_data(form)) for form in (*tried, *map(Plain, tables), *separate)]
+    assert [form_from_data(json.loads(one)) for one in stored] == [*tried, *map(Plain, tables), *separate]
+    assert len(set(stored)) == len({*tried, *map(Plain, tables), *separate})
+    assert len({describe(form) for form in (*map(Plain, tables), *separate)}) > 20
 
 
 def test_errors_are_those_of_the_matrices_that_are_made() -> None:

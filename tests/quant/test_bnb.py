@@ -224,11 +224,11 @@ def test_both_formats_carry_it_end_to_end(
     codebooks = {pair.codes.codebook for record in records for pair in record.pairs}
     assert codebooks == {"nf4" if quant == "nf4" else "integer"}
     report = from_json((out / "onnx/compot/report.json").read_text())
-    assert report.rival is not None
-    assert report.rival.bytes == report.sizes.weights, "compared with GPTQ at the same bytes"
-    assert report.rival.name == f"gptq int{8 if quant == 'int8' else 4}/g32"
+    (beside,) = report.alternatives
+    assert beside.bytes == report.sizes.weights, "compared with GPTQ at the same bytes"
+    assert beside.name == f"gptq int{8 if quant == 'int8' else 4}/g32"
     table = loss_table(report)
-    assert f"method, {report.rival.name}" in table.columns
+    assert f"method, {beside.name}" in table.columns
     assert all(len(row) == len(table.columns) for row in table.rows)
     capsys.readouterr()
     assert main(["inspect", str(out / "onnx")]) == 0

@@ -89,7 +89,7 @@ def test_without_demands_nothing_changes() -> None:
 
 def test_the_example_is_a_gate_with_every_kind_of_key() -> None:
     gate = read_gate(ROOT / "examples" / "ci" / "gate.toml")
-    assert set(gate.losses) == set(LOSS_LIMITS)
+    assert set(gate.losses) == set(LOSS_LIMITS) - {"min_cosine"}, "the example is for a decoder"
     assert gate.sizes == {"max_bytes": 1_500_000} and gate.growth == {"kl": 0.1, "bytes": 0.02}
     documented = (ROOT / "docs" / "ci-gate.md").read_text(encoding="utf-8")
     assert all(f"| `{key}` |" in documented for key in (*LOSS_LIMITS, *BYTE_LIMITS, *GROWING))
@@ -99,10 +99,10 @@ def test_the_example_is_a_gate_with_every_kind_of_key() -> None:
 
 
 def test_a_report_does_not_outgrow_itself() -> None:
-    made = full()
-    judged = Demands(gate_from_mapping({"regression": dict.fromkeys(GROWING, 0)}, "g"), made).apply(made)
+    made, keys = full(), set(GROWING) - {"cosine_distance"}
+    judged = Demands(gate_from_mapping({"regression": dict.fromkeys(keys, 0)}, "g"), made).apply(made)
     assert judged.passed
-    assert {f"{key}_growth" for key in GROWING} <= set(results(judged))
+    assert {f"{key}_growth" for key in keys} <= set(results(judged))
 
 
 @pytest.mark.parametrize(

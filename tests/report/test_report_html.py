@@ -16,7 +16,7 @@ from test_report import FINDINGS, loss, report
 
 from compot_deploy.accuracy.metrics import Estimate
 from compot_deploy.accuracy.outcome import Continuation
-from compot_deploy.report.document import Report, Rival, Sizes
+from compot_deploy.report.document import Alternative, Report, Sizes
 from compot_deploy.report.facts import Frontier, FrontierPoint, LayerFigures, Origin
 from compot_deploy.report.html.page import to_html
 from compot_deploy.report.html.plots import plots
@@ -63,7 +63,10 @@ def full(blocks: int = 3) -> Report:
         ),
         layers=tuple(layers),
         frontier=Frontier("file", 3456, 777_777, points[1], points, points[2:]),
-        rival=Rival("gptq int4/g32", 4_200_010, loss("original", "gptq", 0.9)),
+        alternatives=(
+            Alternative("gptq int4/g32", 4_200_010, 3.5, 20, 28, loss("original", "gptq", 0.9)),
+            Alternative("plain", 4_199_011, 3.25, 0, 28, loss("original", "plain", 0.8)),
+        ),
         origin=Origin("ab" * 32, "some text", "cd" * 32, 128, 32_768, 7),
         accuracy=replace(
             made.accuracy,
@@ -150,7 +153,7 @@ def test_the_page_shows_every_size_loss_criterion_layer_and_point() -> None:
             f"accuracy.{key}.comparison.{name}"
             for name in ("nmse", "perplexity_ratio.value", "divergence.mean.value", "divergence.p99")
         }
-    wanted.add("rival.loss.comparison.nmse")
+    wanted |= {f"alternatives.{n}.loss.comparison.nmse" for n in range(2)}
     for n in range(len(made.layers)):
         wanted |= {f"layers.{n}.{key}" for key in ("bits", "bytes", "error", "unquantized_error", "effect")}
     wanted |= {f"frontier.all_forms.{n}.loss" for n in range(5)} | {"frontier.chosen.bytes"}

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from compot_deploy.planning.factorization import grams_by_input
 from compressed_folders import IDS
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config
+from whole_models import hooked_grams
 
+from compot_deploy import factorize
 from compot_deploy.errors import CompotDeployError, InputError, RecipeError
-from compot_deploy.pipeline.in_memory import factorize
-from compot_deploy.transformers_plugin.modeling import linears_of
+from compot_deploy.pipeline.in_memory import collect_grams
 from compot_deploy.transformers_plugin.weight_files import WEIGHTS
 
 
@@ -70,10 +70,33 @@ def test_grams_leave_padding_out() -> None:
     for batch in changed:
         batch["input_ids"] = torch.where(batch["attention_mask"] == 1, batch["input_ids"], 7)
     model = bert()
-    linears = linears_of(model)
-    (one, _), (two, _) = grams_by_input(model, linears, batches()), grams_by_input(model, linears, changed)
-    first = "encoder.layer.0.attention.self.query"
-    assert torch.allclose(one[first], two[first])
+    one, two = collect_grams(model, batches()), collect_grams(model, changed)
+    assert {name for group in one for name in group.names} == set(linears_of(model))
+    first = next(group for group in one if "encoder.layer.0.attention.self.query" in group.names)
+    assert one[first].tokens == 3 * (4 * 16 - 7)
+    assert torch.allclose(one[first].matrix, two[first].matrix)
+
+
+def test_grams_of_a_model_in_memory_are_those_that_hooks_see() -> None:
+    torch.manual_seed(1)
+    config = GPT2Config(vocab_size=100, n_embd=64, n_layer=2, n_head=4, n_positions=64, initializer_range=0.1)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    texts = [batch["input_ids"][:1] for batch in batches()]
+    found = collect_grams(model, [{"input_ids": ids} for ids in texts])
+    names = [group.names[0] for group in found]
+    assert set(names) == set(linears_of(model)) - {"lm_head"}, "the head is the embedding"
+    expected = hooked_grams(model, names, [ids[0] for ids in texts])
+    for group, gram in found.items():
+        torch.testing.assert_close(gram.matrix, expected[group.names[0]], rtol=1e-5, atol=1e-4)
+
+
+def test_linears_that_are_skipped_or_idle_are_no_part_of_the_grams() -> None:
+    model = bert()
+    found = collect_grams(model, batches(), skip=["pooler.dense"])
+    assert "pooler.dense" not in {name for group in found for name in group.names}
+    model.spare = torch.nn.Linear(4, 4)
+    with pytest.raises(InputError, match="spare and 0 more linears did not run"):
+        collect_grams(model, batches())
 
 
 def test_gpt2_and_its_conv1d_are_factorised(tmp_path: Path) -> None:
@@ -93,8 +116,10 @@ def test_gpt2_and_its_conv1d_are_factorised(tmp_path: Path) -> None:
 def test_factorize_says_what_it_cannot_do() -> None:
     with pytest.raises(InputError, match="no calibration batches"):
         factorize(bert(), [])
-    with pytest.raises(RecipeError, match="planned for decoders only"):
+    with pytest.raises(RecipeError, match="takes a --ratio"):
         factorize(bert(), batches(), bits=2.0)
+    with pytest.raises(RecipeError, match="would factorise nothing"):
+        factorize(bert(), batches(), method="plain")
     with pytest.raises(CompotDeployError, match="is not a model that one of"):
         factorize(bert().encoder, batches())
 

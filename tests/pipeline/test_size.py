@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +14,32 @@ from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.matrix import Factorized, Leaf, Matrix, Pair, Quantized
 from compot_deploy.embedded import MODEL
 from compot_deploy.errors import RecipeError
-from compot_deploy.exporters import EXPORTERS
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.source import ModelSource, open_source
 from compot_deploy.numerics.joint import Level
-from compot_deploy.pipeline.size import fit_size, model_of_stand_ins
+from compot_deploy.pipeline.size import fit_size, model_of_stand_ins, other_bytes
 from compot_deploy.planning.curves import Candidate
 from compot_deploy.planning.knapsack import Chosen, Plan
-from compot_deploy.planning.schemes import Form, Joint, Plain
+from compot_deploy.planning.schemes import Form, Joint, Plain, Separate
+from compot_deploy.planning.settings import options_of, resolve
 from compot_deploy.recipe import Recipe
 
 HEAD = Level(16, Grid(8, 32), Grid(8, 32))
 SHARED = Joint((HEAD, Level(32, Grid(4, 32), Grid(4, 32), Pattern(2, 4))))
 ALONE = Joint((Level(32, Grid(2, 32), Grid(4, 32)),))
+APART = Separate("compot", 32, Pattern(2, 4), Grid(4, 32), Grid(4, 32), rounds=1)
 
 
-def mixed_plan(checkpoint: ModelSource) -> Plan:
-    """A bit of everything: q, k, v share a dictionary, gate has its own, the rest is plain."""
+def mixed_plan(source: ModelSource) -> Plan:
+    """A bit of everything: q, k, v share a dictionary, o and gate have their own, the rest is plain."""
     chosen = []
 
     def add(form: Form, *names: str) -> None:
         chosen.append(Chosen(names, Candidate(form, 0, (0.1,) * len(names))))
 
-    for layer in range(checkpoint.layers):
-        block = checkpoint.architecture.block_path(layer)
+    for layer, block in enumerate(source.layout.blocks):
         add(SHARED, *(f"{block}.self_attn.{name}_proj" for name in "qkv"))
-        add(Plain(Grid(4, 32)), f"{block}.self_attn.o_proj")
+        add(APART, f"{block}.self_attn.o_proj")
         add(ALONE, f"{block}.mlp.gate_proj")
         add(Plain(Grid(8, 64)), f"{block}.mlp.up_proj")
         add(Plain(Grid(2, 32)) if layer % 2 else Plain(None), f"{block}.mlp.down_proj")
@@ -73,9 +73,7 @@ def with_values(model: CompressedModel) -> CompressedModel:
             matrices[name] = Factorized(tuple(pairs))
         else:
             matrices[name] = leaf(matrix)
-    return CompressedModel(
-        model.architecture, model.config, matrices, model.tensors, model.tied, model.source
-    )
+    return replace(model, matrices=matrices)
 
 
 ODD = {"hidden_size": 53, "intermediate_size": 77, "vocab_size": 20_001, "tie_word_embeddings": False}
@@ -96,12 +94,11 @@ ODD = {"hidden_size": 53, "intermediate_size": 77, "vocab_size": 20_001, "tie_wo
 )
 def test_a_rehearsal_takes_the_bytes_of_the_export(tmp_path: Path, kind: str, knobs: dict[str, Any]) -> None:
     name, *odd = kind.split()
-    source = Path(MODEL) if name == "the" else tiny.save(tmp_path / "model", name, **(ODD if odd else {}))
-    checkpoint = open_source(str(source))
-    recipe = Recipe(model=str(source), **knobs)
-    exporter = EXPORTERS[recipe.format[0]]
-    options = exporter.options(asdict(recipe))
-    model = model_of_stand_ins(recipe, checkpoint, mixed_plan(checkpoint))
+    folder = Path(MODEL) if name == "the" else tiny.save(tmp_path / "model", name, **(ODD if odd else {}))
+    settings = resolve(Recipe(model=str(folder), **knobs), open_source(folder))
+    exporter, plan = settings.exporter, mixed_plan(settings.source)
+    options = options_of(settings.recipe, exporter)
+    model = model_of_stand_ins(settings, plan)
     sizes = []
     for name in ("rehearsed", "real"):
         (tmp_path / name).mkdir()
@@ -113,6 +110,7 @@ def test_a_rehearsal_takes_the_bytes_of_the_export(tmp_path: Path, kind: str, kn
         files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
         sizes.append(missing + sum(path.stat().st_size for path in files))
     assert sizes[0] == sizes[1]
+    assert other_bytes(settings, plan) + plan.bytes == sizes[1]
 
 
 def plan_of(budget: int) -> tuple[Plan, ...]:
