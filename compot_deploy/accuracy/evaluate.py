@@ -25,30 +25,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Final
 
-from compot_deploy.accuracy.gate import Gate, judge
+from compot_deploy.accuracy.gate import Gate
 from compot_deploy.accuracy.lockstep import NOISE_WINDOWS, batches_of, noise_floor, read_in_lockstep
 from compot_deploy.accuracy.losses import GreedyMatch, Loss
-from compot_deploy.accuracy.metrics import METRICS_VERSION, Comparison, common_prefix
+from compot_deploy.accuracy.metrics import Comparison, common_prefix
 from compot_deploy.accuracy.outcome import AccuracyReport, Continuation, EvaluationFacts
+from compot_deploy.accuracy.roles import judged_report, pairs_of, require_reference, roles_of
 from compot_deploy.accuracy.runner import Runner
 from compot_deploy.errors import InputError
 from compot_deploy.models.tokens import TokenWindows
 from compot_deploy.progress import Progress, Ticker, silent
-
-_LOSSES: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
-    {
-        "export_exact": ("compressed", "exact"),
-        "export_shipped": ("compressed", "exported"),
-        "method": ("reference", "compressed"),
-        "total": ("reference", "exported"),
-        "factorization": ("reference", "factorized"),
-        "quantization": ("factorized", "compressed"),
-    }
-)
-"""Between which models each loss is measured, where both are there."""
 
 
 @dataclass(frozen=True)
@@ -114,48 +101,26 @@ def check(
         InputError: the gate limits the total loss but there is no reference; the models disagree about the
             vocabulary; a token is beyond it; a window or prompt is longer than a model can read.
     """
-    if reference is None and gate.needs_reference:
-        raise InputError(
-            "The gate limits the total loss (--max-perplexity-ratio, --max-kl, --min-top1 or --min-cosine), which "
-            f"needs the original model, and {reference_absent}. Give it with --reference."
-        )
-    if reference is None:
-        factorized, factorized_absent = None, reference_absent
-    models = {
-        "reference": reference,
-        "factorized": factorized,
-        "compressed": compressed,
-        "exact": exported_exact,
-        "exported": exported,
-    }
-    roles = {role: runner for role, runner in models.items() if runner is not None}
+    require_reference(gate, reference, reference_absent)
+    roles = roles_of(reference, factorized, compressed, exported_exact, exported)
     distinct = {id(runner): runner for runner in roles.values()}
     _check_fit(list(distinct.values()), evaluation)
 
     batches = batches_of(evaluation.text.windows, evaluation.batch)
     noise_batches = batches_of(evaluation.text.windows[:NOISE_WINDOWS], evaluation.batch) or batches[:1]
     tick = Ticker(len(batches) + len(noise_batches) + len(evaluation.prompts) * len(distinct), progress)
-    pairs = {name: pair for name, pair in _LOSSES.items() if roles.keys() >= set(pair)}
+    pairs = pairs_of(roles)
     comparisons = read_in_lockstep(roles, list(pairs.values()), batches, tick)
     noise = noise_floor(reference or compressed, noise_batches, tick)
     texts = _continue_prompts(roles, evaluation, tick)
-    losses = {name: _loss(roles, pair, comparisons[pair], texts) for name, pair in pairs.items()}
-    export_exact, export_shipped = losses["export_exact"], losses["export_shipped"]
-    method, total = losses.get("method"), losses.get("total")
-    return AccuracyReport(
-        metrics_version=METRICS_VERSION,
-        evaluation=facts_of(evaluation),
-        method=method,
-        export_exact=export_exact,
-        export_shipped=export_shipped,
-        total=total,
-        noise=noise,
-        reference_absent=reference_absent if reference is None else None,
+    return judged_report(
+        facts_of(evaluation),
+        {name: _loss(roles, pair, comparisons[pair], texts) for name, pair in pairs.items()},
+        noise,
+        gate,
+        reference_absent=reference_absent,
+        factorized_absent=factorized_absent,
         continuations=_continuations(evaluation, texts),
-        gate=judge(gate, export_exact, export_shipped, method, total),
-        factorization=losses.get("factorization"),
-        quantization=losses.get("quantization"),
-        split_absent=factorized_absent if factorized is None else None,
     )
 
 

@@ -16,19 +16,12 @@ import torch
 from torch import Tensor
 
 from compot_deploy.accuracy.evaluate import Evaluation, facts_of
-from compot_deploy.accuracy.gate import Gate, judge
+from compot_deploy.accuracy.gate import Gate
 from compot_deploy.accuracy.losses import Loss
-from compot_deploy.accuracy.metrics import (
-    METRICS_VERSION,
-    Comparison,
-    compare,
-    concatenate,
-    mean,
-    predict,
-    summarize,
-)
+from compot_deploy.accuracy.metrics import Comparison, compare, concatenate, mean, predict, summarize
 from compot_deploy.accuracy.outcome import AccuracyReport
-from compot_deploy.errors import ArtifactError, InputError
+from compot_deploy.accuracy.roles import judged_report, pairs_of, require_reference, roles_of
+from compot_deploy.errors import ArtifactError, InputError, first_line
 from compot_deploy.models.tasks import Batch, Task, pooled
 from compot_deploy.progress import Progress, silent
 
@@ -100,7 +93,7 @@ class OnnxTexts:
         try:
             (found,) = self._session.run([self._session.get_outputs()[0].name], feeds)
         except Exception as error:  # onnxruntime's own errors share no base class
-            raise ArtifactError(f"{self._folder} fails: {str(error).strip().splitlines()[0]}") from error
+            raise ArtifactError(f"{self._folder} fails: {first_line(error)}.") from error
         return torch.from_numpy(found)
 
 
@@ -123,17 +116,8 @@ def check_texts(
     Raises:
         InputError: the gate limits the total loss but there is no reference.
     """
-    if reference is None and gate.needs_reference:
-        raise InputError(
-            "The gate limits the total loss (--min-cosine, --max-kl or --min-top1), which needs the original model, "
-            f"and {reference_absent}. Give it with --reference."
-        )
-    roles: dict[str, TextRunner] = {}
-    if reference is not None:
-        roles["reference"] = reference
-        if factorized is not None:
-            roles["factorized"] = factorized
-    roles |= {"compressed": compressed, "exact": exported_exact, "exported": exported}
+    require_reference(gate, reference, reference_absent)
+    roles = roles_of(reference, factorized, compressed, exported_exact, exported)
     windows = evaluation.text.windows
     pieces = [windows[start : start + _WINDOWS] for start in range(0, len(windows), _WINDOWS)]
     batches = [batch for piece in pieces for batch in task.batches(piece)]
@@ -146,31 +130,22 @@ def check_texts(
     noise = _noise(task, first, batches[0], singly)
     progress(len(roles) + 1, len(roles) + 1, f"Read {len(windows)} texts with {len(roles)} models")
 
-    def loss(one: str, other: str) -> Loss:
-        figures = compare_outputs(task, batches, read[one], read[other])
-        return Loss(roles[one].name, roles[other].name, figures, ())
-
-    method = total = factorization = quantization = None
-    if reference is not None:
-        method, total = loss("reference", "compressed"), loss("reference", "exported")
-    if "factorized" in roles:
-        factorization, quantization = loss("reference", "factorized"), loss("factorized", "compressed")
-    export_exact, export_shipped = loss("compressed", "exact"), loss("compressed", "exported")
-    absent = reference_absent if reference is None else factorized_absent
-    return AccuracyReport(
-        metrics_version=METRICS_VERSION,
-        evaluation=facts_of(evaluation),
-        method=method,
-        export_exact=export_exact,
-        export_shipped=export_shipped,
-        total=total,
-        noise=noise,
-        reference_absent=reference_absent if reference is None else None,
-        continuations=(),
-        gate=judge(gate, export_exact, export_shipped, method, total),
-        factorization=factorization,
-        quantization=quantization,
-        split_absent=absent if "factorized" not in roles else None,
+    losses = {
+        name: Loss(
+            roles[one].name,
+            roles[other].name,
+            compare_outputs(task, batches, read[one], read[other]),
+            (),
+        )
+        for name, (one, other) in pairs_of(roles).items()
+    }
+    return judged_report(
+        facts_of(evaluation),
+        losses,
+        noise,
+        gate,
+        reference_absent=reference_absent,
+        factorized_absent=factorized_absent,
     )
 
 

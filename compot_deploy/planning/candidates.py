@@ -6,8 +6,7 @@ a Gram; for them every factorised form is tried twice, with one dictionary for a
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -24,7 +23,6 @@ from compot_deploy.numerics.joint import SHORT_ALTERNATION, Level, joint, split
 from compot_deploy.numerics.methods import METHODS
 from compot_deploy.numerics.quantize_factors import quantize_factors
 from compot_deploy.numerics.whiten import Whitening
-from compot_deploy.planning.curves import Candidate, Curve
 from compot_deploy.planning.schemes import Form, GridChoice, Joint, Plain, Separate
 from compot_deploy.planning.water_levels import water_levels
 from compot_deploy.quant import Quantizer, gptq
@@ -248,55 +246,3 @@ def _separate(
         {name: Dense((factors.dictionary.double() @ factors.codes.double()).float())},
         {name: quantized.unquantized_error**2},
     )
-
-
-def curve(
-    names: Sequence[str],
-    alone: Mapping[str, Sequence[tuple[Form, float]]],
-    together: Sequence[tuple[Form, Mapping[str, float]]],
-    sizes: Mapping[str, tuple[int, int]],
-    storage: Storage,
-    unmeasured: int = 0,
-) -> Curve:
-    """Priced candidates from measured errors.
-
-    Args:
-        names: matrices of one input.
-        alone: form and squared error, for each.
-        together: shared form and the squared error of each.
-        sizes: (in, out) of each.
-        storage: what a leaf costs.
-        unmeasured: how many forms were listed and not measured.
-    """
-    inputs = sizes[names[0]][0]
-    outputs = sum(sizes[name][1] for name in names)
-    return Curve(
-        tuple(names),
-        tuple(
-            tuple(Candidate(form, form.bytes(*sizes[name], storage), (error,)) for form, error in alone[name])
-            for name in names
-        ),
-        tuple(
-            Candidate(form, form.bytes(inputs, outputs, storage), tuple(errors[name] for name in names))
-            for form, errors in together
-        ),
-        unmeasured,
-    )
-
-
-def content_key(
-    form: Form, weights: Mapping[str, Tensor], whitening: Whitening, search: Search, quantizer: str = "gptq"
-) -> str:
-    """A name for the measurement of a form on exactly these numbers.
-
-    Only what the form depends on is part of it: plain grids know no rounds, dense codes no alternation.
-    """
-    settings: tuple[object, ...] = (quantizer,)
-    if isinstance(form, Joint):
-        sparse = not all(level.pattern.is_dense for level in form.levels)
-        settings = (search.rounds, search.alternation if sparse else None)
-    digest = hashlib.sha256()
-    digest.update(repr((VERSION, form, tuple(weights), *settings)).encode())
-    for value in (*weights.values(), whitening.factor):
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:24]

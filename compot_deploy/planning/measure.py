@@ -18,9 +18,9 @@ from compot_deploy.core.grid import Grid
 from compot_deploy.core.store import write_text
 from compot_deploy.models.sites import InputGroup
 from compot_deploy.numerics.whiten import Whitening
-from compot_deploy.planning.candidates import VERSION, Search, curve, forms, realize
+from compot_deploy.planning.candidates import VERSION, Search, forms, realize
 from compot_deploy.planning.context import PlanningContext
-from compot_deploy.planning.curves import Curve
+from compot_deploy.planning.curves import Curve, curve
 from compot_deploy.planning.knapsack import too_little
 from compot_deploy.planning.schemes import Form, Joint, Plain, form_from_data, form_to_data
 from compot_deploy.planning.screening import screen

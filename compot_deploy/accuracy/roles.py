@@ -1,0 +1,97 @@
+"""The models that an evaluation compares, and between which of them each loss is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final, TypeVar
+
+from compot_deploy.accuracy.gate import Gate, judge
+from compot_deploy.accuracy.losses import Loss
+from compot_deploy.accuracy.metrics import METRICS_VERSION
+from compot_deploy.accuracy.outcome import AccuracyReport, Continuation, EvaluationFacts
+from compot_deploy.errors import InputError
+
+R = TypeVar("R")
+
+_LOSSES: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
+    {
+        "export_exact": ("compressed", "exact"),
+        "export_shipped": ("compressed", "exported"),
+        "method": ("reference", "compressed"),
+        "total": ("reference", "exported"),
+        "factorization": ("reference", "factorized"),
+        "quantization": ("factorized", "compressed"),
+    }
+)
+
+
+def roles_of(reference: R | None, factorized: R | None, compressed: R, exact: R, exported: R) -> dict[str, R]:
+    """The runners by role, in the order in which they read. Without a reference the method loss is not split."""
+    runners = {
+        "reference": reference,
+        "factorized": None if reference is None else factorized,
+        "compressed": compressed,
+        "exact": exact,
+        "exported": exported,
+    }
+    return {role: runner for role, runner in runners.items() if runner is not None}
+
+
+def pairs_of(roles: Mapping[str, R]) -> dict[str, tuple[str, str]]:
+    """Reference and candidate of every loss that can be measured, by its name in `AccuracyReport`."""
+    return {name: pair for name, pair in _LOSSES.items() if roles.keys() >= set(pair)}
+
+
+def require_reference(gate: Gate, reference: object | None, absent: str) -> None:
+    """Refuse limits on the total loss where there is no reference to measure it against.
+
+    Raises:
+        InputError: says why there is none.
+    """
+    if reference is None and gate.needs_reference:
+        raise InputError(
+            "The gate limits the total loss (--max-perplexity-ratio, --max-kl, --min-top1 or --min-cosine), which "
+            f"needs the original model, and {absent}. Give it with --reference."
+        )
+
+
+def judged_report(
+    facts: EvaluationFacts,
+    losses: Mapping[str, Loss],
+    noise: Loss,
+    gate: Gate,
+    *,
+    reference_absent: str,
+    factorized_absent: str,
+    continuations: tuple[Continuation, ...] = (),
+) -> AccuracyReport:
+    """The losses of `pairs_of`, judged.
+
+    Args:
+        facts: what was read.
+        losses: by name.
+        noise: the noise floor.
+        gate: limits.
+        reference_absent: why there is no reference; told where there is none.
+        factorized_absent: why there are no factors before quantization; likewise.
+        continuations: the texts side by side.
+    """
+    export_exact, export_shipped = losses["export_exact"], losses["export_shipped"]
+    method, total = losses.get("method"), losses.get("total")
+    split_absent = reference_absent if method is None else factorized_absent
+    return AccuracyReport(
+        metrics_version=METRICS_VERSION,
+        evaluation=facts,
+        method=method,
+        export_exact=export_exact,
+        export_shipped=export_shipped,
+        total=total,
+        noise=noise,
+        reference_absent=reference_absent if method is None else None,
+        continuations=continuations,
+        gate=judge(gate, export_exact, export_shipped, method, total),
+        factorization=losses.get("factorization"),
+        quantization=losses.get("quantization"),
+        split_absent=None if "factorization" in losses else split_absent,
+    )
