@@ -46,19 +46,21 @@ from torch import Tensor
 
 from compot_deploy.accuracy.metrics import Prediction, concatenate, predict, summarize
 from compot_deploy.accuracy.metrics import compare as compare_predictions
-from compot_deploy.accuracy.torch_runner import TorchRunner, torch_runner
+from compot_deploy.accuracy.torch_runner import TorchRunner
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Dense, Matrix
 from compot_deploy.core.storage import PaperStorage, matrix_bytes
 from compot_deploy.core.store import StoredMatrices, write_text
 from compot_deploy.embedded import MODEL
-from compot_deploy.models.source import open_source
-from compot_deploy.models.tokens import TokenWindows, load_tokenizer
+from compot_deploy.models.source import ModelSource, open_source
+from compot_deploy.models.tokens import TokenWindows
+from compot_deploy.models.whole import replaced, whole_model
 from compot_deploy.numerics.whiten import Whitening
 from compot_deploy.pipeline.texts import calibration_windows, evaluation_windows
 from compot_deploy.planning import candidates
 from compot_deploy.planning.candidates import Search, realize
-from compot_deploy.planning.carry_out import Task, carry_out, choose, collect_grams
+from compot_deploy.planning.carry_out import carry_out, choose
+from compot_deploy.planning.context import PlanningContext, collect_grams
 from compot_deploy.planning.knapsack import Plan, knapsack, smallest_bytes
 from compot_deploy.planning.measure import measure_curves
 from compot_deploy.planning.schemes import GridChoice, Plain
@@ -89,15 +91,16 @@ SCORES = (DIVERGENCE, PERPLEXITY)
 class Judge:
     """Compares the model with replaced matrices to the original, on held-out windows."""
 
-    def __init__(self, runner: TorchRunner, windows: TokenWindows) -> None:
-        self._runner = runner
+    def __init__(self, source: ModelSource, windows: TokenWindows) -> None:
+        self._sites, self._model = source.sites, whole_model(source)
+        self._runner = TorchRunner(self._model)
         self._windows = [window for window in windows.windows if len(window) > 1]
         self._original = [self._predict(window) for window in self._windows]
         self.made_from = digest({str(number): window for number, window in enumerate(self._windows)})
 
     def __call__(self, matrices: Mapping[str, Matrix], bits: float) -> Figures:
         """Figures of some matrices, which have so many bits per weight."""
-        with self._runner.replaced(matrices):
+        with replaced(self._model, self._sites, matrices):
             parts = [
                 compare_predictions(original, self._predict(window))
                 for window, original in zip(self._windows, self._original, strict=True)
@@ -128,14 +131,13 @@ class Judge:
 class Laboratory:
     """A decoder, the whitenings of its linears, and what it is judged on."""
 
-    def __init__(self, label: str, task: Task, judge: Judge) -> None:
-        self.label, self.task, self.judge = label, task, judge
+    def __init__(self, label: str, context: PlanningContext, judge: Judge) -> None:
+        self.label, self.context, self.judge = label, context, judge
         self.weights: dict[str, Tensor] = {}
         self._whitenings: dict[str, Whitening] = {}
-        for layer, shared in task.inputs:
-            names = task.names(layer, shared)
-            self.weights |= task.weights(names)
-            self._whitenings |= dict.fromkeys(names, task.whitening(layer, shared))
+        for group in context.groups:
+            self.weights |= context.weights(group.names)
+            self._whitenings |= dict.fromkeys(group.names, context.whitening(group))
         self.numbers = sum(weight.numel() for weight in self.weights.values())
         factors = {name: whitening.factor for name, whitening in self._whitenings.items()}
         self.made_from = digest(self.weights) + digest(factors) + judge.made_from
@@ -147,11 +149,10 @@ class Laboratory:
     def everywhere(self, grid: Grid) -> Small:
         """One grid for all linears, by the package's GPTQ."""
         made: dict[str, Matrix] = {}
-        for layer, shared in self.task.inputs:
-            weights = self.task.weights(self.task.names(layer, shared))
-            made |= realize(
-                Plain(grid), weights, self.task.whitening(layer, shared), self.task.search
-            ).matrices
+        context = self.context
+        for group in context.groups:
+            weights = context.weights(group.names)
+            made |= realize(Plain(grid), weights, context.whitening(group), context.search).matrices
         size = sum(matrix_bytes(made, STORAGE).values())
         return Small({name: matrix.dequantize() for name, matrix in made.items()}, size)
 
@@ -173,7 +174,7 @@ class Laboratory:
 
     def planned(self, jobs: Jobs, sizes: Sequence[float]) -> list[Point]:
         """The plan at each number of bits, and the plain mix of the same bytes."""
-        curves, effects = measure_curves(self.task), measure_effects(self.task)
+        curves, effects = measure_curves(self.context), measure_effects(self.context)
         plain = [one.only(lambda form: isinstance(form, Plain)) for one in curves]
         points = []
         for size in sizes:
@@ -186,7 +187,7 @@ class Laboratory:
 
     def floating(self, jobs: Jobs, ratios: Sequence[float]) -> list[Point]:
         """The knapsack over factorised forms without quantization."""
-        curves, effects = measure_curves(self.task), measure_effects(self.task)
+        curves, effects = measure_curves(self.context), measure_effects(self.context)
         plain = sum(2 * weight.numel() for weight in self.weights.values())
         family = "compot-deploy, knapsack"
         return [
@@ -201,7 +202,7 @@ class Laboratory:
 
     def _point(self, jobs: Jobs, family: str, method: str, plans: Sequence[Plan]) -> Point:
         def make() -> Figures:
-            best = carry_out(self.task, plans)
+            best = carry_out(self.context, plans)
             return self.judge(StoredMatrices(best.files), best.plan.bytes * 8 / self.numbers)
 
         return jobs.point(family, method, (candidates.VERSION, BY_WINDOW, plans, self.made_from), make)
@@ -211,13 +212,12 @@ def open_laboratory(model: str | None, search: Search, work: Path, samples: int,
     """A model with its texts and Grams; None is the model that ships."""
     recipe = Recipe(model=model, samples=samples, length=length, evaluation_tokens=EVALUATION_TOKENS)
     work.mkdir(parents=True, exist_ok=True)
-    checkpoint = open_source(model or MODEL)
-    tokenizer = load_tokenizer(checkpoint.folder)
-    task = Task(checkpoint, calibration_windows(recipe, checkpoint, tokenizer, work), work, STORAGE, search)
-    collect_grams(task)
-    held_out = evaluation_windows(recipe, checkpoint, tokenizer, work)
+    source = open_source(model or MODEL)
+    context = PlanningContext(source, calibration_windows(recipe, source, work), work, STORAGE, search)
+    collect_grams(context)
+    held_out = evaluation_windows(recipe, source, work)
     label = "the model that ships" if model is None else Path(model).name
-    return Laboratory(label, task, Judge(torch_runner(checkpoint.folder), held_out))
+    return Laboratory(label, context, Judge(source, held_out))
 
 
 def frontier(

@@ -25,7 +25,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from compot_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -40,11 +39,12 @@ from compot_deploy.exporters.gguf.reader import read_header
 from compot_deploy.exporters.gguf.writer import write
 from compot_deploy.llama.model import LlamaModel
 from compot_deploy.models.compressed import CompressedModel
-from compot_deploy.models.tokens import TokenWindows, load_tokenizer
-from compot_deploy.pipeline.compress import compress
-from compot_deploy.pipeline.texts import calibration_windows, evaluation_windows
-from compot_deploy.planning.carry_out import Task, collect_grams, importances
-from compot_deploy.planning.settings import search_of, storage_of
+from compot_deploy.models.source import ModelSource, open_source
+from compot_deploy.models.tokens import TokenWindows
+from compot_deploy.pipeline.compress import compress, context_of
+from compot_deploy.pipeline.texts import evaluation_windows
+from compot_deploy.planning.context import collect_grams
+from compot_deploy.planning.settings import resolve
 from compot_deploy.recipe import Recipe, override
 
 BLOCK = 256
@@ -94,16 +94,17 @@ class Point:
     speed_high: float
 
 
-def original(checkpoint: Checkpoint) -> CompressedModel:
+def original(source: ModelSource) -> CompressedModel:
     """The model as it is, in float32."""
-    architecture = checkpoint.architecture
-    tables = [architecture.embedding] + ([] if checkpoint.tied else [architecture.head])
-    names = (*architecture.linear_names(checkpoint.layers), *tables)
-    matrices: dict[str, Matrix] = {name: Dense(checkpoint.weight(name).float()) for name in names}
-    taken = {f"{name}.weight" for name in matrices} | {checkpoint.head_name}
-    tensors = {name: checkpoint.tensors[name].float() for name in checkpoint.tensors if name not in taken}
+    layout = source.layout
+    tables = [layout.embedding] + ([] if layout.tied else [layout.head])
+    matrices: dict[str, Matrix] = {
+        name: Dense(source.weight(name).float()) for name in (*layout.names, *tables)
+    }
+    taken = {f"{name}.weight" for name in (*matrices, layout.head)}
+    tensors = {name: source.tensors[name].float() for name in source.tensors if name not in taken}
     return CompressedModel(
-        architecture, checkpoint.config, matrices, tensors, checkpoint.tied, str(checkpoint.folder)
+        source.architecture, source.config, matrices, tensors, layout.tied, str(source.folder)
     )
 
 
@@ -173,8 +174,8 @@ class Laboratory:
 
     def __init__(self, recipe: Recipe, work: Path) -> None:
         self.recipe, self.work = recipe, work
-        self.checkpoint = open_checkpoint(recipe.model or MODEL)
-        self.model = original(self.checkpoint)
+        self.source = open_source(recipe.model or MODEL)
+        self.model = original(self.source)
         self.numbers = sum(
             math.prod(m.shape) for name, m in self.model.matrices.items() if ".layers." in name
         )
@@ -183,14 +184,9 @@ class Laboratory:
         """Diagonals of the Grams."""
         work = self.work / "grams"
         work.mkdir(parents=True, exist_ok=True)
-        windows = calibration_windows(
-            self.recipe, self.checkpoint, load_tokenizer(self.checkpoint.folder), work
-        )
-        task = Task(
-            self.checkpoint, windows, work, storage_of(self.recipe), search_of(self.recipe, self.checkpoint)
-        )
-        collect_grams(task)
-        return importances(task)
+        context = context_of(resolve(self.recipe, self.source), work)
+        collect_grams(context)
+        return context.importances()
 
     def candidate(self, label: str, family: str, path: Path, shapes: str = "as they are") -> Candidate:
         """A written file."""
@@ -257,7 +253,7 @@ class Laboratory:
         work = self.work / folder
         work.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            made = compress(recipe, self.checkpoint, work)
+            made = compress(resolve(recipe, self.source), work)
             write(made.model, path, GgufOptions(layout=recipe.gguf_layout))
             print(label, *(note for note in made.notes if "plan" in note), sep="\n  ", flush=True)
         return self.candidate(label, family, path)
@@ -266,9 +262,9 @@ class Laboratory:
 class Judge:
     """Divergence from the original on held-out windows."""
 
-    def __init__(self, checkpoint: Checkpoint, windows: TokenWindows) -> None:
+    def __init__(self, source: ModelSource, windows: TokenWindows) -> None:
         self._windows = [window for window in windows.windows if len(window) > 1]
-        runner = torch_runner(checkpoint.folder)
+        runner = torch_runner(source)
         self._original: list[Prediction] = []
         for window in self._windows:
             (logits,) = runner.logits(window[None], len(window))
@@ -416,10 +412,8 @@ def main() -> None:
     laboratory = Laboratory(recipe, arguments.work)
     candidates = laboratory.dense()
     candidates += laboratory.factorized(arguments.ratios) + laboratory.planned(arguments.bits)
-    windows = evaluation_windows(
-        recipe, laboratory.checkpoint, load_tokenizer(laboratory.checkpoint.folder), arguments.work
-    )
-    judge = Judge(laboratory.checkpoint, windows)
+    windows = evaluation_windows(recipe, laboratory.source, arguments.work)
+    judge = Judge(laboratory.source, windows)
     measured = speeds(candidates, arguments.rounds, arguments.steps)
     points = [judge(candidate, measured[candidate.label]) for candidate in candidates]
     name = arguments.model or "the model that ships"

@@ -23,7 +23,6 @@ from compot_deploy.core.grid import DENSE, Grid, Pattern  # noqa: E402
 from compot_deploy.embedded import MODEL  # noqa: E402
 from compot_deploy.models.source import open_source  # noqa: E402
 from compot_deploy.models.streaming import BlockStream  # noqa: E402
-from compot_deploy.models.tokens import load_tokenizer  # noqa: E402
 from compot_deploy.numerics.compot import compot  # noqa: E402
 from compot_deploy.numerics.factors import Alternation  # noqa: E402
 from compot_deploy.numerics.svd_llm import svd_llm  # noqa: E402
@@ -47,11 +46,11 @@ def save(figure: Any, name: str) -> None:
 
 def real_linear() -> tuple[torch.Tensor, Whitening]:
     """The weight of one linear, and the whitening of what it reads."""
-    checkpoint = open_source(MODEL)
-    recipe = Recipe(samples=16, length=128)
-    windows = calibration_windows(recipe, checkpoint, load_tokenizer(checkpoint.folder), Path())
-    grams = BlockStream(checkpoint, windows, device="cpu", dtype="float32").advance(0)
-    return checkpoint.weight(LINEAR).float(), whiten(grams["mlp_input"].matrix)
+    source = open_source(MODEL)
+    windows = calibration_windows(Recipe(samples=16, length=128), source, Path())
+    with BlockStream(source, source.task.batches(windows.windows)) as stream:
+        grams = stream.advance()
+    return source.weight(LINEAR).float(), whiten(grams["mlp.gate_proj"].matrix)
 
 
 def factors(weight: torch.Tensor, whitening: Whitening) -> None:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from compot_deploy import plan
 from compot_deploy.embedded import MODEL
-from compot_deploy.pipeline.deploy import plan_only
-from compot_deploy.recipe import Recipe
 
 BITS = 2.2
 
@@ -33,22 +32,16 @@ def main() -> None:
     """Plan, and print one line per choice."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = first_blocks(Path(scratch) / "two-blocks", 2)
-        recipe = Recipe(
-            model=str(folder),
-            bits=BITS,
-            samples=8,
-            length=64,
-            out=str(Path(scratch) / "out"),
-            evaluation_tokens=256,
-        )
-        draft = plan_only(recipe)
-        plan = draft.plans[0]
-        for choice in plan.chosen:
+        out = str(Path(scratch) / "out")
+        draft = plan(str(folder), bits=BITS, samples=8, length=64, out=out, evaluation_tokens=256)
+        chosen = draft.plans[0]
+        for choice in chosen.chosen:
             names = ", ".join(name.removeprefix("model.layers.") for name in choice.names)
             print(f"{names:<60} {choice.candidate.form!s:>24} {choice.candidate.bytes:>8,} bytes")
         weights = sum(rows * columns for rows, columns in draft.sizes.values())
         print(
-            f"{plan.bytes:,} of {plan.budget:,} bytes, {plan.bytes * 8 / weights:.3f} bits per weight (asked: {BITS})"
+            f"{chosen.bytes:,} of {chosen.budget:,} bytes, {chosen.bytes * 8 / weights:.3f} bits per weight "
+            f"(asked: {BITS})"
         )
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from compot_deploy.models.checkpoint import Checkpoint
 from reference_gguf import compressed, shared_change
 
 from compot_deploy.cli import main as cli
@@ -24,10 +23,8 @@ from compot_deploy.exporters.gguf.options import GgufOptions
 from compot_deploy.exporters.gguf.reader import read_header
 from compot_deploy.exporters.gguf.writer import write
 from compot_deploy.models.streaming import BlockStream
-from compot_deploy.pipeline import deploy as pipeline
 from compot_deploy.planning import settings
 from compot_deploy.planning.candidates import Search
-from compot_deploy.recipe import Recipe
 from compot_deploy.report.document import Report
 from compot_deploy.report.json import from_json
 
@@ -91,18 +88,18 @@ def test_two_formats_share_one_compression(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Text is read, and every block calibrated and factorised, once; both files hold the same numbers."""
-    read: list[int] = []
+    read: list[bool] = []
     advance = BlockStream.advance
     monkeypatch.setattr(
         BlockStream,
         "advance",
-        lambda self, layer, **how: (read.append(layer), advance(self, layer, **how))[1],
+        lambda self, *, capture=True, **how: (read.append(capture), advance(self, capture=capture, **how))[1],
     )
     out = tmp_path / "out"
     command = [str(model), "--format", "onnx", "--format", "gguf", "--gguf-layout", "factorized"]
     assert cli.main([*command, "--calibration", str(text), "--out", str(out), *QUICK, *NO_LIMIT]) == EXIT_OK
     onnx, gguf = verify(out / "onnx"), verify(out / "gguf")
-    assert read == [0]
+    assert read == [True]
     assert onnx.calibration == gguf.calibration and onnx.calibration is not None
     assert {m.name: m.digest for m in onnx.matrices} == {m.name: m.digest for m in gguf.matrices}
     assert any(record.kind == "factorized" for record in onnx.matrices)
@@ -118,13 +115,15 @@ def linear_bytes(folder: Path) -> int:
 def test_a_plan_is_written_to_the_byte(
     layout: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def few(recipe: Recipe, checkpoint: Checkpoint) -> Search:
+    listed = settings._listed
+
+    def few(resolved: settings.Settings) -> Search:
         """A handful of forms of each kind, so that this takes seconds."""
-        search = settings.search_of(recipe, checkpoint)
+        search = listed(resolved)
         grids = {bits: groups[-1:] for bits, groups in search.grids.groups.items()}
         return replace(search, grids=replace(search.grids, groups=grids), rates=search.rates[1:2])
 
-    monkeypatch.setattr(pipeline, "search_of", few)
+    monkeypatch.setattr(settings, "_listed", few)
     model = tiny.save(tmp_path / "small", "llama", num_hidden_layers=1, intermediate_size=96)
     out = tmp_path / "out"
     bits = "2.6" if layout == "sparse" else "5"
