@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.errors import ArtifactError, InputError, UnsupportedModelError
 from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.transformers_versions import cache_of, forward_with_cache
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -166,10 +167,8 @@ class TorchRunner:
     def _advance(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
         # Not a decorator on `stream`: a grad mode set inside a generator leaks to whoever consumes it.
         with torch.inference_mode():
-            output = self._model(
-                input_ids=tokens.to(self._model.device), past_key_values=cache, use_cache=True
-            )
-        return output.logits, output.past_key_values
+            output = forward_with_cache(self._model, cache, input_ids=tokens.to(self._model.device))
+        return output.logits, cache_of(output)
 
 
 def torch_runner(

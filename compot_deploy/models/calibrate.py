@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from compot_deploy.errors import InputError
 from compot_deploy.models.checkpoint import Checkpoint
 from compot_deploy.models.tokens import TokenWindows
+from compot_deploy.models.transformers_versions import hidden_states_of
 
 TOKENS_PER_BATCH = 4096
 
@@ -158,7 +159,7 @@ class BlockStream:
 
     def _run(self, block: nn.Module) -> None:
         for number, (hidden, real) in enumerate(self._batches):
-            self._batches[number] = (_hidden(block(hidden, **self._arguments(hidden))), real)
+            self._batches[number] = (hidden_states_of(block(hidden, **self._arguments(hidden))), real)
 
     def _capture(self, block: nn.Module, *, keep_outputs: bool) -> dict[str, Gram]:
         sums: dict[str, Tensor] = {}
@@ -181,7 +182,7 @@ class BlockStream:
         try:
             for number, (hidden, real) in enumerate(self._batches):
                 mask[:] = [real]
-                output = _hidden(block(hidden, **self._arguments(hidden)))
+                output = hidden_states_of(block(hidden, **self._arguments(hidden)))
                 if keep_outputs:
                     self._batches[number] = (output, real)
         finally:
@@ -233,13 +234,6 @@ def collect_grams(
         for handle in handles:
             handle.remove()
     return {name: Gram(total.cpu(), counts[name]) for name, total in sums.items()}
-
-
-def _hidden(output: Any) -> Tensor:
-    # Decoder layers return a tensor; those of older transformers releases a tuple that starts with it.
-    hidden = output[0] if isinstance(output, tuple) else output
-    assert isinstance(hidden, Tensor)
-    return hidden
 
 
 def _skeleton(checkpoint: Checkpoint) -> Any:

@@ -18,6 +18,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from compot_deploy.errors import InputError, MissingDependencyError
+from compot_deploy.models.transformers_versions import cache_of, forward_with_cache
 
 SELF: Final = "self"
 HELD_OUT_SHARE: Final = 0.1
@@ -281,8 +282,8 @@ def sample_from_model(
             ids = ids.to(model.device)
             step, cache = ids, None
             while ids.shape[1] < length:
-                out = model(input_ids=step, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
+                out = forward_with_cache(model, cache, input_ids=step)
+                cache = cache_of(out)
                 probabilities = torch.softmax(out.logits[:, -1].double().cpu(), dim=-1)
                 step = torch.multinomial(probabilities, 1, generator=generator).to(model.device)
                 ids = torch.cat([ids, step], dim=1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compot_deploy.errors import UnsupportedModelError
+from compot_deploy.models.transformers_versions import cache_of
 
 Task: TypeAlias = Literal["features", "generation"]
 """What a graph is for: one pass over whole texts, or text token by token with a cache."""
@@ -85,7 +86,7 @@ def interface_of(model: nn.Module) -> Interface:
         sizes = ("sequence_length", sizes[1])
     inputs: tuple[str, ...] = ("input_ids", "attention_mask")
     if task == "generation":
-        return Interface(task, inputs, output, sizes, _cache_sizes(found.get("past_key_values"), name))
+        return Interface(task, inputs, output, sizes, _cache_sizes(cache_of(found), name))
     if "token_type_ids" in parameters and int(getattr(config, "type_vocab_size", 0) or 0) > 1:
         inputs = (*inputs, "token_type_ids")
     return Interface(task, inputs, output, sizes)

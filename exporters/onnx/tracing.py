@@ -55,6 +55,7 @@ from compot_deploy.exporters.onnx.placeholders import (
     replaced,
 )
 from compot_deploy.exporters.onnx.tensors import TensorWriter
+from compot_deploy.models.transformers_versions import cache_of, forward_with_cache
 
 OPSET: Final = 23
 
@@ -157,8 +158,8 @@ class _Generation(nn.Module):
         if self.positions:
             positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
             arguments["position_ids"] = positions[:, -input_ids.shape[1] :]
-        found = self.traced(**arguments, past_key_values=cache, use_cache=True)
-        return found[self.interface.output], *cache_tensors(found.past_key_values)
+        found = forward_with_cache(self.traced, cache, **arguments)
+        return found[self.interface.output], *cache_tensors(cache_of(found))
 
 
 def _trace(model: nn.Module, interface: Interface) -> ModelProto:

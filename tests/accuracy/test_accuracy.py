@@ -10,7 +10,7 @@ import tiny
 import torch
 from toy_models import VOCABULARY, ToyRunner, save_toy_onnx, toy_weights
 
-import compot_deploy.accuracy as accuracy
+import compot_deploy.accuracy.evaluate as accuracy
 from compot_deploy.accuracy.evaluate import AccuracyReport, Criterion, Evaluation, Gate, check, judge
 from compot_deploy.accuracy.metrics import Comparison, compare, concatenate, predict, summarize
 from compot_deploy.accuracy.runners import OnnxRunner, Runner, torch_runner

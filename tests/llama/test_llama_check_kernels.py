@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "runtime" / "check_kernels.sh"
+SCRIPT = Path(__file__).parents[2] / "compot_deploy" / "llama" / "check_kernels.sh"
 
 
 @pytest.mark.slow
