@@ -1,6 +1,10 @@
 # Everything runs in an environment of its own, .venv; nothing outside the repository is touched.
+# `make demo` and `make test` install what they were tested with: releases and hashes of locks/, torch aside.
 #   make demo   compress the model that ships with the project in four ways, export and judge each
 #   make test   format, lint, types, tests
+#   make quick  the laws of the mathematics alone: a minute and a half on two cores
+#   make newest the tests with the newest release of everything; every warning is an error
+#   make lock   writes locks/ again, with the newest releases
 #   make web    the page of `compot-deploy serve` (needs Node.js and npm); make web-test tries it in Chromium
 #   make dev    what `make test` needs, plus the git hooks
 #   make site   the documentation into out/site, warnings are errors
@@ -8,11 +12,14 @@
 #   make examples   runs the scripts of examples/
 
 PYTHON ?= python3
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO = out/demo
+# The release that is installed where there is none. Its builds differ by index, so no lock has its hashes.
+TORCH = 2.13.0
 
-.PHONY: demo test lint types dev compatibility web web-test site docs examples clean
+.PHONY: demo test quick newest lock lint types dev compatibility web web-test site docs examples clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/compot-deploy demo --out $(DEMO)
@@ -20,6 +27,32 @@ demo: $(VENV)/demo.stamp
 # One thread of torch per worker: workers are as many as cores.
 test: $(VENV)/dev.stamp lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+quick: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q -m "not slow" tests/core tests/quant tests/numerics tests/planning
+
+# The only run in which deprecations of others are errors: whoever can replace the call sees them first. `HOLD` keeps a
+# package back, HOLD="torch==2.13.0" for example. The two exemptions are those of pyproject.toml, which -W overrides.
+NEWEST = .venv-newest
+STRICT = -W error -W "ignore:builtin type :DeprecationWarning" \
+	-W ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning
+newest:
+	$(MAKE) VENV=$(NEWEST) $(NEWEST)/bin/python
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[dev]" $(HOLD)
+	$(NEWEST)/bin/python -m pip list
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n auto $(STRICT)
+
+# uv reads pyproject.toml for the rest: platforms, hashes, what is left out. The largest lock comes first, and the others
+# take its releases. Packages that cannot live together have environments, and so locks, of their own.
+LOCK = .venv-lock/bin/uv pip compile --quiet --upgrade pyproject.toml --group build
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --upgrade uv
+	$(LOCK) --extra dev --extra docs -o locks/docs.txt
+	$(LOCK) --extra dev -c locks/docs.txt -o locks/dev.txt
+	$(LOCK) --extra onnx --extra report -c locks/docs.txt -o locks/demo.txt
+	$(LOCK) --extra onnx --group compatibility -o locks/compatibility.txt
+	.venv-lock/bin/uv pip compile --quiet --upgrade --group genai -o locks/genai.txt
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
@@ -37,15 +70,15 @@ OLD = .venv-transformers4
 GENAI = .venv-genai
 compatibility: $(VENV)/dev.stamp
 	$(MAKE) VENV=$(OLD) $(OLD)/bin/python
-	$(OLD)/bin/python -m pip install --quiet -e ".[onnx]" "transformers==4.57.6" "optimum-onnx==0.1.0" \
-		"onnxscript>=0.5" "pytest>=8" "hypothesis>=6" "beartype>=0.20"
+	$(OLD)/bin/python -m pip install --quiet --no-deps --require-hashes -r locks/compatibility.txt
+	$(OLD)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	COMPOT_DEPLOY_OPTIMUM_PYTHON=$(OLD)/bin/python $(OLD)/bin/python -m pytest -q \
-		tests/models/test_calibrate.py tests/models/test_checkpoint.py tests/cli/test_cli.py tests/exporters/onnx/test_onnx_folder.py \
+		tests/models/test_streaming.py tests/models/test_source.py tests/cli/test_cli.py tests/exporters/onnx/test_onnx_folder.py \
 		tests/exporters/onnx/test_onnx_consumers.py tests/exporters/onnx/test_onnx_graph.py tests/exporters/onnx/test_onnx_traced.py tests/accuracy/test_runners.py tests/models/test_tokens.py
 	COMPOT_DEPLOY_OPTIMUM_PYTHON=$(OLD)/bin/python $(BIN)/python -m pytest -q \
 		tests/exporters/onnx/test_onnx_consumers.py tests/exporters/onnx/test_onnx_traced.py tests/pipeline/test_traced.py -k optimum
 	$(PYTHON) -m venv $(GENAI)
-	$(GENAI)/bin/python -m pip install --quiet "onnxruntime-genai==0.18.0" numpy
+	$(GENAI)/bin/python -m pip install --quiet --no-deps --require-hashes -r locks/genai.txt
 	COMPOT_DEPLOY_GENAI_PYTHON=$(GENAI)/bin/python $(BIN)/python -m pytest -q tests/exporters/onnx/test_onnx_consumers.py -k genai_generates
 
 site: $(VENV)/docs.stamp
@@ -71,30 +104,23 @@ web-test: $(VENV)/dev.stamp $(PAGE)
 	$(BIN)/python -m pytest -q tests/cli/test_serve.py tests/cli/test_browser.py
 
 # A CPU build of torch is preferred where there is none; a torch that is already there (CUDA, say) stays.
-# An interpreter that has torch is shared with the environment, so that nothing is downloaded twice.
+# An interpreter that has one of a release that we run with is shared with the environment: nothing is downloaded twice.
+SUITS = import torch; assert (2, 8) <= tuple(map(int, torch.__version__.split(".")[:2])) < (3,)
 $(VENV)/bin/python:
-	@if $(PYTHON) -c "import torch" 2>/dev/null; then \
+	@if $(PYTHON) -c '$(SUITS)' 2>/dev/null; then \
 		echo "using the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); \
 	else $(PYTHON) -m venv $(VENV); fi
-	$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python -c "import torch" 2>/dev/null \
-		|| $(BIN)/python -m pip install --quiet "torch==2.13.0+cpu" 2>/dev/null \
-		|| $(BIN)/python -m pip install --quiet "torch==2.13.0"
+		|| $(BIN)/python -m pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null \
+		|| $(BIN)/python -m pip install --quiet "torch==$(TORCH)"
 
-$(VENV)/demo.stamp: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -e ".[onnx,report]"
+# A lock names everything, setuptools too, so nothing is resolved and nothing else is asked for.
+$(VENV)/%.stamp: locks/%.txt pyproject.toml setup.py | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r $<
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
-
-$(VENV)/dev.stamp: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
-	@# The type checker finds the folders that are mapped into the package through links.
-	@ln -sfn ../exporters compot_deploy/exporters
-	@ln -sfn ../quant compot_deploy/quant
-	@touch $@ $(VENV)/demo.stamp
-
+# Later locks hold all that earlier ones do.
 $(VENV)/docs.stamp: $(VENV)/dev.stamp
-	$(BIN)/python -m pip install --quiet -e ".[docs]"
-	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-* out build dist *.egg-info web/node_modules compot_deploy/web-bundle compot_deploy/exporters compot_deploy/quant
+	rm -rf $(VENV) .venv-* out build dist *.egg-info web/node_modules compot_deploy/web-bundle

@@ -1,14 +1,19 @@
-"""The one thing that pyproject.toml cannot say: the C plug-in of `compot_deploy.llama` is optional.
+"""What pyproject.toml cannot say: the C plug-in of `compot_deploy.llama` is optional.
 
 Without a compiler the package installs all the same, and factorised GGUF files are expanded when loaded.
 """
 
 import sys
+import warnings
 
 from setuptools import Extension, setup
 
 # Contraction of a*b+c would round activations differently on different machines.
 FLAGS = [] if sys.platform == "win32" else ["-O3", "-std=c11", "-ffp-contract=off", "-fvisibility=hidden"]
+
+# An editable install warns of folders that are named like the package and would be imported first. Here that folder is
+# the package.
+warnings.filterwarnings("ignore", message="Editable installation")
 
 setup(
     ext_modules=[

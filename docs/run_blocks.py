@@ -8,7 +8,7 @@ its own. ``MODEL`` stands for the model that ships, ``ENCODER`` for a small rand
 ``make demo`` runs with this environment in place of one of its own. A block that cannot be run has a comment in the
 line before it, which says why, and which test or make target does what it says::
 
-    <!-- not run: serves until it is stopped; tests/test_serve.py::test_ctrl_c_ends_it_cleanly_and_frees_the_port -->
+    <!-- not run: serves for ever; tests/cli/test_serve.py::test_ctrl_c_ends_it_cleanly_and_frees_the_port -->
 
 and one that needs something to be there has a command that makes it::
 
@@ -49,7 +49,7 @@ _FENCE = re.compile(
 
 _WRAPPER = """\
 import sys
-from compot_deploy.cli import main
+from compot_deploy.cli.main import main
 arguments = sys.argv[1:]
 known = ("check", "inspect", "run", "serve", "report", "-h", "--help", "--version", "--recipe")
 if arguments[:1] == ["plan"] or not arguments or arguments[0] not in known:
@@ -66,11 +66,11 @@ sys.exit(0 if code == 1 else code)  # a gate that fails on so little text
 """
 
 _PREAMBLE = """\
-import compot_deploy.pipeline as _pipeline
-_original = _pipeline.recipe_from_mapping
+import compot_deploy.recipe as _recipe  # before anybody else takes the function from there
+_original = _recipe.recipe_from_mapping
 def _small(values, *, origin):
     return _original({**%r, "calibration": "text.txt", **values}, origin=origin)
-_pipeline.recipe_from_mapping = _small
+_recipe.recipe_from_mapping = _small
 """
 
 
