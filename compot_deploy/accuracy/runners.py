@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final, Protocol
 
 import torch
 
 from compot_deploy.accuracy.onnx_runner import onnx_runner
 from compot_deploy.accuracy.runner import Runner, RunnerFactory
+from compot_deploy.accuracy.texts import OnnxTexts, TextRunner, TorchTexts
 from compot_deploy.accuracy.torch_runner import TorchRunner
+from compot_deploy.models.tasks import Task
+
+
+class TextRunnerFactory(Protocol):
+    """Opens an artifact of one kind whose model reads whole texts."""
+
+    def __call__(self, folder: Path, task: Task, *, exact: bool = False) -> TextRunner:
+        """A runner for an exported folder; `exact` switches the runtime's approximations off."""
+        ...
 
 
 def llama_runner(folder: Path, *, exact: bool = False, threads: int = 0) -> Runner:
@@ -28,7 +38,24 @@ def llama_runner(folder: Path, *, exact: bool = False, threads: int = 0) -> Runn
 
 
 def huggingface_runner(folder: Path, *, exact: bool = False, threads: int = 0) -> TorchRunner:
-    """An exported Hugging Face folder in transformers, in float32.
+    """An exported Hugging Face folder of a decoder in transformers, in float32; see `_in_transformers`."""
+    model, name = _in_transformers(folder, "AutoModelForCausalLM", exact)
+    return TorchRunner(model, name)
+
+
+def onnx_texts(folder: Path, task: Task, *, exact: bool = False) -> OnnxTexts:
+    """An exported ONNX folder: `exact` computes every quantized multiplication in float32."""
+    return OnnxTexts(folder, exact=exact)
+
+
+def huggingface_texts(folder: Path, task: Task, *, exact: bool = False) -> TorchTexts:
+    """An exported Hugging Face folder in transformers, in float32; see `_in_transformers`."""
+    model, name = _in_transformers(folder, task.auto_class, exact)
+    return TorchTexts(model, task, name)
+
+
+def _in_transformers(folder: Path, auto_class: str, exact: bool) -> tuple[Any, str]:
+    """The model of an exported Hugging Face folder, and what is run and how.
 
     Packed factors are computed exactly as they are; only bitsandbytes' own modules, which a plain model may
     consist of, round activations, and `exact` multiplies them out.
@@ -53,18 +80,23 @@ def huggingface_runner(folder: Path, *, exact: bool = False, threads: int = 0) -
         EXPORTER.read_model(folder)  # refuses what is not as we write it
     else:
         read_config(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model = getattr(transformers, auto_class).from_pretrained(
         str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
-    if plain:
-        how = "bitsandbytes multiplied out" if exact else "bitsandbytes"
-        return TorchRunner(
-            dequantized(model) if exact else model, f"transformers {transformers.__version__}, {how}"
-        )
-    return TorchRunner(model.unpack(), f"transformers {transformers.__version__}, packed factors")
+    version = f"transformers {transformers.__version__}"
+    if not plain:
+        return model.unpack().eval(), f"{version}, packed factors"
+    if exact:
+        return dequantized(model).eval(), f"{version}, bitsandbytes multiplied out"
+    return model.eval(), f"{version}, bitsandbytes"
 
 
 RUNNERS: Final[Mapping[str, RunnerFactory]] = MappingProxyType(
     {"onnx": onnx_runner, "gguf": llama_runner, "huggingface": huggingface_runner}
 )
 """Kind of artifact → the function that opens it."""
+
+TEXT_RUNNERS: Final[Mapping[str, TextRunnerFactory]] = MappingProxyType(
+    {"onnx": onnx_texts, "huggingface": huggingface_texts}
+)
+"""The same for models that read whole texts."""

@@ -8,7 +8,7 @@ Outputs are compared where they are: of every token, of every text, or pooled ov
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -230,7 +230,3 @@ def _noise(task: Task, runner: TextRunner, batch: Batch, singly: Sequence[Batch]
             alone[number, : len(output)] = output
     figures = compare_outputs(task, [batch], [together], [alone])
     return Loss(runner.name, f"{runner.name}, text by text", figures, ())
-
-
-TEXT_RUNNERS: Mapping[str, Any] = {"onnx": OnnxTexts}
-"""Kind of artifact → what opens it, for models that read whole texts."""

@@ -16,8 +16,8 @@ from compot_deploy import __version__
 from compot_deploy.accuracy.evaluate import Evaluation, check, measure
 from compot_deploy.accuracy.gate import Gate
 from compot_deploy.accuracy.outcome import AccuracyReport
-from compot_deploy.accuracy.runners import RUNNERS
-from compot_deploy.accuracy.texts import TEXT_RUNNERS, TorchTexts, check_texts, measure_texts
+from compot_deploy.accuracy.runners import RUNNERS, TEXT_RUNNERS
+from compot_deploy.accuracy.texts import TorchTexts, check_texts, measure_texts
 from compot_deploy.accuracy.torch_runner import TorchRunner
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Factorized, Matrix
@@ -157,8 +157,8 @@ def measure_losses(
             task,
             texts[0],
             texts[2],
-            TEXT_RUNNERS[kind](subject.folder),
-            TEXT_RUNNERS[kind](subject.folder, exact=True),
+            TEXT_RUNNERS[kind](subject.folder, task),
+            TEXT_RUNNERS[kind](subject.folder, task, exact=True),
             evaluation,
             gate,
             factorized=texts[1],

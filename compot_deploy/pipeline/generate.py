@@ -13,6 +13,7 @@ from compot_deploy.errors import ArtifactError, InputError
 from compot_deploy.models.tasks import task_of
 from compot_deploy.models.tokens import load_tokenizer
 from compot_deploy.models.weights import read_json
+from compot_deploy.transformers_plugin.folder import MODEL_TYPE, read_config, reveal
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def generate(path: Path, prompt: str, *, tokens: int = 64, threads: int = 1) -> 
 def _generates(folder: Path) -> bool:
     """Whether the model of a folder writes text, as its configuration says."""
     config = read_json(folder, "config.json")
-    task = task_of(
-        config if config.get("model_type") != "compot" else {"architectures": ["CompotForCausalLM"]}
-    )
+    if config.get("model_type") == MODEL_TYPE:
+        config = reveal(read_config(folder)["base_config"])
+    task = task_of(config)
     return task is not None and task.generates
