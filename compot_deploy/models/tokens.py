@@ -18,6 +18,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from compot_deploy.errors import InputError, MissingDependencyError, first_line
+from compot_deploy.models.cache import cache_argument, cache_of
 
 SELF: Final = "self"
 HELD_OUT_SHARE: Final = 0.1
