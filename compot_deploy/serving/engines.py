@@ -183,14 +183,19 @@ def _open_onnx(path: Path, threads: int, context: int | None) -> Opened:
     from compot_deploy.accuracy.onnx_runner import onnx_runner
     from compot_deploy.models.tokens import load_tokenizer
 
+    if not (path / "generation_config.json").is_file():
+        raise InputError(
+            f"{path} holds a model that gives embeddings or scores and writes no text: read it with onnxruntime or "
+            "optimum."
+        )
     runner, tokenizer = onnx_runner(path, threads=threads), load_tokenizer(path)
     longest = DEFAULT_CONTEXT if runner.context is None else runner.context
     kept = min(longest, DEFAULT_CONTEXT) if context is None else context
     if not 1 <= kept <= longest:
         raise InputError(f"A context of {kept} positions: {path.name} was made for 1 to {longest}.")
-    generation, config = _read(path / "generation_config.json"), _read(path / "config.json")
-    ends = generation.get("eos_token_id", config.get("eos_token_id"))
-    known = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    said = (_read(path / name).get("eos_token_id") for name in ("generation_config.json", "config.json"))
+    ends: Any = next((found for found in said if found is not None), [])
+    known = frozenset(ends if isinstance(ends, list) else [ends])
     described = _read(path / "tokenizer_config.json")
     return Opened(
         OnnxEngine(runner, tokenizer, known, kept),

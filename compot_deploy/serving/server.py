@@ -14,6 +14,7 @@ import io
 import ipaddress
 import json
 import logging
+import os
 import re
 import socket
 import socketserver
@@ -35,10 +36,9 @@ _POSTS: Final = {"/v1/completions": False, "/v1/chat/completions": True}
 
 _HOST: Final = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
 
-_LINGER_SECONDS: Final = (
-    2.0  # for a client to read a refusal before what it still sends breaks the connection
-)
-_MOST_UNREAD: Final = 64 << 20
+_LINGER_SECONDS: Final = 2.0
+"""For a client to read a refusal, before what it still sends breaks the connection; and the bytes that are let pass."""
+_LINGER_BYTES: Final = 64 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +57,9 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """
 
     daemon_threads = True
-    allow_reuse_address = True
+    allow_reuse_address = (
+        os.name != "nt"
+    )  # without it a port stays busy for a minute; there, two could share one
     request_queue_size = 128
 
     def __init__(
@@ -66,8 +68,9 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.service = service
         self.names = {"localhost", host.lower(), *(name.lower() for name in names)}
         self.stopping = False
-        self.reading = threading.Lock()
-        """Bodies are parsed one at a time: JSON of some MB can take a hundred times as much memory as objects."""
+        self.reading = (
+            threading.Lock()
+        )  # one body is parsed at a time: as objects it may take fifty times its bytes
         self._open: set[socket.socket] = set()
         self._change = threading.Condition()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -171,11 +174,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Closing with something unread would break the connection before its client has read the answer."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
-            end, left = time.monotonic() + _LINGER_SECONDS, _MOST_UNREAD
+            end, left = time.monotonic() + _LINGER_SECONDS, _LINGER_BYTES if self.unread else 0
             self.connection.settimeout(_LINGER_SECONDS)
-            while (
-                self.unread and left > 0 and time.monotonic() < end and (got := self.connection.recv(1 << 16))
-            ):
+            while left > 0 and time.monotonic() < end and (got := self.connection.recv(1 << 16)):
                 left -= len(got)
         super().finish()
 
@@ -187,11 +188,9 @@ class _Handler(BaseHTTPRequestHandler):
         if len(hosts) != 1 or not self.server.trusts(hosts[0]):
             self.send_error(421, "This server is not of that name: use its address, or --allow-host.")
             return False
-        own = (f"{scheme}://{hosts[0].lower()}" for scheme in ("http", "https"))
-        origin = self.headers.get("Origin")
-        if (origin is not None and origin.lower() not in own) or self.headers.get(
-            "Sec-Fetch-Site", "none"
-        ) not in ("none", "same-origin"):
+        own = [f"{scheme}://{hosts[0]}".lower() for scheme in ("http", "https")]  # the second behind a proxy
+        site = self.headers.get("Sec-Fetch-Site", "none")
+        if self.headers.get("Origin", own[0]).lower() not in own or site not in ("none", "same-origin"):
             self.send_error(403, "Other sites may not ask this server.")
             return False
         return True

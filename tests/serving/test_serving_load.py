@@ -1,6 +1,7 @@
 """Many clients at once, some of which leave: every answer is right, and the server is afterwards as it was before.
 
-``COMPOT_DEPLOY_LOAD=1000`` asks as many questions of each format; it took a quarter of an hour on two cores.
+``COMPOT_DEPLOY_LOAD=1000`` asks as many questions of each format, which took three minutes and a half on two busy
+cores.
 """
 
 from __future__ import annotations
@@ -125,10 +126,13 @@ def test_many_clients_leave_nothing_behind_and_none_gets_the_answer_of_another(
         before = settled(process.pid, url)
         outcomes = round_of(range(REQUESTS))
         after = settled(process.pid, url)
+        print(
+            f"{kind}: {REQUESTS} requests, {outcomes.count('right')} answers, {before} before, {after} after"
+        )
         assert set(outcomes) == {"right", "left"}, set(outcomes)
         assert outcomes.count("right") > REQUESTS / 4
         assert (after.threads, after.files) == (before.threads, before.files)
-        assert after.kilobytes - before.kilobytes < 8_000, (before, after)
+        assert after.kilobytes - before.kilobytes < 6_000, (before, after)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     assert threading.active_count() < AT_ONCE

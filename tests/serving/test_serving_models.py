@@ -69,8 +69,9 @@ def test_a_token_that_ends_the_text_is_not_part_of_it(
     if kind != "onnx":
         pytest.skip("llama.cpp's own")
     _, made = served.greedy(PROMPT, 12)
-    for name, ends in (("one", made[5]), ("several", [made[5], 2])):
-        folder = copied(models["onnx"], tmp_path / name, generation_config={"eos_token_id": ends})
+    own, one, several = {"eos_token_id": None}, {"eos_token_id": made[5]}, {"eos_token_id": [made[5], 2]}
+    for name, generation, config in (("one", one, {}), ("several", several, {}), ("config", own, one)):
+        folder = copied(models["onnx"], tmp_path / name, generation_config=generation, config=config)
         with serving(folder) as shorter:
             assert shorter.greedy(PROMPT, 12)[1] == made[: made.index(made[5])]
 
@@ -110,6 +111,10 @@ def test_what_cannot_be_served_is_one_sentence(
 ) -> None:
     with pytest.raises(ArtifactError, match=r"neither a GGUF file nor onnx/model\.onnx"):
         open_model(tmp_path)
+    if kind == "onnx":
+        (copied(models[kind], tmp_path / "encoder") / "generation_config.json").unlink()
+        with pytest.raises(InputError, match="writes no text"):
+            open_model(tmp_path / "encoder")
     with pytest.raises(InputError, match=r"A context of 9999 positions: small.* was made for 1 to 256"):
         open_model(models[kind], context=9999)
     assert main([str(tmp_path / "nothing.gguf")]) == 2
