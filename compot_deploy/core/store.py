@@ -39,13 +39,6 @@ def load_matrices(path: Path) -> dict[str, Matrix]:
         return {name: _get(entry, reader) for name, entry in layout.items()}
 
 
-def block_weights(path: Path, block: str) -> dict[str, Tensor]:
-    """The weights that a file of `save_matrices` stands for, (in, out), by path inside a block."""
-    return {
-        name.removeprefix(f"{block}."): matrix.dequantize() for name, matrix in load_matrices(path).items()
-    }
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors as safetensors under a temporary name, then rename."""
     temporary = path.with_name(path.name + ".part")
