@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compot_deploy import plan
+from compot_deploy.pipeline.deploy import (plan)
 from compot_deploy.embedded import MODEL
 
 BITS = 2.2
