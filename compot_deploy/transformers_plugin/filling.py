@@ -45,7 +45,7 @@ def from_compressed(model: CompressedModel, *, dtype: torch.dtype = torch.float3
         entries.append(tied_head(model, entries))
     outline = outline_of(model)
     base = CompotConfig(base_config=base_config(model)).base()
-    base_class = type(outline.meta)
+    base_class: Any = type(outline.meta)
     base.compot = to_json(entries, base_class.__name__)
     made = compressed_class(base_class, door_name(outline.task.auto_class))._from_config(base, dtype=dtype)
     for name, matrix in values.items():

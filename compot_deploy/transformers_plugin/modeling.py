@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from compot_deploy.core.matrix import Matrix
@@ -176,10 +176,3 @@ def linears_of(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and not isinstance(module, CompotLinear)
     }
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """Weight of a linear or Conv1D as (in, out)."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach() if isinstance(module, Conv1D) else weight.detach().T

@@ -53,8 +53,8 @@ def write_bnb(model: CompressedModel, folder: Path, shards: Shards) -> None:
             raise RecipeError(f"{name} cannot be written in bitsandbytes' layout: only plain linears can.")
     if len(grids) != 1:
         raise RecipeError(f"bitsandbytes' layout has one grid for all linears, and here are {len(grids)}.")
-    for name, tensor in loose_tensors(model, outline):
-        shards.add(name, tensor)
+    for name, loose in loose_tensors(model, outline):
+        shards.add(name, loose)
     shards.finish()
     (grid,) = grids
     own = {"format": FORMAT, "linears": str(grid)}

@@ -165,8 +165,8 @@ class HuggingFaceExporter:
             entries.append(entry)
             for tensor, value in _stored(entry, matrix):
                 shards.add(tensor, value)
-        for name, tensor in loose_tensors(model, outline):
-            shards.add(name, tensor)
+        for name, loose in loose_tensors(model, outline):
+            shards.add(name, loose)
         shards.finish()
         if shares_packed_table(model):
             entries.append(tied_head(model, entries))

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from compot_deploy.planning.factorization import grams_by_input
 from compressed_folders import IDS
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config
 
 from compot_deploy.errors import CompotDeployError, InputError, RecipeError
-from compot_deploy.pipeline.in_memory import factorize
+from compot_deploy.pipeline.in_memory import collect_grams, factorize
 from compot_deploy.transformers_plugin.modeling import linears_of
 from compot_deploy.transformers_plugin.weight_files import WEIGHTS
 
@@ -69,10 +68,11 @@ def test_grams_leave_padding_out() -> None:
     changed = batches()
     for batch in changed:
         batch["input_ids"] = torch.where(batch["attention_mask"] == 1, batch["input_ids"], 7)
-    model = bert()
-    linears = linears_of(model)
-    (one, _), (two, _) = grams_by_input(model, linears, batches()), grams_by_input(model, linears, changed)
-    first = "encoder.layer.0.attention.self.query"
+    model, first = bert(), "encoder.layer.0.attention.self.query"
+    one, two = (
+        {group.name: gram.matrix for group, gram in collect_grams(model, some).items()}
+        for some in (batches(), changed)
+    )
     assert torch.allclose(one[first], two[first])
 
 
