@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.core.store import Without
-from compot_deploy.errors import ArtifactError, UnsupportedModelError
+from compot_deploy.errors import ArtifactError, InputError, UnsupportedModelError
 from compot_deploy.models.compressed import CompressedModel, Tables
 from compot_deploy.models.hints import ARCHITECTURES
 from compot_deploy.models.sites import Layout, discover
@@ -127,9 +127,17 @@ def outline_of(model: CompressedModel) -> Outline:
     """The outline of a compressed model.
 
     Raises:
-        UnsupportedModelError: transformers has no model for its configuration.
+        InputError: transformers refuses its configuration.
+        UnsupportedModelError: transformers has no model for it.
     """
-    return _outline(json.dumps(model.stored_config, sort_keys=True), model.task)
+    try:
+        return _outline(json.dumps(model.stored_config, sort_keys=True), model.task)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # validation errors differ from version to version
+        raise InputError(
+            f"transformers refuses the configuration of this {model.model_type}: {error}"
+        ) from error
 
 
 def outline_of_config(config: Mapping[str, Any], where: str) -> Outline:

@@ -16,6 +16,8 @@ from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from compot_deploy.models.skeleton import ValuesUnknown
+
 WHOLE: Final = ""
 """Path of the one block of a model in which no repeated blocks are found: the model itself."""
 
@@ -286,7 +288,7 @@ def discover(model: nn.Module, batch: Any) -> Layout:
         for path, forward in own.items():
             model.get_submodule(path).forward = watched(path, forward)
         try:
-            with torch.no_grad():
+            with ValuesUnknown(), torch.no_grad():
                 model(**batch)
         finally:
             for path in own:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.models.tasks import Task
@@ -31,6 +32,30 @@ def without_parameters(config: Any, task: Task, dtype: torch.dtype) -> Any:
     """A model with parameters on ``meta`` and real buffers: rotary frequencies are computed, not stored."""
     with _parameters_on_meta():
         return _made(config, task, dtype)
+
+
+class ValuesUnknown(TorchFunctionMode):
+    """Lets a model on ``meta`` ask for the value of a tensor, which nobody knows there: it is told zero.
+
+    Rotary embeddings ask whether a text is longer than any before, masks whether they hide anything. Shapes do not
+    depend on the answer.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See `torch.overrides.TorchFunctionMode`."""
+        answer = _ANSWERS.get(function)
+        if answer is not None and args[0].is_meta:
+            return answer()
+        return function(*args, **(kwargs or {}))
+
+
+_ANSWERS: Final[Mapping[Any, Callable[[], Any]]] = {
+    torch.Tensor.__bool__: bool,
+    torch.Tensor.__int__: int,
+    torch.Tensor.__index__: int,
+    torch.Tensor.__float__: float,
+    torch.Tensor.item: int,
+}
 
 
 def _made(config: Any, task: Task, dtype: torch.dtype) -> Any:

@@ -105,10 +105,10 @@ def entry_of(name: str, matrix: Matrix, owners: dict[str, str]) -> Entry:
 
 def shares_packed_table(model: CompressedModel) -> bool:
     """Whether the head uses a token table that is packed."""
-    embedding = model.embedding
-    if not model.tied or embedding is None or embedding not in model.matrices:
+    table = model.embedding
+    if not model.tied or table is None or table not in model.matrices:
         return False
-    return not isinstance(model.matrices[embedding], Dense)
+    return not isinstance(model.matrices[table], Dense)
 
 
 def tied_head(model: CompressedModel, entries: Sequence[Entry]) -> Entry:

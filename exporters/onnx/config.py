@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from compot_deploy.exporters.onnx.shape import decoder_shape, portable_config, transformers_config
-from compot_deploy.models.decoders import CAUSAL_CLASSES
 from compot_deploy.models.hints import Architecture
 
 
@@ -27,12 +26,20 @@ def config_json(architecture: Architecture, config: Mapping[str, Any], tied: boo
     settings = transformers_config(config)
     theta = (getattr(settings, "rope_parameters", None) or {}).get("rope_theta") or settings.rope_theta
     result["rope_theta"] = result["rope_parameters"]["rope_theta"] = float(theta)
-    result.setdefault("architectures", [CAUSAL_CLASSES[architecture.model_type]])
+    if "architectures" not in result:
+        result["architectures"] = [_causal_class(settings)]
     result["head_dim"] = decoder_shape(architecture, config).head_size
     result["tie_word_embeddings"] = tied
     result["dtype"] = "float32"
     result["transformers.js_config"] = {"use_external_data_format": True, "dtype": "fp32"}
     return dict(sorted(result.items()))
+
+
+def _causal_class(settings: Any) -> str:
+    """The class that transformers takes for a decoder of this configuration."""
+    from transformers import AutoModelForCausalLM
+
+    return str(AutoModelForCausalLM._model_mapping[type(settings)].__name__)
 
 
 def generation_config_json(config: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ from compot_deploy.exporters.onnx.shape import (
 from compot_deploy.exporters.onnx.storage import OnnxCodes, OnnxOps
 from compot_deploy.exporters.onnx.tensors import TensorWriter
 from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.outline import Outline, outline_of
 
 OPSET: Final = 21
 
@@ -95,7 +96,7 @@ def build_decoder(
         accuracy_level=accuracy_level,
         codes=codes,
     )
-    builder = _Decoder(graph, model, shape)
+    builder = _Decoder(graph, model, shape, outline_of(model))
     builder.build(rotary_tables(model.config, rows))
     made = helper.make_graph(
         graph.nodes, "decoder", builder.inputs(), builder.outputs(), list(graph.tensors.values())
@@ -116,6 +117,7 @@ class _Decoder:
     graph: GraphBuilder
     model: CompressedModel
     shape: DecoderShape
+    outline: Outline
 
     def inputs(self) -> list[onnx.ValueInfoProto]:
         ids = [("input_ids", ["batch_size", "sequence_length"])]
@@ -262,7 +264,7 @@ class _Decoder:
         """The token embedding, and its table for a head that is tied to it."""
         name = self.model.native.embedding
         matrix = self.model.matrices[name]
-        _check_shape(name, matrix, (self.shape.hidden, self.shape.vocabulary))
+        self._check_shape(name, matrix)
         return self.graph.embedding(name, matrix, "input_ids", tied=self.model.tied)
 
     def _head(self, source: str, table: TokenTable) -> None:
@@ -275,8 +277,13 @@ class _Decoder:
 
     def _linear(self, module: str, source: str) -> str:
         matrix = self.model.matrices[module]
-        _check_shape(module, matrix, self.shape.linear(module.rpartition(".")[2]))
+        self._check_shape(module, matrix)
         return self.graph.linear(module, matrix, source, self.model.bias(module))
+
+    def _check_shape(self, name: str, matrix: Matrix) -> None:
+        expected = self.outline.shape(name)
+        if matrix.shape != expected:
+            raise ValueError(f"{name} is {matrix.shape}, and the configuration makes it {expected}.")
 
     def _norm(self, module: str, stream: str, delta: str | None) -> tuple[str, str]:
         """(residual stream, its norm); a `delta` is added to the stream first."""
@@ -315,8 +322,3 @@ class _Decoder:
         split = graph.node("Reshape", [value, graph.constant([0, 0, heads, size])], f"{path}/split/Reshape")
         normed = self._plain_norm(path, split, weight)
         return graph.node("Reshape", [normed, graph.constant([0, 0, heads * size])], f"{path}/join/Reshape")
-
-
-def _check_shape(name: str, matrix: Matrix, expected: tuple[int, int]) -> None:
-    if matrix.shape != expected:
-        raise ValueError(f"{name} is {matrix.shape}, and the configuration makes it {expected}.")

@@ -11,6 +11,7 @@ from torch import nn
 
 from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.models.cache import cache_of, cache_tensors
+from compot_deploy.models.skeleton import ValuesUnknown
 
 Task: TypeAlias = Literal["features", "generation"]
 """What a graph is for: one pass over whole texts, or text token by token with a cache."""
@@ -75,7 +76,7 @@ def interface_of(model: nn.Module) -> Interface:
     arguments: dict[str, Any] = {"input_ids": tokens}
     if task == "generation":
         arguments["use_cache"] = True
-    with torch.inference_mode():
+    with ValuesUnknown(), torch.inference_mode():
         found = model(**arguments)
     output = "logits" if getattr(found, "logits", None) is not None else "last_hidden_state"
     if getattr(found, output, None) is None:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from compot_deploy.errors import InputError, UnsupportedModelError
-from compot_deploy.models.decoders import linear_shapes
 from compot_deploy.models.hints import Architecture
 
 ROPE_TYPES: Final = ("default", "linear", "dynamic", "yarn", "llama3")
@@ -52,16 +51,6 @@ class DecoderShape:
     def fused_rotary(self) -> bool:
         """Whether GroupQueryAttention can rotate by itself: it takes heads of multiples of 16."""
         return self.head_size % 16 == 0
-
-    def linear(self, name: str) -> tuple[int, int]:
-        """(in, out) of a linear by the last part of its path."""
-        sizes = {
-            "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.key_value_heads,
-        }
-        return (linear_shapes(sizes, self.head_size) | {"lm_head": (self.hidden, self.vocabulary)})[name]
 
 
 @dataclass(frozen=True)
