@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from compot_deploy.errors import (
     EXIT_UNSUPPORTED_MODEL,
 )
 from compot_deploy.exporters.artifact import verify
+from compot_deploy.recipe import default_of, knobs
 from compot_deploy.report.json import from_json
 from compot_deploy.report.model_card import model_card
 
@@ -274,13 +276,28 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     assert (out / name).read_bytes() == (finished / name).read_bytes()
 
 
-def test_help_names_every_knob_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", [[], ["plan"]], ids=["deploy", "plan"])
+def test_help_names_every_knob_and_exit_code(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")  # a line that is not broken is a line that can be searched
     with pytest.raises(SystemExit):
-        cli.main(["--help"])
-    shown = capsys.readouterr().out
-    for flag in ("--quant", "--ratio", "--format", "--calibration", "--max-kl", "--force"):
-        assert flag in shown
-    assert "75 interrupted" in shown
+        cli.main([*command, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    missing = []
+    for knob in knobs():
+        flag = "MODEL" if knob.name == "model" else f"--{knob.name.replace('_', '-')}"
+        value = default_of(knob)
+        # The entry itself, not a mention in the usage or in the help of another: flag, values, then its sentence.
+        entry = re.search(
+            rf"(?<![\w-]){flag}( [A-Z]+| {{[^}}]*}})? {re.escape(' '.join(knob.metadata['help'].split()))}(.*)",
+            shown,
+        )
+        if entry is None or (value not in (None, False) and not entry[2].startswith(" (default: ")):
+            missing.append(flag)
+    assert missing == []
+    for code in (0, 1, 2, 3, 4, 75):
+        assert re.search(rf"exit codes:.*\b{code} \w", shown), code
 
 
 def test_nothing_is_asked_of_the_network(
@@ -296,8 +313,8 @@ def test_nothing_is_asked_of_the_network(
     "arguments",
     [
         ["--quant", "none", "--embeddings", "none"],
-        ["--quant", "int8", "--quantizer", "rtn", "--allocation", "uniform"],
-        ["--quant", "int4", "--method", "svd-llm", "--code-bits", "8"],
+        ["--quant", "int8", "--quantizer", "rtn", "--allocation", "uniform", "--dtype", "bfloat16"],
+        ["--quant", "int4", "--method", "svd-llm", "--code-bits", "8", "--dtype", "float16"],
         ["--quant", "int4", "--onnx-ops", "qdq", "--dictionary-bits", "8", "--paper-exact"],
         ["--quant", "int4", "--calibration", "self", "--ratio", "0.35", "--code-group", "16"],
     ],

@@ -57,11 +57,11 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shell(tmp_path: Path) -> dict[str, str]:
-    """An environment whose `python` writes down what it is to install, and whose compot-deploy is ours."""
+    """An environment whose `python` writes down what it is to do, and whose compot-deploy is ours; it has no torch."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for name, line in (
-        ("python", f'printf "%s\\n" "$*" >> "{tmp_path}/installed"'),
+        ("python", f'printf "%s\\n" "$*" >> "{tmp_path}/installed"; case "$*" in -c*|*+cpu*) exit 1; esac'),
         ("compot-deploy", f'exec "{sys.executable}" -m compot_deploy.cli.main "$@"'),
     ):
         (programs / name).write_text(f"#!/bin/sh\n{line}\n")
@@ -154,7 +154,13 @@ def test_the_example_passes_and_fails_on_a_planted_regression(
     shutil.copytree(repository, folder)
     ran = run_workflow(folder, shell, "")
     assert ran == ["Install compot-deploy", "Compress", "Check", "Keep the report", "Ship"]
-    assert (tmp_path / "installed").read_text() == f"-m pip install --quiet {ROOT}[onnx,report]\n"
+    assert (tmp_path / "installed").read_text().splitlines() == [
+        "-c import torch",
+        "-m pip install --quiet torch==2.13.0+cpu",
+        "-m pip install --quiet torch==2.13.0",
+        f"-m pip install --quiet --no-deps --require-hashes -r {ROOT}/locks/demo.txt",
+        f"-m pip install --quiet --no-deps --no-build-isolation {ROOT}",
+    ]
     report = from_json((folder / "report" / "report.json").read_text(encoding="utf-8"))
     assert report.passed and {one.name for one in report.accuracy.gate.criteria} >= {
         "max_bytes", "kl_growth", "bytes_growth",
