@@ -15,9 +15,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config
 from whole_models import hooked_grams
 
-from compot_deploy.pipeline.in_memory import (factorize)
 from compot_deploy.errors import CompotDeployError, InputError, RecipeError
-from compot_deploy.pipeline.in_memory import collect_grams
+from compot_deploy.pipeline.in_memory import collect_grams, factorize
 from compot_deploy.transformers_plugin.modeling import linears_of
 from compot_deploy.transformers_plugin.weight_files import WEIGHTS
 
