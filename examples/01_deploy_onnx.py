@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from compot_deploy.pipeline.deploy import (deploy)
+from compot_deploy.pipeline.deploy import deploy
 
 
 def main(model: str | None = None) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compot_deploy.pipeline.deploy import (plan)
 from compot_deploy.embedded import MODEL
+from compot_deploy.pipeline.deploy import plan
 
 BITS = 2.2
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from compot_deploy.pipeline.deploy import (deploy)
+from compot_deploy.pipeline.deploy import deploy
 from compot_deploy.pipeline.generate import generate
 
 PROMPT = "Return a"

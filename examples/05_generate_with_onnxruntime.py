@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from compot_deploy.pipeline.deploy import (deploy)
+from compot_deploy.pipeline.deploy import deploy
 
 
 def make(folder: Path) -> None:

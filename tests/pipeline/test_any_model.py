@@ -12,7 +12,8 @@ import torch
 from consumer_environments import python_with
 from places import FORMATS, KINDS, Exported, Place
 
-from compot_deploy import check, deploy, plan
+from compot_deploy import (check)
+from compot_deploy.pipeline.deploy import (deploy, plan)
 from compot_deploy.accuracy.texts import OnnxTexts
 from compot_deploy.cli.main import main
 from compot_deploy.core.grid import Grid
