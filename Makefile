@@ -76,7 +76,7 @@ compatibility: $(VENV)/dev.stamp
 		tests/models/test_streaming.py tests/models/test_source.py tests/cli/test_cli.py tests/exporters/onnx/test_onnx_folder.py \
 		tests/exporters/onnx/test_onnx_consumers.py tests/exporters/onnx/test_onnx_graph.py tests/exporters/onnx/test_onnx_traced.py tests/accuracy/test_runners.py tests/models/test_tokens.py
 	COMPOT_DEPLOY_OPTIMUM_PYTHON=$(OLD)/bin/python $(BIN)/python -m pytest -q \
-		tests/exporters/onnx/test_onnx_consumers.py tests/exporters/onnx/test_onnx_traced.py tests/pipeline/test_traced.py -k optimum
+		tests/exporters/onnx/test_onnx_consumers.py tests/exporters/onnx/test_onnx_traced.py tests/pipeline/test_any_model.py -k optimum
 	$(PYTHON) -m venv $(GENAI)
 	$(GENAI)/bin/python -m pip install --quiet --no-deps --require-hashes -r locks/genai.txt
 	COMPOT_DEPLOY_GENAI_PYTHON=$(GENAI)/bin/python $(BIN)/python -m pytest -q tests/exporters/onnx/test_onnx_consumers.py -k genai_generates
