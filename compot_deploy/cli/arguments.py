@@ -9,7 +9,7 @@ from typing import Any, Final, NoReturn
 
 from compot_deploy import __version__
 from compot_deploy.errors import EXIT_CODES, RecipeError
-from compot_deploy.recipe import Recipe, default_of, knob_type, knobs, recipe_from_mapping
+from compot_deploy.recipe import Recipe, default_of, knob_type, knobs, recipe_from_mapping, recipe_from_toml
 
 _GROUPS: Final = {
     "model": "what and where",
@@ -65,7 +65,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     values = {key: value for key, value in vars(options).items() if value is not None}
     path = values.pop("recipe", None)
     if path is not None:
-        return Recipe.from_toml(path, **values)
+        return recipe_from_toml(path, **values)
     return recipe_from_mapping(values, origin="the command line")
 
 

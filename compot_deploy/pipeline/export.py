@@ -22,7 +22,7 @@ from compot_deploy.pipeline.texts import EVALUATION, evaluation_json
 from compot_deploy.pipeline.workspace import RECIPE
 from compot_deploy.planning.settings import Settings, options_of
 from compot_deploy.progress import Progress, silent
-from compot_deploy.recipe import Recipe
+from compot_deploy.recipe import Recipe, recipe_to_toml
 
 _PLACES: Final = ("out", "force", "archive")
 """Options that say nothing about what was made."""
@@ -48,7 +48,7 @@ def export(
         progress(1, 1, f"Write {kind}")
         (folder / EVALUATION).parent.mkdir(exist_ok=True)
         write_text(folder / EVALUATION, evaluation_json(evaluation))
-        write_text(folder / RECIPE, recipe.to_toml())
+        write_text(folder / RECIPE, recipe_to_toml(recipe))
         # What a file rounds is described and judged by what it holds.
         rounds = exporter.multiplies_out(options)
         model = exporter.read_model(folder) if rounds else compression.model

@@ -12,8 +12,7 @@ import torch
 from consumer_environments import python_with
 from places import FORMATS, KINDS, Exported, Place
 
-from compot_deploy import (check)
-from compot_deploy.pipeline.deploy import (deploy, plan)
+from compot_deploy import check
 from compot_deploy.accuracy.texts import OnnxTexts
 from compot_deploy.cli.main import main
 from compot_deploy.core.grid import Grid
@@ -23,7 +22,7 @@ from compot_deploy.exporters.artifact import unlisted_files, verify
 from compot_deploy.exporters.manifest import MANIFEST
 from compot_deploy.models.source import open_source
 from compot_deploy.models.tokens import TokenWindows
-from compot_deploy.pipeline.deploy import run
+from compot_deploy.pipeline.deploy import deploy, plan, run
 from compot_deploy.pipeline.evaluation import CARD, HTML, JUNIT, REPORT, REPORT_FILES
 from compot_deploy.pipeline.texts import EVALUATION, calibration_windows, evaluation_windows
 from compot_deploy.pipeline.workspace import RECIPE

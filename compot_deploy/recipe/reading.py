@@ -1,0 +1,90 @@
+"""Recipes from files and keywords, and back to files; every value is checked against the type of its knob."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from compot_deploy.errors import InputError, RecipeError
+from compot_deploy.recipe.knob_types import accepts, describe, fits, hints
+from compot_deploy.recipe.knobs import Recipe
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover - Python 3.10 only
+    import tomli as tomllib
+
+
+def recipe_to_toml(recipe: Recipe) -> str:
+    """The recipe as TOML, one commented knob a line; knobs left unset are commented out."""
+    lines = ["# A compot-deploy recipe: use it with --recipe FILE."]
+    group = None
+    for knob in fields(recipe):
+        if knob.metadata["group"] != group:
+            group = knob.metadata["group"]
+            lines += ["", f"# {group}"]
+        value = getattr(recipe, knob.name)
+        unit = f" [{knob.metadata['unit']}]" if knob.metadata["unit"] else ""
+        line = f"{knob.name} = {_toml_value(value)}" if value is not None else f"# {knob.name} ="
+        lines.append(f"{line}  # {knob.metadata['help']}{unit}")
+    return "\n".join(lines) + "\n"
+
+
+def recipe_from_toml(path: Path, **overrides: Any) -> Recipe:
+    """Read a recipe file; `overrides` win over the file.
+
+    Raises:
+        InputError: the file is missing or is not TOML.
+        RecipeError: an unknown key, or a value of the wrong type.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"The recipe {path} does not exist.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"The recipe {path} cannot be read: {error}.") from None
+    return recipe_from_mapping({**values, **overrides}, origin=str(path))
+
+
+def recipe_from_mapping(values: Mapping[str, Any], origin: str) -> Recipe:
+    """A recipe from parsed values, each checked against its knob's type.
+
+    Args:
+        values: knob to value; lists are taken for tuples, integers for floats.
+        origin: where the values come from, for the error message.
+
+    Raises:
+        RecipeError: an unknown knob, or a value of the wrong type.
+    """
+    types = hints()
+    unknown = sorted(set(values) - set(types))
+    if unknown:
+        raise RecipeError(f"{origin}: unknown key {unknown[0]!r}. Known keys: {', '.join(sorted(types))}.")
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        kind = types[name]
+        converted = tuple(value) if isinstance(value, list) else value
+        if isinstance(converted, str) and name in ("format", "compare"):
+            converted = (converted,)
+        if isinstance(converted, tuple) and name == "compare":
+            converted = tuple(part for entry in converted for part in str(entry).split(","))
+        if isinstance(converted, int) and not isinstance(converted, bool) and accepts(kind, float):
+            converted = float(converted) if not accepts(kind, int) else converted
+        if not fits(converted, kind):
+            raise RecipeError(f"{origin}: {name} = {value!r} is not {describe(kind)}.")
+        checked[name] = converted
+    return Recipe(**checked)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in escaped) + '"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return repr(value)
