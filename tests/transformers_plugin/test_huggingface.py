@@ -29,7 +29,7 @@ from compot_deploy.exporters.huggingface.shards import account
 from compot_deploy.exporters.manifest import MANIFEST, read_manifest
 from compot_deploy.transformers_plugin.configuration import CompotConfig
 from compot_deploy.transformers_plugin.filling import from_compressed
-from compot_deploy.transformers_plugin.folder import AUTO_MAP, read_config
+from compot_deploy.transformers_plugin.folder import AUTO_MAP, CODE, read_config
 from compot_deploy.transformers_plugin.weight_files import INDEX, WEIGHTS
 
 transformers.utils.logging.disable_progress_bar()
@@ -206,14 +206,25 @@ with torch.no_grad():
 def test_the_file_that_auto_map_points_to_finds_every_class_that_it_names() -> None:
     program = """
 import compot_deploy, torch
-from compot_deploy.transformers_plugin.folder import AUTO_MAP, CODE_TEXT
+from compot_deploy.transformers_plugin.folder import AUTO_MAP, KNOWN_CODE
 names = {target.partition(".")[2] for target in AUTO_MAP.values()}
-found = {}
-exec(CODE_TEXT, found)
-assert len(names) == 8 and names <= set(found), names - set(found)
-print({found[name].__name__ for name in names} == names)
+for text in KNOWN_CODE:
+    found = {}
+    exec(text, found)
+    assert len(names) == 8 and names <= set(found), names - set(found)
+    print({found[name].__name__ for name in names} == names)
 """
-    assert run(program).split() == ["True"]
+    assert run(program).split() == ["True", "True"]
+
+
+def test_folders_of_version_0_1_load_with_and_without_their_code(tmp_path: Path) -> None:
+    folder = written(tmp_path)
+    expected = logits(load(folder))
+    text = (folder / CODE).read_text().replace("compot_deploy.transformers_plugin", "compot_deploy.huggingface")
+    (folder / CODE).write_text(text)
+    assert EXPORTER.lint(folder) == ()
+    for trust in (False, True):
+        assert torch.equal(logits(load(folder, trust_remote_code=trust)), expected)
 
 
 def test_importing_is_cheap_and_transformers_learns_of_us_when_it_comes() -> None:
