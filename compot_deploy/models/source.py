@@ -7,6 +7,7 @@ transformers builds from the configuration, on the device ``meta``: nothing is d
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from compot_deploy.errors import InputError, UnsupportedModelError
 from compot_deploy.models.hints import ARCHITECTURES, Architecture, find_architecture
-from compot_deploy.models.sites import Layout, Site, discover
+from compot_deploy.models.sites import Layout, Site, blocks_of, discover
 from compot_deploy.models.skeleton import on_meta, without_parameters
 from compot_deploy.models.tasks import Task, task_of
 from compot_deploy.models.weights import Held, LazyTensors, Renamed, read_json, weight_files
@@ -48,6 +49,9 @@ _HUB_PATTERNS: Final = [
 ]
 _CONTEXT: Final = 2048
 """Tokens that a model is taken to read where its configuration does not say."""
+
+_COMPUTED: Final = (r"rotary_emb\.inv_freq$", r"position_ids$", r"\.masked_bias$")
+"""Buffers that old checkpoints store, and that models compute."""
 
 _OLD_NAMES: Final = ((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias"))
 
@@ -100,6 +104,20 @@ class ModelSource:
     def sites(self) -> Mapping[str, Site]:
         """Every matrix of the blocks, by name."""
         return {site.name: site for site in self.layout.sites}
+
+    @cached_property
+    def outside(self) -> tuple[str, ...]:
+        """Linears that stand outside of the blocks and are no tables, by name: poolers, classifiers."""
+        layout = self.layout
+        return tuple(
+            name
+            for name, module in self.meta.named_modules()
+            if isinstance(module, nn.Linear)
+            and name not in self.sites
+            and name not in (layout.embedding, layout.head)
+            and f"{name}.weight" in self.tensors
+            and not any(name.startswith(f"{block}.") for block in layout.blocks)
+        )
 
     @property
     def model_type(self) -> str:
@@ -304,14 +322,34 @@ def _tensors(folder: Path, files: LazyTensors, meta: Any, task: Task) -> Mapping
     Some checkpoints are older than the code of their model: transformers renames, splits and stacks tensors while it
     loads them. Such a model is loaded as a whole.
     """
+    unknown = set(files) - set(_names(files, meta).values())
     try:
-        return _matched(folder, files, meta)
+        found = _matched(folder, files, meta)
     except InputError:
-        unknown = set(files) - set(_names(files, meta).values())
         loaded = _loaded(folder, task) if unknown else None
         if loaded is None:
             raise
         return loaded
+    _check_nothing_is_lost(folder, unknown - set(found.names.values()), meta, task)
+    return found
+
+
+def _check_nothing_is_lost(folder: Path, unknown: set[str], meta: Any, task: Task) -> None:
+    """Refuse weights that the model would compute without: biases that the configuration denies, for example.
+
+    Heads of other tasks may be there beside an encoder; what is computed and not learned may be there anywhere.
+    """
+    computed = (*_COMPUTED, *(getattr(meta, "_keys_to_ignore_on_load_unexpected", None) or ()))
+    prefix = f"{getattr(meta, 'base_model_prefix', '')}."
+    inside = tuple(f"{path}." for path in blocks_of(meta))
+    inside += tuple(path.removeprefix(prefix) for path in inside)
+    for name in sorted(unknown):
+        if any(re.search(pattern, name) for pattern in computed):
+            continue
+        if task.generates or name.startswith(inside) or name.removeprefix(prefix).startswith(inside):
+            raise InputError(
+                f"{folder}: the model that config.json promises does not know: {name}. It would compute without it."
+            )
 
 
 def _loaded(folder: Path, task: Task) -> Mapping[str, Tensor] | None:

@@ -75,23 +75,23 @@ class Renamed(Mapping[str, Tensor]):
     """
 
     def __init__(self, tensors: LazyTensors, names: Mapping[str, str]) -> None:
-        self._tensors, self._names = tensors, names
+        self._tensors, self.names = tensors, names
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self._names[name]]
+        return self._tensors[self.names[name]]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names
+        return name in self.names
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading its values."""
-        return self._tensors.shape(self._names[name])
+        return self._tensors.shape(self.names[name])
 
 
 class Held(Mapping[str, Tensor]):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from torch import nn
 
 from compot_deploy.core.matrix import Dense, Matrix
 from compot_deploy.core.store import StoredMatrices, Without, save_matrices
@@ -253,17 +252,8 @@ def _model(settings: Settings, files: Mapping[str, Path], work: Path) -> Compres
 
 def _outside(settings: Settings, work: Path) -> dict[str, Path]:
     """Linears outside of the blocks, as they are: poolers, classifiers."""
-    source, layout = settings.source, settings.source.layout
-    path = work / "outside.safetensors"
-    names = [
-        name
-        for name, module in source.meta.named_modules()
-        if isinstance(module, nn.Linear)
-        and name not in source.sites
-        and name not in (layout.embedding, layout.head)
-        and f"{name}.weight" in source.tensors
-        and not any(name.startswith(f"{block}.") for block in layout.blocks)
-    ]
+    source, path = settings.source, work / "outside.safetensors"
+    names = source.outside
     if names and not path.exists():
         save_matrices(path, {name: Dense(source.weight(name).float().contiguous()) for name in names})
     return dict.fromkeys(names, path)

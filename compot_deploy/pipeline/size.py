@@ -99,8 +99,9 @@ def model_of_stand_ins(settings: Settings, plan: Plan) -> CompressedModel:
         made |= _stand_ins(entry.candidate.form, {name: source.shape(name) for name in entry.names})
     matrices = {name: made[name] for name in layout.names}
     matrices |= {name: _leaf(*source.shape(name), grid) for name, grid in settings.tables.items()}
+    matrices |= {name: _leaf(*source.shape(name), None) for name in source.outside}
     written = {f"{name}.weight" for name in (layout.embedding, layout.head) if name is not None}
-    written |= {site.parameter for site in layout.sites}
+    written |= {site.parameter for site in layout.sites} | {f"{name}.weight" for name in source.outside}
     return CompressedModel(
         architecture=source.architecture,
         config=source.config,
@@ -109,6 +110,7 @@ def model_of_stand_ins(settings: Settings, plan: Plan) -> CompressedModel:
         tied=layout.tied,
         source=str(source.folder),
         tables=Tables(layout.embedding, layout.head),
+        outside=frozenset(source.outside),
     )
 
 

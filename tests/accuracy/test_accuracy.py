@@ -19,6 +19,7 @@ from compot_deploy.accuracy.outcome import AccuracyReport, Continuation
 from compot_deploy.accuracy.runner import Runner
 from compot_deploy.accuracy.torch_runner import torch_runner
 from compot_deploy.errors import InputError, RecipeError
+from compot_deploy.models.source import open_source
 from compot_deploy.models.tokens import make_windows
 
 
@@ -131,7 +132,7 @@ def test_a_real_export_is_judged_at_level_0_and_shown_as_shipped(tmp_path: Path)
 
 def test_the_noise_floor_of_a_transformer_is_rounding(tmp_path: Path) -> None:
     tiny.model("llama").save_pretrained(tmp_path)
-    runner = torch_runner(tmp_path)
+    runner = torch_runner(open_source(tmp_path))
     windows = [torch.randint(320, (length,)) for length in (40, 40, 24)]
     judged = Evaluation(make_windows(windows, "random", 320), ((1, 2),), decode, 4)
     report = check(runner, runner, runner, runner, judged, Gate())

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import builtins
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from toy_models import VOCABULARY, ToyRunner, save_toy_onnx, toy_weights
 
 from compot_deploy.accuracy.onnx_runner import OnnxRunner, onnx_runner
@@ -17,9 +18,11 @@ from compot_deploy.accuracy.runners import RUNNERS
 from compot_deploy.accuracy.torch_runner import TorchRunner, compressed_runner, torch_runner
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
-from compot_deploy.errors import ArtifactError, InputError, MissingDependencyError, UnsupportedModelError
+from compot_deploy.errors import ArtifactError, InputError, MissingDependencyError
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.hints import ARCHITECTURES
+from compot_deploy.models.source import open_source
+from compot_deploy.models.whole import replaced, whole_model
 
 # A window of 8 is shorter than the test's texts, so that it matters.
 MODELS: list[tuple[str, dict[str, Any]]] = [
@@ -61,7 +64,7 @@ def test_torch_logits_do_not_depend_on_the_chunk(tmp_path: Path, kind: str, chan
     tokens = windows()
     with torch.no_grad():
         expected = model(input_ids=tokens).logits
-    runner = torch_runner(tmp_path)
+    runner = torch_runner(open_source(tmp_path))
     assert runner.vocabulary == 320 and runner.context == 256
     for chunk in (1, 7, 20, 50):
         pieces = list(runner.logits(tokens, chunk))
@@ -71,7 +74,7 @@ def test_torch_logits_do_not_depend_on_the_chunk(tmp_path: Path, kind: str, chan
 
 def test_torch_greedy_equals_full_recompute(tmp_path: Path) -> None:
     save_tiny(tmp_path)
-    runner = torch_runner(tmp_path)
+    runner = torch_runner(open_source(tmp_path))
     assert runner.generate([3, 1, 4], 12) == full_recompute_greedy(runner, [3, 1, 4], 12)
 
 
@@ -109,16 +112,24 @@ def test_replaced_matrices_give_the_model_with_replaced_weights(
     model = save_tiny(tmp_path, kind, **changes)
     matrices = matrices_of(model)
     before = load_file(tmp_path / "model.safetensors")
-    runner = torch_runner(tmp_path, matrices)
-    with torch.no_grad():
-        for name, matrix in matrices.items():
-            model.get_submodule(name).weight.copy_(matrix.dequantize().T)
-    tokens = windows()
-    expected = all_logits(TorchRunner(model), tokens, 20)
-    assert torch.equal(all_logits(runner, tokens, 20), expected)
-    assert not torch.allclose(all_logits(torch_runner(tmp_path), tokens, 20), expected, atol=0.1)
+    source, tokens = open_source(tmp_path), windows()
+    whole = whole_model(source)
+    linears = {name: matrix for name, matrix in matrices.items() if name in source.sites}
 
-    # The same from the compressed model alone, without the original checkpoint.
+    def filled(some: dict[str, Matrix]) -> torch.Tensor:
+        with torch.no_grad():
+            for name, matrix in some.items():
+                model.get_submodule(name).weight.copy_(matrix.dequantize().T)
+        return all_logits(TorchRunner(model), tokens, 20)
+
+    original = all_logits(TorchRunner(whole), tokens, 20)
+    with replaced(whole, source.sites, linears):
+        assert torch.equal(all_logits(TorchRunner(whole), tokens, 20), filled(linears))
+    assert torch.equal(all_logits(torch_runner(source), tokens, 20), original)
+    expected = filled(matrices)
+    assert not torch.allclose(original, expected, atol=0.1)
+
+    # All of them from the compressed model alone, without the original checkpoint.
     others = {
         name: tensor
         for name, tensor in before.items()
@@ -165,65 +176,25 @@ def test_a_compressed_model_may_store_the_head_apart_where_the_original_tied_it(
     assert torch.equal(all_logits(runner, tokens, 20), expected)
 
 
-def test_replacements_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    save_tiny(tmp_path, tie_word_embeddings=True)
+def test_matrices_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    model, matrices = compressed_tiny(tmp_path, tied=True)
     linear = "model.layers.0.mlp.up_proj"
+
+    def run(**changed: Matrix) -> None:
+        compressed_runner(replace(model, matrices={**matrices, **changed}))
+
     with pytest.raises(InputError, match=r"shape \(160, 64\) in the model, not \(64, 160\)"):
-        torch_runner(tmp_path, {linear: Dense(torch.zeros(160, 64))})
+        run(**{linear: Dense(torch.zeros(160, 64))})
     with pytest.raises(InputError, match=r"no weight model.layers.9.mlp.up_proj.weight"):
-        torch_runner(tmp_path, {"model.layers.9.mlp.up_proj": Dense(torch.zeros(64, 160))})
-    with pytest.raises(UnsupportedModelError, match=r"model.norm is a LlamaRMSNorm"):
-        torch_runner(tmp_path, {"model.norm": Dense(torch.zeros(1, 64))})
-    table = Dense(torch.zeros(64, 320))
+        run(**{"model.layers.9.mlp.up_proj": Dense(torch.zeros(64, 160))})
+    with pytest.raises(
+        InputError, match=r"model.norm.weight has the shape \(64,\) in the model, not \(64, 1\)"
+    ):
+        run(**{"model.norm": Dense(torch.zeros(1, 64))})
     with pytest.raises(InputError, match=r"lm_head and model.embed_tokens are tied"):
-        torch_runner(tmp_path, {"model.embed_tokens": table, "lm_head": table})
-
-
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (
-            lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"),
-            "lacks the weights model.layers.1",
-        ),
-        (lambda tensors: tensors.update({"extra.bias": torch.zeros(3)}), "does not know: extra.bias"),
-        (
-            lambda tensors: tensors.update({"lm_head.weight": torch.zeros(319, 64)}),
-            "another shape|does not load",
-        ),
-    ],
-)
-def test_a_checkpoint_that_does_not_match_its_configuration_is_refused(
-    tmp_path: Path, damage: Any, message: str
-) -> None:
-    save_tiny(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    damage(tensors)
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=message):
-        torch_runner(tmp_path)
-
-
-def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"has no config.json"):
-        torch_runner(tmp_path / "missing")
-    tiny.config("llama").save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="does not load in transformers"):
-        torch_runner(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"\x10" * 20)
-    with pytest.raises(InputError, match="does not load in transformers"):
-        torch_runner(tmp_path)
-
-
-def test_pickled_weights_are_read_only_on_request(tmp_path: Path) -> None:
-    model = save_tiny(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(InputError, match="safetensors"):
-        torch_runner(tmp_path)
-    tokens = windows()
-    runner = torch_runner(tmp_path, allow_pickle=True)
-    assert torch.equal(all_logits(runner, tokens, 20), all_logits(TorchRunner(model), tokens, 20))
+        run(lm_head=Dense(torch.zeros(64, 320)))
+    with pytest.raises(InputError, match=r"no tensor extra.bias to fill"):
+        compressed_runner(replace(model, tensors={**model.tensors, "extra.bias": torch.zeros(3)}))
 
 
 # ONNX Runtime

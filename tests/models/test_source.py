@@ -238,6 +238,45 @@ def test_sizes_of_a_known_decoder_are_positive_numbers(value: Any, tmp_path: Pat
         open_source(folder)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("llama", "model.layers.0.self_attn.q_proj.bias"),
+        ("llama", "extra.bias"),
+        ("gpt2", "h.1.mlp.c_fc.extra"),
+        ("bert", "encoder.layer.0.output.extra.weight"),
+        ("bert masked", "encoder.layer.0.output.extra.weight"),
+    ],
+)
+def test_a_weight_that_the_model_would_compute_without_is_refused(
+    kind: str, name: str, tmp_path: Path
+) -> None:
+    folder = (tiny.save if kind in tiny.KINDS else any_models.save)(tmp_path / "m", kind)
+    _edit_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(64)}))
+    with pytest.raises(InputError, match=rf"promises does not know: {name}\."):
+        open_source(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("gpt2", "h.1.attn.bias"),
+        ("gpt_neox", "gpt_neox.layers.0.attention.masked_bias"),
+        ("bert", "embeddings.position_ids"),
+        ("bert", "cls.predictions.bias"),
+        ("bert", "cls.seq_relationship.weight"),
+    ],
+)
+def test_what_is_computed_and_heads_of_other_tasks_may_be_in_a_file(
+    kind: str, name: str, tmp_path: Path
+) -> None:
+    folder = (tiny.save if kind in tiny.KINDS else any_models.save)(tmp_path / "m", kind)
+    model = loaded(folder, open_source(folder).task.auto_class)
+    _edit_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(64)}))
+    _same(open_source(folder), model)
+
+
 def test_a_promised_shard_that_is_missing_is_named(tmp_path: Path) -> None:
     tiny.model("llama").save_pretrained(tmp_path / "s", max_shard_size="100KB")
     gone = sorted((tmp_path / "s").glob("*.safetensors"))[0]

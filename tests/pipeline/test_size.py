@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import any_models
 import pytest
 import tiny
 import torch
@@ -17,6 +18,7 @@ from compot_deploy.errors import RecipeError
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.source import ModelSource, open_source
 from compot_deploy.numerics.joint import Level
+from compot_deploy.pipeline.compress import compress
 from compot_deploy.pipeline.size import fit_size, model_of_stand_ins, other_bytes
 from compot_deploy.planning.curves import Candidate
 from compot_deploy.planning.knapsack import Chosen, Plan
@@ -111,6 +113,32 @@ def test_a_rehearsal_takes_the_bytes_of_the_export(tmp_path: Path, kind: str, kn
         sizes.append(missing + sum(path.stat().st_size for path in files))
     assert sizes[0] == sizes[1]
     assert other_bytes(settings, plan) + plan.bytes == sizes[1]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "bert classes", "bert masked"])
+@pytest.mark.parametrize("format", ["onnx", "huggingface"])
+def test_a_rehearsal_of_any_model_takes_the_bytes_of_the_export(
+    tmp_path: Path, kind: str, format: str
+) -> None:
+    """Of a checkpoint in 16 bits, in which what stays as it is takes fewer bytes than what was made."""
+    folder = any_models.save(tmp_path / "model", kind)
+    any_models.model(kind).bfloat16().save_pretrained(folder)
+    (tmp_path / "text.txt").write_text("".join(f"{number} {tiny.WORDS}\n" for number in range(40)))
+    recipe = Recipe(
+        model=str(folder),
+        calibration=str(tmp_path / "text.txt"),
+        format=(format,),
+        method="plain",
+        samples=2,
+        length=16,
+    )
+    settings = resolve(recipe, open_source(folder))
+    for name in ("work", "out"):
+        (tmp_path / name).mkdir()
+    made = compress(settings, tmp_path / "work")
+    settings.exporter.write(made.model, tmp_path / "out", options_of(recipe, settings.exporter))
+    written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert other_bytes(settings, made.plan) + made.plan.bytes == written
 
 
 def plan_of(budget: int) -> tuple[Plan, ...]:

@@ -220,7 +220,9 @@ for text in KNOWN_CODE:
 def test_folders_of_version_0_1_load_with_and_without_their_code(tmp_path: Path) -> None:
     folder = written(tmp_path)
     expected = logits(load(folder))
-    text = (folder / CODE).read_text().replace("compot_deploy.transformers_plugin", "compot_deploy.huggingface")
+    text = (
+        (folder / CODE).read_text().replace("compot_deploy.transformers_plugin", "compot_deploy.huggingface")
+    )
     (folder / CODE).write_text(text)
     assert EXPORTER.lint(folder) == ()
     for trust in (False, True):
