@@ -70,13 +70,14 @@ class Compression:
 
 def compress(settings: Settings, work: Path, progress: Progress = silent) -> Compression:
     """Calibrate, plan and make every matrix; what is finished in `work` is taken as it is."""
-    context = context_of(settings, work, progress)
     draft: Draft | None = None
     if settings.recipe.planned:
+        context = context_of(settings, work, progress)
         draft = draft_of(settings, context)
         outcome = carry_out(context, draft.plans)
     else:
-        plan = plan_by_rule(settings, progress)
+        plan = plan_by_rule(settings, progress)  # refuses what cannot be met before text is asked for
+        context = context_of(settings, work, progress)
         outcome = carry_out(context, [plan], _extras(settings, plan))
     tables = _tables(settings, work)
     files = {**tables, **_outside(settings, work)}

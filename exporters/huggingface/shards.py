@@ -30,7 +30,12 @@ class Shards:
         """Take one tensor."""
         if self._pending and self._bytes + tensor.nbytes > self._limit:
             self._close()
-        self._pending[name] = tensor.to("meta") if self._counted else tensor.contiguous()
+        stored = tensor.to("meta") if self._counted else tensor.contiguous()
+        # safetensors refuses names that share memory, a tied bias for example.
+        shared = any(
+            stored.data_ptr() == other.data_ptr() for other in self._pending.values() if other.numel()
+        )
+        self._pending[name] = stored.clone() if shared and not self._counted else stored
         self._bytes += tensor.nbytes
         self._total += tensor.nbytes
 

@@ -232,10 +232,10 @@ def test_an_unsupported_model_has_its_own_code(
 ) -> None:
     folder = tmp_path / "other"
     shutil.copytree(model, folder)
-    config = json.loads((folder / "config.json").read_text()) | {"model_type": "rwkv"}
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "no-such-type"}
     (folder / "config.json").write_text(json.dumps(config))
     assert cli.main([str(folder), *QUICK]) == EXIT_UNSUPPORTED_MODEL
-    assert "'rwkv'" in _complaint(capsys)
+    assert "'no-such-type'" in _complaint(capsys)
 
 
 def test_a_folder_that_may_not_be_written_is_named(
@@ -255,7 +255,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     command += ["--out", str(out), *QUICK, *NO_LIMIT]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".out.work-*/block-*.safetensors")):
+    while not list(tmp_path.glob(".out.work-*/planned-*.safetensors")):
         assert process.poll() is None, "finished before it could be interrupted"
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -265,7 +265,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
         pytest.skip("the run was faster than the signal")
     assert process.returncode == EXIT_INTERRUPTED, stderr.decode()
     assert not out.exists()
-    kept = sorted(tmp_path.glob(".out.work-*/block-*.safetensors"))
+    kept = sorted(tmp_path.glob(".out.work-*/planned-*.safetensors"))
     times = {path: path.stat().st_mtime_ns for path in kept}
     assert kept
 

@@ -30,6 +30,8 @@ from compot_deploy.models.whole import model_of
 from compot_deploy.quant import rtn
 from compot_deploy.transformers_plugin.filling import from_compressed
 
+pytestmark = pytest.mark.slow
+
 transformers.utils.logging.disable_progress_bar()
 
 ONNX, GGUF, HUGGING_FACE = (EXPORTERS[name] for name in ("onnx", "gguf", "huggingface"))

@@ -263,12 +263,11 @@ def test_nothing_of_torch_is_imported_to_run_a_factorised_file(folders: dict[str
     _, path = exported(folders["llama"], "sparse")
     code = (
         "import sys\n"
-        "from compot_deploy.llama import LlamaModel, server\n"
+        "from compot_deploy.llama import LlamaModel\n"
         "for execution in ('plugin', 'expand'):\n"
         "    with LlamaModel(sys.argv[1], execution=execution) as model:\n"
         "        assert model.execution == execution\n"
         "        assert len(model.generate([3, 4, 5], max_tokens=4, stop=False).tokens) == 4\n"
-        "    server.open_service(sys.argv[1], context=16, name='x').model.close()\n"
         "print(sorted({'torch', 'onnx', 'transformers', 'compot_deploy.core.matrix'} & set(sys.modules)))\n"
     )
     done = subprocess.run(

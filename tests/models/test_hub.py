@@ -12,6 +12,8 @@ import pytest
 import tiny
 from fake_hub import serve
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--samples", "8", "--length", "64", "--evaluation-tokens", "256", "--max-perplexity-ratio", "100"]
 
 

@@ -25,6 +25,8 @@ from compot_deploy.pipeline.evaluation import CARD, REPORT
 from compot_deploy.report.document import Report
 from compot_deploy.report.json import from_json
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["--samples", "4", "--length", "64", "--evaluation-tokens", "512"]
 
 
