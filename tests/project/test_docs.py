@@ -39,8 +39,8 @@ RUN = [block for block in BLOCKS if not block.reason]
 
 
 def test_there_are_blocks_and_nearly_all_of_them_are_run() -> None:
-    assert len(RUN) >= 27
-    assert len(RUN) >= 5 * (len(BLOCKS) - len(RUN)), "more than a sixth of the blocks is not run"
+    assert len(RUN) >= 24
+    assert len(RUN) >= 4 * (len(BLOCKS) - len(RUN)), "more than a fifth of the blocks is not run"
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.reason], ids=str)
