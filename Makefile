@@ -32,7 +32,7 @@ quick: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q -m "not slow" tests/core tests/quant tests/numerics tests/planning
 
 # The only run in which deprecations of others are errors: whoever can replace the call sees them first. `HOLD` keeps a
-# package back, HOLD="torch==2.13.0" for example. The two exemptions are those of pyproject.toml, which -W overrides.
+# package back, HOLD="torch==2.13.0" for example. The two exemptions are those of tests/conftest.py, which -W overrides.
 NEWEST = .venv-newest
 STRICT = -W error -W "ignore:builtin type :DeprecationWarning" \
 	-W ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning

@@ -1,4 +1,4 @@
-"""Settings for every test: no network, few threads, one seed; a test that takes long says so."""
+"""Settings for every test: no network, few threads, one seed; warnings of our own are errors; long tests say so."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import time
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,29 @@ SLACK = 3.0
 """A busy machine counts up to so many times the seconds of a quiet one."""
 
 _TOOK = pytest.StashKey[float]()
+
+_OWN = ("compot_deploy", *sorted(path.stem for path in Path(__file__).parent.rglob("*.py")))
+
+FILTERS = (
+    "default",
+    "error::pytest.PytestWarning",
+    rf"error:::({'|'.join(_OWN)})(\.|\Z)",
+    # Deprecations of others are shown, even where they are counted as ours because we make the call: a release of
+    # somebody else's breaks nobody's tests. `make newest` is where they are errors.
+    "default::DeprecationWarning",
+    "default::PendingDeprecationWarning",
+    "default::FutureWarning",
+    # beartype cannot resolve forward references of third-party stubs; the check is skipped, nothing else changes.
+    "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning",
+    # SWIG types of compiled third-party modules.
+    "ignore:builtin type .* has no __module__ attribute:DeprecationWarning",
+)
+"""Warnings of our own modules are errors, those of others are not. Later lines win."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in FILTERS:
+        config.addinivalue_line("filterwarnings", line)
 
 
 @pytest.fixture(autouse=True)

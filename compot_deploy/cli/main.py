@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        quiet_libraries()
+        quiet_libraries(warnings_too=argv is None)
         return command(arguments, out, err)
     except CompotDeployError as error:
         err.print(Text(f"compot-deploy: {error}"), style="bold red" if err.is_terminal else "")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 import time
+import warnings
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Final, Protocol
@@ -150,11 +152,28 @@ def print_table(out: Console, title: str, columns: Sequence[str], rows: Sequence
     out.print(table)
 
 
-def quiet_libraries() -> None:
-    """Keep the progress bars and advice of libraries out of ours."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+_QUIET: Final = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers' own bars too
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""Variable to the value that keeps the library that reads it quiet; it is read on import."""
+
+
+def quiet_libraries(*, warnings_too: bool) -> None:
+    """Keep the progress bars, the advice and the warnings of libraries out of ours.
+
+    Whoever has set one of the variables, or asks Python for warnings (``-W``, ``PYTHONWARNINGS``), gets what they asked
+    for.
+
+    Args:
+        warnings_too: also those that Python shows, in the whole process: for a process that is ours alone.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     # It misses an optional kernel, aloud, whenever it is imported.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if warnings_too and not sys.warnoptions:
+        warnings.simplefilter("ignore")

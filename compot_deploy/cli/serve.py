@@ -42,7 +42,7 @@ HOST: Final = "127.0.0.1"
 
 DEFAULT_PORT: Final = 8377
 
-BUNDLE: Final = Path(__file__).parent / "web-bundle"
+BUNDLE: Final = Path(__file__).parents[1] / "web-bundle"
 """What ``make web`` builds; its name is no identifier, so that it is never taken for a Python package."""
 
 MODEL: Final = "/model/"
