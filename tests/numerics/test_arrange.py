@@ -62,6 +62,7 @@ def test_the_order_that_is_found_never_keeps_less(
     assert torch.equal(coefficients, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_swaps_that_pay_on_some_outputs_only_are_not_taken(
     pattern: Pattern, monkeypatch: pytest.MonkeyPatch

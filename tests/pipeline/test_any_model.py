@@ -30,7 +30,7 @@ from compot_deploy.planning.schemes import Joint
 from compot_deploy.recipe import Recipe
 from compot_deploy.report.json import from_json
 
-pytestmark = pytest.mark.usefixtures("few")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few")]
 TABLES = {
     "gpt2": "transformer.wte",
     "opt": "model.decoder.embed_tokens",

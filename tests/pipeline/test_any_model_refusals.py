@@ -18,7 +18,7 @@ from compot_deploy.models.streaming import BlockStream
 from compot_deploy.pipeline import texts as pipeline_texts
 from compot_deploy.pipeline.texts import EVALUATION
 
-pytestmark = pytest.mark.usefixtures("few")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few")]
 
 
 # -- what is refused -------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from compot_deploy.pipeline.texts import EVALUATION
 from compot_deploy.pipeline.workspace import RECIPE
 from compot_deploy.report.json import from_json
 
-pytestmark = pytest.mark.usefixtures("few")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few")]
 
 
 # -- runs again, runs on ---------------------------------------------------------------------------------

@@ -101,6 +101,7 @@ def measured(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) 
     return out
 
 
+@pytest.mark.slow
 def test_same_inputs_and_seed_give_the_same_plan_bit_for_bit(
     model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,6 +115,7 @@ def test_same_inputs_and_seed_give_the_same_plan_bit_for_bit(
     assert plans[0] == plans[1]
 
 
+@pytest.mark.slow
 def test_candidates_of_one_matrix_are_in_memory_at_a_time(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +151,7 @@ def test_candidates_of_one_matrix_are_in_memory_at_a_time(
     assert len(made) > 100 > 30 > peak[0] > 0
 
 
+@pytest.mark.slow
 def test_what_is_impossible_names_the_smallest_that_is_not(model: Path, text: Path, measured: Path) -> None:
     def plan(bits: float) -> Plan:
         recipe = Recipe(model=str(model), calibration=str(text), bits=bits, out=str(measured), **SETTINGS)
@@ -299,6 +302,7 @@ def test_a_ratio_is_a_budget_too_and_what_is_made_is_never_worse_than_plain_grid
     assert set(outcome.files) == set(drafted.sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [0.3, 1.9])
 def test_a_budget_that_is_too_small_is_refused_before_a_form_is_measured(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: float
@@ -373,6 +377,7 @@ def test_a_plan_is_the_same_twice_and_more_budget_costs_less(model: Path, text: 
     assert all(isinstance(entry.candidate.form, Plain) for entry in wider.plans[-1].chosen)
 
 
+@pytest.mark.slow
 def test_the_plan_command_prints_the_plan(
     model: Path, text: Path, measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -419,6 +424,7 @@ def test_impossible_budgets_say_what_is_possible(
         plan_only(Recipe(model=str(model), calibration=str(text), out=str(measured), **knobs, **SETTINGS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("knobs", [{}, {"format": ("gguf",), "gguf_layout": "sparse"}], ids=["onnx", "gguf"])
 def test_the_model_s_files_have_the_size_that_was_asked_for_and_predicted(
     model: Path, text: Path, tmp_path: Path, knobs: dict[str, Any]

@@ -37,6 +37,8 @@ from compot_deploy.quant import rtn
 from compot_deploy.recipe import Recipe
 from compot_deploy.report import plan as plan_report
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Curve], list[Curve], dict[str, float], int]:

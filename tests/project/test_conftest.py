@@ -32,7 +32,11 @@ def test_short(): pass
 def test_a_long_test_without_its_mark_fails_the_run(tmp_path: Path) -> None:
     text = (TESTS / "conftest.py").read_text(encoding="utf-8")
     assert "\nLONGEST = 10.0\n" in text
-    (tmp_path / "conftest.py").write_text(text.replace("LONGEST = 10.0", "LONGEST = 0.2"), encoding="utf-8")
+    assert "\nSLACK = 6.0\n" in text
+    (tmp_path / "conftest.py").write_text(
+        text.replace("LONGEST = 10.0", "LONGEST = 0.2").replace("SLACK = 6.0", "SLACK = 1.0"),
+        encoding="utf-8",
+    )
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
     (tmp_path / "test_long.py").write_text(LONG)
     command = [
