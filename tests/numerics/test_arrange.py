@@ -19,7 +19,7 @@ from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.gguf import planes as gguf_planes
 from compot_deploy.exporters.gguf.storage import GgufStorage
 from compot_deploy.models.source import open_source
-from compot_deploy.numerics import compot as factorize
+from compot_deploy.numerics import arrange as arranging
 from compot_deploy.numerics.arrange import _best_swaps, arrange
 from compot_deploy.numerics.coding import threshold
 from compot_deploy.numerics.compot import compot
@@ -68,14 +68,14 @@ def test_swaps_that_pay_on_some_outputs_only_are_not_taken(
     pattern: Pattern, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Swaps are looked for on a part of the outputs and judged on all; here the part often misleads."""
-    monkeypatch.setattr(factorize, "_ARRANGED_OUTPUTS", 2)
+    monkeypatch.setattr(arranging, "_ARRANGED_OUTPUTS", 2)
     proposed = worse = 0
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         coefficients = torch.randn(4 * pattern.of, 9, generator=generator).double()
         looked_at = coefficients[:, :: 9 // 2].square().float()
         swapped = torch.arange(len(coefficients))
-        for first, second in factorize._best_swaps(looked_at, pattern):
+        for first, second in _best_swaps(looked_at, pattern):
             swapped[[first, second]] = swapped[[second, first]]
             proposed += 1
         worse += kept(coefficients[swapped], pattern) < kept(coefficients, pattern)

@@ -115,6 +115,7 @@ def test_a_rehearsal_takes_the_bytes_of_the_export(tmp_path: Path, kind: str, kn
     assert other_bytes(settings, plan) + plan.bytes == sizes[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "bert classes", "bert masked"])
 @pytest.mark.parametrize("format", ["onnx", "huggingface"])
 def test_a_rehearsal_of_any_model_takes_the_bytes_of_the_export(
