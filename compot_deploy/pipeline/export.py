@@ -49,9 +49,9 @@ def export(
         (folder / EVALUATION).parent.mkdir(exist_ok=True)
         write_text(folder / EVALUATION, evaluation_json(evaluation))
         write_text(folder / RECIPE, recipe_to_toml(recipe))
-        # What a file rounds is described and judged by what it holds.
-        rounds = exporter.multiplies_out(options)
-        model = exporter.read_model(folder) if rounds else compression.model
+        # What a file rounds or leaves out is described and judged by what it holds.
+        differs = exporter.multiplies_out(options) or bool(differences)
+        model = exporter.read_model(folder) if differs else compression.model
         provenance = _provenance(settings, compression, differences)
         manifest = write_manifest(folder, describe(model, kind, exporter.storage(options), provenance))
         subject = Subject(

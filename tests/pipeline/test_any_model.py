@@ -118,6 +118,8 @@ def test_blocks_and_embedding_are_compressed_and_nothing_else(
         assert isinstance(table, Quantized) and table.grid == Grid(8, 32)
         others = {name for name, role in roles.items() if role == "other"}
         assert others <= {"pooler.dense"}, "a graph of token vectors needs no pooler"
+        described = {record.name: record.role for record in verify(exported.folder(kind, form)).matrices}
+        assert described == roles, "the manifest tells what the files hold"
         assert all(torch.equal(model.matrices[name].dequantize(), source.weight(name)) for name in others)
 
 
