@@ -126,7 +126,8 @@ class _Assembly:
             del copied.metadata_props[:], copied.input[:]  # traces of where the code lay; names of before
             copied.doc_string = ""
             copied.input.extend(self._read(value, initializers) if value else "" for value in node.input)
-            if (copied.op_type, copied.domain) == ("RotaryEmbedding", ""):
+            rotates = (copied.op_type, copied.domain) == ("RotaryEmbedding", "")
+            if rotates and sum(map(bool, copied.input)) == 3:  # a fourth would say which rows of a table
                 copied.input[1], copied.input[2] = (
                     self._for_every_row(angles, copied.input[0]) for angles in copied.input[1:3]
                 )
@@ -135,8 +136,8 @@ class _Assembly:
 
     def _for_every_row(self, angles: str, values: str) -> str:
         """Rotary angles as often as there are rows: torch spreads them by itself, the standard operator does not."""
-        if self.trace.interface.task == "generation":
-            return angles  # counted from the mask, for every row
+        if self.trace.positioned:
+            return angles
         if angles not in self.spread:
             path = f"/rotary/{len(self.spread)}"
             rows = self.graph.node("Shape", [values], f"{path}/rows/Shape", start=0, end=1)

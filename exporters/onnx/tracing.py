@@ -63,6 +63,7 @@ class Trace:
         interface: what it takes and gives.
         class_name: of the model in transformers.
         head: path of the output head; None without one.
+        positioned: the model is told the positions of every row.
         shapes: of every parameter, by name.
         buffers: stored tensors that are no parameters, as the model makes them.
     """
@@ -71,6 +72,7 @@ class Trace:
     interface: Interface
     class_name: str
     head: str | None
+    positioned: bool
     shapes: Mapping[str, tuple[int, ...]]
     buffers: Mapping[str, Tensor]
 
@@ -114,8 +116,15 @@ def _trace(config: str, task: Task) -> Trace:
     names = list(shown)
     wrapper = (_Generation if interface.task == "generation" else _Features)(model, interface, names)
     proto = _exported(wrapper, interface, names, list(shown.values()))
-    shapes = {name: tuple(value.shape) for name, value in shown.items()}
-    return Trace(proto, interface, type(model).__name__, head, shapes, buffers)
+    return Trace(
+        proto=proto,
+        interface=interface,
+        class_name=type(model).__name__,
+        head=head,
+        positioned=interface.task == "generation" and _takes_positions(model),
+        shapes={name: tuple(value.shape) for name, value in shown.items()},
+        buffers=buffers,
+    )
 
 
 def _hollow(model: nn.Module) -> Any:
@@ -227,12 +236,16 @@ class _Generation(_Wrapper):
         for layer in range(len(self.interface.cache)):
             cache.update(past[2 * layer], past[2 * layer + 1], layer)
         arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if "position_ids" in inspect.signature(self.traced.forward).parameters:
+        if _takes_positions(self.traced):
             positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
             arguments["position_ids"] = positions[:, -input_ids.shape[1] :]
         arguments |= {cache_argument(self.traced): cache, "use_cache": True}
         found = self.run(arguments, values)
         return found[self.interface.output], *cache_tensors(cache_of(found))
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def _exported(
