@@ -167,8 +167,8 @@ def _serve(arguments: list[str], out: Console, err: Console) -> int:
     parser.add_argument("--no-open", action="store_true", help="only print the address")
     options = parser.parse_args(arguments)
     with PageServer(options.folder, options.port) as server:
-        out.print(Text(f"{server.url} runs {options.folder} in the browser. Stop with Ctrl-C."))
         try:
+            out.print(Text(f"{server.url} runs {options.folder} in the browser. Stop with Ctrl-C."))
             if not options.no_open:
                 # In a thread, for a browser that runs in the terminal would keep this one.
                 threading.Thread(target=webbrowser.open, args=[server.url], daemon=True).start()

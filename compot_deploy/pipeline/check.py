@@ -66,7 +66,8 @@ def check(
     """Check an exported folder again: its bytes, its structure, its accuracy.
 
     The compressed weights are read back from the files, so nothing but the folder is needed for the export
-    loss; method and total loss also need the original model, which is looked for where the recipe says.
+    loss; method and total loss also need the original model, which is looked for under the name that the recipe gives,
+    here and beside the folder.
 
     Args:
         folder: written by `deploy`.
@@ -91,7 +92,8 @@ def check(
     original: ModelSource | None = None
     absent = "the folder does not hold it"
     try:
-        original = open_source(reference or recipe.model or MODEL, allow_pickle=recipe.allow_pickle)
+        place = reference or _original(folder, recipe.model) or MODEL
+        original = open_source(place, allow_pickle=recipe.allow_pickle)
     except InputError as error:
         if reference is not None:
             raise
@@ -114,6 +116,14 @@ def check(
         gate = Gate(max_export_nmse=gate.max_export_nmse)
     report = judge_folder(subject, evaluation, gate, progress)
     return Deployment(folder, demands.apply(report))
+
+
+def _original(folder: Path, name: str | None) -> str | Path | None:
+    """Where the original may be: under its name here, beside the folder, or on the hub."""
+    if name is None or Path(name).exists():
+        return name
+    beside = folder.resolve().parent / name
+    return beside if beside.exists() else name
 
 
 def _check_exporter(folder: Path, manifest: Manifest) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
 
-from compot_deploy import __version__
 from compot_deploy.accuracy.evaluate import Evaluation
 from compot_deploy.accuracy.gate import Gate
 from compot_deploy.core.store import write_text
@@ -18,14 +15,12 @@ from compot_deploy.exporters.staging import staged_folder
 from compot_deploy.pipeline.check import Deployment
 from compot_deploy.pipeline.compress import Compression
 from compot_deploy.pipeline.evaluation import Subject, judge_folder, write_report
+from compot_deploy.pipeline.provenance import published, stamp
 from compot_deploy.pipeline.texts import EVALUATION, evaluation_json
 from compot_deploy.pipeline.workspace import RECIPE
 from compot_deploy.planning.settings import Settings, options_of
 from compot_deploy.progress import Progress, silent
-from compot_deploy.recipe import Recipe, recipe_to_toml
-
-_PLACES: Final = ("out", "force", "archive")
-"""Options that say nothing about what was made."""
+from compot_deploy.recipe import recipe_to_toml
 
 
 def export(
@@ -40,7 +35,10 @@ def export(
     """Write one format, judge it, and put the folder in its place."""
     recipe, source, exporter = settings.recipe, settings.source, EXPORTERS[kind]
     options = options_of(
-        recipe, exporter, importance=compression.importance, provenance=_stamp(recipe, compression)
+        recipe,
+        exporter,
+        importance=compression.importance,
+        provenance=stamp(recipe, compression.calibration.digest),
     )
     with staged_folder(target, recipe.force) as folder:
         progress(0, 1, f"Write {kind}")
@@ -48,7 +46,7 @@ def export(
         progress(1, 1, f"Write {kind}")
         (folder / EVALUATION).parent.mkdir(exist_ok=True)
         write_text(folder / EVALUATION, evaluation_json(evaluation))
-        write_text(folder / RECIPE, recipe_to_toml(recipe))
+        write_text(folder / RECIPE, recipe_to_toml(published(recipe)))
         # What a file rounds or leaves out is described and judged by what it holds.
         differs = exporter.multiplies_out(options) or bool(differences)
         model = exporter.read_model(folder) if differs else compression.model
@@ -76,7 +74,7 @@ def _provenance(
 ) -> Provenance:
     calibration = compression.calibration
     return Provenance(
-        recipe=asdict(settings.recipe),
+        recipe=asdict(published(settings.recipe)),
         calibration=calibration.digest,
         seed=settings.recipe.seed,
         why_dense={
@@ -94,15 +92,3 @@ def _provenance(
             "effects": dict(compression.effects),
         },
     )
-
-
-def _stamp(recipe: Recipe, compression: Compression) -> dict[str, str]:
-    """What a file that stands alone says about where it comes from; the same run writes the same bytes."""
-    values = {
-        name: value for name, value in asdict(recipe).items() if name not in _PLACES and value is not None
-    }
-    return {
-        "recipe": json.dumps(values, sort_keys=True),
-        "calibration": compression.calibration.digest,
-        "version": __version__,
-    }

@@ -20,6 +20,7 @@ from compot_deploy.core.matrix import Dense, Factorized, Leaf, Matrix, Pair, Qua
 from compot_deploy.core.store import Without
 from compot_deploy.errors import RecipeError
 from compot_deploy.models.compressed import CompressedModel, Tables
+from compot_deploy.pipeline.provenance import stamp
 from compot_deploy.planning.knapsack import Plan
 from compot_deploy.planning.schemes import Form, Joint, Plain, Separate
 from compot_deploy.planning.settings import Settings, options_of
@@ -33,9 +34,11 @@ def other_bytes(settings: Settings, plan: Plan) -> int:
     """Bytes of the model's files in the first format, less what a plan says that its matrices take."""
     exporter = settings.exporter
     model = model_of_stand_ins(settings, plan)
+    # A hash that is not known yet has the length of any other.
+    options = options_of(settings.recipe, exporter, provenance=stamp(settings.recipe, "0" * 64))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        counted = exporter.rehearse(model, folder, options_of(settings.recipe, exporter))
+        counted = exporter.rehearse(model, folder, options)
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return counted + written - plan.bytes
 

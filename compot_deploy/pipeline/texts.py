@@ -77,7 +77,7 @@ def evaluation_windows(
         return reader.text(read_text(HELD_OUT_TEXT), _SHIPPED_HELD_OUT)
     if text is not None and text != SELF and Path(text).exists() and Path(text).suffix != ".jsonl":
         rest = _last_part(read_text(Path(text)))
-        return reader.text(rest, f"the last {HELD_OUT_SHARE:.0%} of {text}, not calibrated on")
+        return reader.text(rest, f"the last {HELD_OUT_SHARE:.0%} of {Path(text).name}, not calibrated on")
     if not source.task.generates:
         raise InputError(
             f"{text} is calibrated on as a whole, and a {source.task.noun} writes no text to be judged on: give "
@@ -123,8 +123,8 @@ class _Reader:
         text = read_text(path)
         if path.suffix == ".jsonl":
             whole = not self._source.task.generates
-            return windows_of_jsonl(text, self._tokenizer, source=str(path), whole=whole, **self._common)
-        return self.text(part(text), str(path))
+            return windows_of_jsonl(text, self._tokenizer, source=path.name, whole=whole, **self._common)
+        return self.text(part(text), path.name)
 
     def own(self, name: str) -> TokenWindows:
         """Sampled from the model itself."""

@@ -22,7 +22,7 @@ from compot_deploy.errors import ArtifactError
 from compot_deploy.transformers_plugin.configuration import CompotConfig
 from compot_deploy.transformers_plugin.folder import CODE, CODE_TEXT, hide
 from compot_deploy.transformers_plugin.layout import Entry, to_json
-from compot_deploy.transformers_plugin.modules import CompotEmbedding, CompotLinear, LeafModule
+from compot_deploy.transformers_plugin.modules import CompotEmbedding, CompotLinear, LeafModule, row_scale
 
 
 class CompotMixin:
@@ -159,7 +159,7 @@ def _replace(
     if isinstance(old, nn.Embedding):
         if entry.factorized or entry.owner is not None:
             raise ArtifactError(f"config.json lists {entry.name} with factors, and it is an embedding.")
-        new = CompotEmbedding(entry.forms[0], old.padding_idx, old.weight.dtype)
+        new = CompotEmbedding(entry.forms[0], old.padding_idx, old.weight.dtype, row_scale(old))
     else:
         owner = made[entry.owner] if entry.owner else None
         new = CompotLinear(entry.forms, bias=old.bias is not None, owner=owner)

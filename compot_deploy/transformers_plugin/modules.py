@@ -20,7 +20,7 @@ from typing_extensions import assert_never
 from compot_deploy.core.grid import DENSE, Pattern
 from compot_deploy.core.matrix import Dense, Factorized, Leaf, Matrix, Pair, Quantized
 from compot_deploy.core.packed import LeafForm, dequantize_rows, pack, unpack
-from compot_deploy.errors import InputError
+from compot_deploy.errors import ArtifactError, InputError
 
 
 class LeafModule(nn.Module):
@@ -233,16 +233,22 @@ class CompotEmbedding(nn.Embedding):
         form: of the table; it cannot be sparse.
         padding_idx: as in ``nn.Embedding``; kept for whoever asks.
         dtype: of what comes out.
+        scale: rows are multiplied with it, as in Gemma; None leaves them.
     """
 
     def __init__(
-        self, form: LeafForm, padding_idx: int | None = None, dtype: torch.dtype = torch.float32
+        self,
+        form: LeafForm,
+        padding_idx: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        scale: float | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = form.outputs, form.inputs
         self.padding_idx = padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self.matrix = LeafModule(form)
+        self.scale = scale
         # Holds no number, only follows the model's type and device.
         self._like: Tensor
         self.register_buffer("_like", torch.zeros(0, dtype=dtype), persistent=False)
@@ -264,7 +270,9 @@ class CompotEmbedding(nn.Embedding):
         flat = input.reshape(-1)
         rows = {name: getattr(self.matrix, name)[flat] for name in form.tensors}
         values = dequantize_rows(rows, form)
-        return values.to(self._like.dtype).view(*input.shape, form.inputs)
+        found = values.to(self._like.dtype).view(*input.shape, form.inputs)
+        # Rounded to the type of the model first, as transformers does.
+        return found if self.scale is None else found * torch.tensor(self.scale, dtype=found.dtype)
 
     def extra_repr(self) -> str:
         """For printing."""
@@ -292,3 +300,25 @@ def _leaves(matrix: Matrix) -> tuple[Leaf, ...]:
     if isinstance(matrix, Factorized):
         return tuple(leaf for pair in matrix.pairs for leaf in (pair.dictionary, pair.codes))
     return (matrix,)
+
+
+def looks_up_rows(module: nn.Module) -> bool:
+    """Whether an embedding gives rows of its table, or one multiple of them, and nothing else."""
+    return type(module) is nn.Embedding or type(module).__name__.endswith("ScaledWordEmbedding")
+
+
+def row_scale(module: nn.Module) -> float | None:
+    """What an embedding multiplies its rows with; None if it leaves them.
+
+    Raises:
+        ArtifactError: it does something else, or does not say its factor.
+    """
+    if type(module) is nn.Embedding:
+        return None
+    scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", None))
+    if not looks_up_rows(module) or scale is None or (isinstance(scale, Tensor) and scale.is_meta):
+        raise ArtifactError(
+            f"config.json lists a {type(module).__name__}, which does more than to look up rows. Export the model "
+            "again with --embeddings none."
+        )
+    return float(scale)

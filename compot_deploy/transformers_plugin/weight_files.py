@@ -24,10 +24,11 @@ SAFETENSORS_TYPES: Final = {
     torch.uint8: "U8",
     torch.int8: "I8",
     torch.int16: "I16",
-    torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float32: "F32",
 }
+"""Names of types; safetensors lays tensors out by type, the last of these first."""
 
 
 def weight_files(folder: Path) -> dict[str, Path]:

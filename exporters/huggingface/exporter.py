@@ -60,6 +60,7 @@ from compot_deploy.transformers_plugin.layout import (
     tied_head,
     to_json,
 )
+from compot_deploy.transformers_plugin.modules import looks_up_rows
 from compot_deploy.transformers_plugin.weight_files import check_tensors
 
 SHARD_BYTES: Final = 2_000_000_000
@@ -126,11 +127,11 @@ class HuggingFaceExporter:
         """
         table = source.layout.embedding
         if table is not None and grids.get("embedding") is not None:
-            kind = type(source.meta.get_submodule(table)).__name__
-            if kind != "Embedding":
+            module = source.meta.get_submodule(table)
+            if not looks_up_rows(module):
                 raise RecipeError(
-                    f"--embeddings: the token table of a {source.model_type} is a {kind}, which does more than to look "
-                    "up rows; use --embeddings none."
+                    f"--embeddings: the token table of a {source.model_type} is a {type(module).__name__}, which does "
+                    "more than to look up rows; use --embeddings none."
                 )
         if options.layout == "bnb" and not all(site.transposed for site in source.layout.sites):
             raise RecipeError(

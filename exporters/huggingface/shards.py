@@ -74,7 +74,8 @@ def _header_bytes(tensors: Mapping[str, Tensor]) -> int:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     # The order in which safetensors lays tensors out, which decides how many digits their places have.
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+    order = {dtype: -place for place, dtype in enumerate(SAFETENSORS_TYPES)}
+    for name, tensor in sorted(tensors.items(), key=lambda item: (order[item[1].dtype], item[0])):
         begin, end = end, end + tensor.nbytes
         header[name] = {
             "dtype": SAFETENSORS_TYPES[tensor.dtype],

@@ -64,28 +64,46 @@ class RotaryTables:
 def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration that transformers 4.56 and 5.x read alike.
 
-    Version 5 keeps the rotary embedding in ``rope_parameters``; version 4 in ``rope_theta`` and
-    ``rope_scaling``, and ignores the other. Written are all three, saying the same.
-
-    Raises:
-        UnsupportedModelError: the rotary embedding differs between layer types.
+    Version 5 keeps the rotary embedding in ``rope_parameters``, by type of layer where types differ; version 4 in
+    ``rope_theta`` and ``rope_scaling``, with ``rope_local_base_freq`` for sliding windows. Written is both, saying the
+    same.
     """
     result = {key: value for key, value in config.items() if key not in ("rope_parameters", "rope_scaling")}
     rope = dict(config.get("rope_scaling") or {}) or dict(config.get("rope_parameters") or {})
-    if any(isinstance(value, Mapping) for value in rope.values()):
-        raise UnsupportedModelError(
-            f"A {config.get('model_type')} whose rotary embedding differs between layer types is not supported."
-        )
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    theta = rope.pop("rope_theta", None) or config.get("rope_theta")
+    by_layer = {key: value for key, value in rope.items() if isinstance(value, Mapping)}
+    if not by_layer and config.get("rope_local_base_freq") is not None:
+        by_layer = {_FULL: rope, _SLIDING: {"rope_theta": config["rope_local_base_freq"]}}
+    if by_layer:
+        both = {key: _rope(value, config.get("rope_theta")) for key, value in by_layer.items()}
+        result["rope_parameters"] = both
+        if set(both) == {_FULL, _SLIDING}:
+            result["rope_theta"], result["rope_scaling"] = _theta_and_scaling(both[_FULL])
+            result["rope_local_base_freq"] = both[_SLIDING].get("rope_theta")
+        return result
+    result["rope_parameters"] = _rope(rope, config.get("rope_theta"))
+    theta, result["rope_scaling"] = _theta_and_scaling(result["rope_parameters"])
     if theta is not None:
         result["rope_theta"] = theta
-    result["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **rope}
-    result["rope_parameters"] = {"rope_type": kind, **rope}
-    if theta is not None:
-        result["rope_parameters"]["rope_theta"] = theta
     return result
+
+
+_FULL: Final = "full_attention"
+_SLIDING: Final = "sliding_attention"
+
+
+def _rope(given: Mapping[str, Any], theta: Any) -> dict[str, Any]:
+    """One rotary embedding as version 5 spells it."""
+    rope = dict(given)
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    rope.pop("type", None)
+    own = rope.pop("rope_theta", None) or theta
+    return {"rope_type": kind, **rope, **({} if own is None else {"rope_theta": own})}
+
+
+def _theta_and_scaling(rope: Mapping[str, Any]) -> tuple[Any, dict[str, Any] | None]:
+    """The same as version 4 spells it."""
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return rope.get("rope_theta"), None if rope["rope_type"] == "default" else scaling
 
 
 def check_supported(architecture: Architecture, config: Mapping[str, Any]) -> None:
@@ -95,9 +113,12 @@ def check_supported(architecture: Architecture, config: Mapping[str, Any]) -> No
         UnsupportedModelError: a rotary embedding that changes with the sequence length or turns only a part
             of each head, or sizes that do not fit each other.
     """
-    portable = portable_config(config)
     name = architecture.model_type
-    rope = portable["rope_parameters"]
+    rope = portable_config(config)["rope_parameters"]
+    if "rope_type" not in rope:
+        raise UnsupportedModelError(
+            f"A {name} whose rotary embedding differs between layer types is not supported in ONNX."
+        )
     if rope["rope_type"] not in ROPE_TYPES:
         raise UnsupportedModelError(
             f"A {name} with rotary embedding of type {rope['rope_type']!r} is not supported in ONNX: "

@@ -107,7 +107,7 @@ def test_every_budget_is_planned_unless_a_rule_is_named(given: dict[str, Any]) -
         assert Recipe(**given).counting_atoms().planned
 
 
-@pytest.mark.parametrize("settled", [*_ONE_FORM, {"code_pattern": "2:4"}, {"method": "svd-llm"}])
+@pytest.mark.parametrize("settled", [*_ONE_FORM, {"code_pattern": "2:4"}])
 def test_a_form_that_is_settled_by_hand_leaves_a_ratio_to_singular_values(settled: dict[str, Any]) -> None:
     recipe = Recipe(**settled)
     assert not recipe.planned
@@ -116,9 +116,7 @@ def test_a_form_that_is_settled_by_hand_leaves_a_ratio_to_singular_values(settle
     assert knob.replace("_", "-") in recipe.why_one_form
 
 
-@pytest.mark.parametrize(
-    "settled", [*_ONE_FORM, {"method": "svd-llm"}, {"method": "plain"}], ids=lambda given: next(iter(given))
-)
+@pytest.mark.parametrize("settled", _ONE_FORM, ids=lambda given: next(iter(given)))
 @pytest.mark.parametrize("asked", [{"bits": 2.2}, {"size": "1MB"}, {"allocation": "knapsack"}])
 def test_a_settled_form_beside_a_plan_is_refused_by_both_names(
     settled: dict[str, Any], asked: dict[str, Any]

@@ -134,3 +134,8 @@ def _wrong_imports(room: str, text: str) -> list[str]:
         if other != room and FLOOR_OF[other] >= FLOOR_OF[room]:
             wrong.append(f"{room} imports {name}")
     return wrong
+
+
+def test_no_two_test_modules_have_one_name() -> None:
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names)), "pytest imports only one of two modules of the same name"
