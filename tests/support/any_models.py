@@ -174,12 +174,15 @@ UNUSUAL: Final = ("albert", "llama classes", "opt projected", "gpt2 narrow")
 """What only exporters have to be shown."""
 
 
-def model(kind: str, seed: int = 0) -> Any:
+def model(kind: str, seed: int = 0, **changes: Any) -> Any:
     """A random model in float32, evaluation mode; biases and norms are random too."""
     make, name = _MADE[kind]
+    config = make()
+    for knob, value in changes.items():
+        setattr(config, knob, value)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = getattr(transformers, name)(make()).float().eval()
+        made = getattr(transformers, name)(config).float().eval()
         with torch.no_grad():
             for parameter in made.parameters():
                 if parameter.dim() == 1:
@@ -187,9 +190,9 @@ def model(kind: str, seed: int = 0) -> Any:
     return made
 
 
-def save(folder: Path, kind: str, seed: int = 0) -> Path:
+def save(folder: Path, kind: str, seed: int = 0, **changes: Any) -> Path:
     """A complete model folder, tokenizer included."""
     folder.mkdir(parents=True, exist_ok=True)
-    model(kind, seed).save_pretrained(folder)
+    model(kind, seed, **changes).save_pretrained(folder)
     tiny.tokenizer_files(folder, ending=kind in READERS)
     return folder

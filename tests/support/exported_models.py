@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import any_models
 from reference_onnx import rounded, two_pairs
@@ -16,9 +17,9 @@ from compot_deploy.models.compressed import CompressedModel, Tables
 from compot_deploy.models.source import ModelSource, open_source
 
 
-def source_of(kind: str, folder: Path) -> ModelSource:
+def source_of(kind: str, folder: Path, **changes: Any) -> ModelSource:
     """A model folder with a tokenizer, opened."""
-    return open_source(any_models.save(folder, kind))
+    return open_source(any_models.save(folder, kind, **changes))
 
 
 def some_of_everything(source: ModelSource) -> Callable[[str, Tensor], Matrix]:
