@@ -12,7 +12,8 @@ from torch import Tensor
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Quantized
 from compot_deploy.quant.bnb import bnb, require_bitsandbytes
-from compot_deploy.quant.gptq import gptq
+from compot_deploy.quant.feedback import Feedback, Inputs, feedback_of
+from compot_deploy.quant.gptq import gptq, gptq_side_by_side
 from compot_deploy.quant.rtn import rtn
 
 
@@ -23,15 +24,25 @@ class Quantizer(Protocol):
     def __call__(
         self,
         weight: Float[Tensor, "inputs outputs"],
-        gram: Float[Tensor, "inputs inputs"],
+        gram: Inputs,
         grid: Grid,
         *,
         support: Bool[Tensor, "inputs outputs"] | None = None,
     ) -> Quantized:
-        """Quantize `weight`, for inputs with Gram matrix `gram`."""
+        """Quantize `weight`, for inputs with Gram matrix `gram`, or with what `feedback_of` made of it."""
         ...
 
 
 QUANTIZERS: Final[Mapping[str, Quantizer]] = MappingProxyType({"gptq": gptq, "rtn": rtn, "bnb": bnb})
 
-__all__ = ["QUANTIZERS", "Quantizer", "bnb", "gptq", "require_bitsandbytes", "rtn"]
+__all__ = [
+    "QUANTIZERS",
+    "Feedback",
+    "Quantizer",
+    "bnb",
+    "feedback_of",
+    "gptq",
+    "gptq_side_by_side",
+    "require_bitsandbytes",
+    "rtn",
+]

@@ -22,6 +22,7 @@ from torch import Tensor
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Quantized
 from compot_deploy.errors import InputError, MissingDependencyError, RecipeError
+from compot_deploy.quant.feedback import Inputs
 
 BLOCKS: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Block sizes that the library has for 4 bits."""
@@ -44,7 +45,7 @@ def require_bitsandbytes() -> Any:
 
 def bnb(
     weight: Float[Tensor, "inputs outputs"],
-    gram: Float[Tensor, "inputs inputs"] | None,
+    gram: Inputs | None,
     grid: Grid,
     *,
     support: Bool[Tensor, "inputs outputs"] | None = None,

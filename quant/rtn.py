@@ -8,12 +8,13 @@ from torch import Tensor
 
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Quantized
+from compot_deploy.quant.feedback import Inputs
 from compot_deploy.quant.scales import round_to_grid, search_scales
 
 
 def rtn(
     weight: Float[Tensor, "inputs outputs"],
-    gram: Float[Tensor, "inputs inputs"] | None,
+    gram: Inputs | None,
     grid: Grid,
     *,
     support: Bool[Tensor, "inputs outputs"] | None = None,
@@ -29,7 +30,7 @@ def rtn(
     Raises:
         InputError: a weight so large that its scale does not fit float16.
     """
-    work = weight.double()
+    work = weight.float()
     if support is not None:
         work = torch.where(support, work, 0.0)
     integers = torch.empty(work.shape, dtype=torch.int8, device=work.device)

@@ -10,7 +10,7 @@ import math
 from typing import Final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from compot_deploy.core.grid import Grid
@@ -19,11 +19,11 @@ from compot_deploy.errors import InputError
 # The largest weight of the group falls on `factor` times the longer side of the grid. Few bits gain from
 # clipping hard; many bits lose by any. Beyond 1 the shorter side takes the largest weight.
 _FACTORS: Final = {
-    2: tuple(0.3 + 0.1 * step for step in range(18)),
-    3: tuple(0.46 + 0.06 * step for step in range(16)),
-    4: tuple(0.6 + 0.04 * step for step in range(16)),
-    8: (0.93, 0.95, *(0.96 + 0.004 * step for step in range(13)), 128 / 127),
-}
+    2: tuple(round(0.3 + 0.1 * step, 6) for step in range(18)),
+    3: tuple(round(0.46 + 0.06 * step, 6) for step in range(16)),
+    4: tuple(round(0.6 + 0.04 * step, 6) for step in range(16)),
+    8: (0.93, 0.95, *(round(0.96 + 0.004 * step, 6) for step in range(13)), 128 / 127),
+}  # each holds 1: a weight that lies on the grid already is met
 _REFITS: Final = 2
 _LARGEST: Final = torch.finfo(torch.float16).max
 
@@ -51,7 +51,7 @@ def search_scales(
     grid: Grid,
     importance: Float[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, " outputs"]:
-    """One scale per output: the best of a fixed list, then re-fitted by least squares.
+    """One scale per output: every other one of a fixed list, the neighbours of the best, then least squares.
 
     Each candidate is rounded to float16 *before* it is judged, so the error that is minimised is the one that
     is stored.
@@ -74,44 +74,74 @@ def search_scales(
             f"A weight of {float(largest.amax()):.3g} needs a scale beyond float16 ({_LARGEST:.0f}) at "
             f"{grid.bits} bits: the checkpoint holds a value that no format here can store."
         )
-    best = torch.ones_like(base)
-    best_error = _error(group, torch.zeros_like(group), importance)  # what rounding all to zero costs
-    factors = [sign * factor for factor in _FACTORS[grid.bits] for sign in (1.0, -1.0)]
-    tried = _stored(base * torch.tensor(factors, dtype=base.dtype, device=base.device)[:, None])
-    for scale in tried.unbind():
-        best, best_error = _better(group, scale, grid, importance, best, best_error)
+    search = _Search(
+        group, grid, torch.ones_like(group[:, 0]) if importance is None else importance.to(group)
+    )
+    factors = torch.tensor(_FACTORS[grid.bits], dtype=base.dtype, device=base.device)
+    place, sign = search.every_other(_stored(base * factors[:, None]), _FACTORS[grid.bits].index(1.0) % 2)
+    for step in (-1, 1):
+        search.attempt(_stored(base * factors[(place + step).clamp(0, len(factors) - 1)]) * sign)
     for _ in range(_REFITS):
-        integers = round_to_grid(group, best, grid)
-        weighted = integers if importance is None else integers * importance[:, None]
-        energy = (weighted * integers).sum(0)
-        fitted = torch.where(energy > 0, (weighted * group).sum(0) / energy.clamp_min(1e-300), best)
-        best, best_error = _better(group, _stored(fitted), grid, importance, best, best_error)
-    return best
+        search.attempt(_stored(search.fitted()))
+    return search.best
+
+
+class _Search:
+    """The best scale so far of every output, and what it loses. The first loses what rounding all to zero does."""
+
+    def __init__(
+        self, group: Float[Tensor, "rows outputs"], grid: Grid, weighing: Float[Tensor, " rows"]
+    ) -> None:
+        self._group, self._grid, self._weighing = group, grid, weighing
+        self._some, self._other, self._third = (torch.empty_like(group) for _ in range(3))
+        self._error = weighing @ group.square()
+        self.best = torch.ones_like(self._error)
+
+    def every_other(
+        self, scales: Float[Tensor, "places outputs"], first: int
+    ) -> tuple[Int64[Tensor, " outputs"], Float[Tensor, " outputs"]]:
+        """Judge every other one of some positive scales and its negative.
+
+        Returns:
+            The place of the best one, and its sign.
+        """
+        steps, nearest, missed = self._some, self._other, self._third
+        tried = scales[first::2]
+        errors = tried.new_empty(2, *tried.shape)
+        # A scale and its negative round to the same integers but for their sign: the grid is turned instead.
+        lowest, highest = self._grid.lowest, self._grid.highest
+        for position, scale in enumerate(tried.unbind()):
+            torch.div(self._group, scale, out=steps)
+            torch.round(steps, out=nearest)
+            for turned, (low, high) in enumerate(((lowest, highest), (-highest, -lowest))):
+                torch.clamp(nearest, low, high, out=missed).sub_(steps).square_()
+                torch.mv(missed.T, self._weighing, out=errors[turned, position])
+        least, place = errors.mul_(tried.square()).nan_to_num_(nan=math.inf).flatten(0, 1).min(0)
+        sign = torch.where(place < tried.shape[0], 1.0, -1.0).to(tried)
+        place = place % tried.shape[0] * 2 + first
+        self._take(scales.gather(0, place[None])[0] * sign, least)
+        return place, sign
+
+    def attempt(self, scale: Float[Tensor, " outputs"]) -> None:
+        """Take a scale for the outputs where it is better; NaN never is."""
+        rounded = round_to_grid(self._group, scale, self._grid, out=self._some).mul_(scale)
+        self._take(scale, self._weighing @ rounded.sub_(self._group).square_())
+
+    def fitted(self) -> Float[Tensor, " outputs"]:
+        """The scale of least squares for the integers of the best one."""
+        integers = round_to_grid(self._group, self.best, self._grid, out=self._some)
+        weighted = torch.mul(integers, self._weighing[:, None], out=self._other)
+        covered = torch.mul(weighted, self._group, out=self._third).sum(0)
+        energy = weighted.mul_(integers).sum(0)
+        return torch.where(energy > 0, covered / torch.where(energy > 0, energy, 1.0), self.best)
+
+    def _take(self, scale: Float[Tensor, " outputs"], error: Float[Tensor, " outputs"]) -> None:
+        wins = error < self._error
+        self.best = torch.where(wins, scale, self.best)
+        self._error = torch.where(wins, error, self._error)
 
 
 def _stored(scale: Float[Tensor, "*scales outputs"]) -> Float[Tensor, "*scales outputs"]:
     """As float16 holds them; NaN, which never wins, for those below the smallest."""
     stored = scale.half().to(scale.dtype)
     return stored.masked_fill_(stored == 0, math.nan)
-
-
-def _error(
-    group: Float[Tensor, "rows outputs"],
-    rounded: Float[Tensor, "rows outputs"],
-    importance: Float[Tensor, " rows"] | None,
-) -> Float[Tensor, " outputs"]:
-    squares = (group - rounded).square_()
-    return squares.sum(0) if importance is None else importance @ squares
-
-
-def _better(
-    group: Float[Tensor, "rows outputs"],
-    stored: Float[Tensor, " outputs"],
-    grid: Grid,
-    importance: Float[Tensor, " rows"] | None,
-    best: Float[Tensor, " outputs"],
-    best_error: Float[Tensor, " outputs"],
-) -> tuple[Float[Tensor, " outputs"], Float[Tensor, " outputs"]]:
-    error = _error(group, round_to_grid(group, stored, grid).mul_(stored), importance)
-    wins = error < best_error
-    return torch.where(wins, stored, best), torch.where(wins, error, best_error)
