@@ -69,7 +69,14 @@ def _check(arguments: list[str], out: Console, err: Console) -> int:
         prog="compot-deploy check", description="Check an exported folder again.", epilog=EXIT_CODES
     )
     parser.add_argument("folder", type=Path, help="a folder that compot-deploy wrote")
-    parser.add_argument("--reference", help="original model, where it is no longer where the recipe says")
+    parser.add_argument(
+        "--reference", help="original model, where it is not under its name here or beside the folder"
+    )
+    parser.add_argument(
+        "--export-only",
+        action="store_true",
+        help="be content with structure and export loss where the original model is not there",
+    )
     parser.add_argument("--gate", type=Path, help="TOML file of limits; flags win over it")
     parser.add_argument(
         "--baseline", type=Path, help="report.json (or folder) of a good run, which may not be outgrown"
@@ -89,10 +96,18 @@ def _check(arguments: list[str], out: Console, err: Console) -> int:
     add_options(parser, only={"max_perplexity_ratio", "max_kl", "min_top1", "max_export_nmse", "min_cosine"})
     values = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
     folder, reference = values.pop("folder"), values.pop("reference", None)
+    export_only = values.pop("export_only")
     report_dir, summary = values.pop("report_dir", None), values.pop("summary", None)
     demands = _demands(values.pop("gate", None), values.pop("baseline", None), values.pop("max_growth", None))
     with progress_on(err) as progress:
-        deployment = check(folder, reference=reference, limits=values, demands=demands, progress=progress)
+        deployment = check(
+            folder,
+            reference=reference,
+            export_only=export_only,
+            limits=values,
+            demands=demands,
+            progress=progress,
+        )
     if report_dir is not None:
         write_check(report_dir, deployment.report)
     if summary is not None:

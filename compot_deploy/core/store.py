@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -80,17 +80,20 @@ class StoredMatrices(Mapping[str, Matrix]):
         return len(self._files)
 
 
-class Without(Mapping[str, Tensor]):
+Value = TypeVar("Value")
+
+
+class Without(Mapping[str, Value]):
     """A mapping less some keys, still lazy."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], without: set[str]) -> None:
-        self._tensors = tensors
-        self._names = [name for name in tensors if name not in without]
+    def __init__(self, values: Mapping[str, Value], without: Set[str]) -> None:
+        self._values = values
+        self._names = {name: None for name in values if name not in without}  # ordered, and quick to ask
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Value:
         if name not in self._names:
             raise KeyError(name)
-        return self._tensors[name]
+        return self._values[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

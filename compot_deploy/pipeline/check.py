@@ -59,6 +59,7 @@ def check(
     folder: str | Path,
     *,
     reference: str | None = None,
+    export_only: bool = False,
     limits: Mapping[str, float] | None = None,
     demands: Demands | None = None,
     progress: Progress = silent,
@@ -72,6 +73,7 @@ def check(
     Args:
         folder: written by `deploy`.
         reference: the original model, where it has moved.
+        export_only: be content with what the folder alone can tell, where the original is not there.
         limits: gate limits that replace those of the recipe, by knob.
         demands: of a gate file and a baseline.
         progress: told how far the work is.
@@ -105,6 +107,16 @@ def check(
                 f"is {original.fingerprint[:12]}, not {str(manifest.facts.get('source'))[:12]}."
             )
         original, absent = None, "the model where the recipe says has changed since"
+    if (
+        original is None
+        and not export_only
+        and not TOTAL_LIMITS & limits.keys()
+        and not demands.compares_losses
+    ):
+        raise InputError(
+            f"{folder}: only its structure and its export can be known without the original model, and {absent}. "
+            "Give it with --reference MODEL, a folder or a hub id; --export-only is content with less."
+        )
     if original is None and demands.compares_losses:
         raise InputError(
             f"Growth of the loss cannot be measured without the original model: {absent}. Give it with --reference."

@@ -198,7 +198,7 @@ def _beside(
     weights = sum(math.prod(matrices[path].shape) for path in linears)
     return Alternative(
         name=name,
-        bytes=sum(sizes.values()),
+        bytes=sum(sizes[record.name] for record in manifest.matrices),  # a file may leave a matrix out
         bits=8 * sum(sizes[path] for path in linears) / weights,
         factorized=sum(isinstance(matrices[path], Factorized) for path in linears),
         linears=len(linears),

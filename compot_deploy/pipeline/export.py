@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from compot_deploy.accuracy.evaluate import Evaluation
 from compot_deploy.accuracy.gate import Gate
-from compot_deploy.core.store import write_text
+from compot_deploy.core.matrix import Matrix
+from compot_deploy.core.store import Without, write_text
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.archive import write_archive
 from compot_deploy.exporters.artifact import Provenance, describe, write_manifest
 from compot_deploy.exporters.staging import staged_folder
+from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.pipeline.check import Deployment
 from compot_deploy.pipeline.compress import Compression
 from compot_deploy.pipeline.evaluation import Subject, judge_folder, write_report
@@ -47,11 +50,11 @@ def export(
         (folder / EVALUATION).parent.mkdir(exist_ok=True)
         write_text(folder / EVALUATION, evaluation_json(evaluation))
         write_text(folder / RECIPE, recipe_to_toml(published(recipe)))
-        # What a file rounds or leaves out is described and judged by what it holds.
-        differs = exporter.multiplies_out(options) or bool(differences)
-        model = exporter.read_model(folder) if differs else compression.model
+        # What a file rounds is described and judged by what it holds; what it leaves out is not described.
+        model = exporter.read_model(folder) if exporter.multiplies_out(options) else compression.model
+        described = _held(model, exporter.read(folder)) if differences else model
         provenance = _provenance(settings, compression, differences)
-        manifest = write_manifest(folder, describe(model, kind, exporter.storage(options), provenance))
+        manifest = write_manifest(folder, describe(described, kind, exporter.storage(options), provenance))
         subject = Subject(
             folder=folder,
             manifest=manifest,
@@ -67,6 +70,11 @@ def export(
     if recipe.archive:
         write_archive(target, recipe.force)
     return Deployment(target, report)
+
+
+def _held(model: CompressedModel, matrices: Mapping[str, Matrix]) -> CompressedModel:
+    """A model without the matrices that a file leaves out."""
+    return replace(model, matrices=Without(model.matrices, model.matrices.keys() - matrices.keys()))
 
 
 def _provenance(

@@ -128,5 +128,6 @@ def verdict(report: Report) -> str:
     failed = [criterion.sentence for criterion in report.accuracy.gate.criteria if not criterion.passed]
     failed += [f"{finding.where}: {finding.sentence}" for finding in errors(report.findings)]
     if not failed:
-        return f"PASSED: all {len(report.accuracy.gate.criteria)} criteria of the gate hold."
+        known = "" if report.accuracy.total is not None else ", export only"
+        return f"PASSED{known}: all {len(report.accuracy.gate.criteria)} criteria of the gate hold."
     return "FAILED: " + "; ".join(failed)

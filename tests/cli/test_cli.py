@@ -113,7 +113,13 @@ def test_nothing_but_the_folder_is_left(finished: Path) -> None:
     assert [path.name for path in finished.parent.iterdir()] == [finished.name]
 
 
-def test_the_recipe_that_is_written_back_makes_the_same_folder(finished: Path, tmp_path: Path) -> None:
+def test_the_recipe_that_is_written_back_makes_the_same_folder(
+    finished: Path, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It names both by their last part.
+    (tmp_path / model.name).symlink_to(model)
+    (tmp_path / text.name).symlink_to(text)
+    monkeypatch.chdir(tmp_path)
     again = tmp_path / "again"
     recipe = finished / "compot" / "recipe.toml"
     assert cli.main(["--recipe", str(recipe), "--out", str(again)]) == EXIT_OK
@@ -121,18 +127,25 @@ def test_the_recipe_that_is_written_back_makes_the_same_folder(finished: Path, t
         assert (again / name).read_bytes() == (finished / name).read_bytes()
 
 
-def test_check_measures_a_folder_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["check", str(finished)]) == EXIT_OK
-    assert "PASSED" in capsys.readouterr().out
+def test_check_measures_a_folder_again(
+    finished: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["check", str(finished), "--reference", str(model)]) == EXIT_OK
+    assert "PASSED:" in capsys.readouterr().out
 
 
-def test_check_needs_no_original_for_the_export_loss(finished: Path, tmp_path: Path, model: Path) -> None:
+def test_check_without_the_original_is_refused_or_says_that_it_is_weaker(
+    finished: Path, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
     moved = model.with_name("moved")
     model.rename(moved)
     try:
-        assert cli.main(["check", str(folder)]) == EXIT_OK
+        assert cli.main(["check", str(folder)]) == EXIT_BAD_INPUT
+        assert "--reference MODEL" in _complaint(capsys)
+        assert cli.main(["check", str(folder), "--export-only"]) == EXIT_OK
+        assert "PASSED, export only" in capsys.readouterr().out
         assert cli.main(["check", str(folder), "--max-kl", "1000"]) == EXIT_BAD_INPUT
         assert cli.main(["check", str(folder), "--max-kl", "1000", "--reference", str(moved)]) == EXIT_OK
     finally:
@@ -156,7 +169,8 @@ def test_a_gate_that_fails_keeps_the_folder_and_stops_a_chain(
     assert cli.main(arguments) == EXIT_GATE_FAILED
     assert not from_json((out / "compot" / "report.json").read_text()).passed
     assert "FAILED" in (out / "README.md").read_text()
-    chain = f'"{sys.executable}" -m compot_deploy.cli.main check "{out}" && touch "{tmp_path}/went-on"'
+    check = f'"{sys.executable}" -m compot_deploy.cli.main check "{out}" --reference "{model}"'
+    chain = f'{check} && touch "{tmp_path}/went-on"'
     assert subprocess.run(chain, shell=True, capture_output=True).returncode == EXIT_GATE_FAILED
     assert not (tmp_path / "went-on").exists()
 

@@ -60,7 +60,9 @@ def test_a_check_with_another_original_is_refused_and_without_one_judges_the_fil
     home, moved = place.model("bert"), tmp_path / "moved"
     home.rename(moved)
     try:
-        done = check(folder)
+        with pytest.raises(InputError, match=r"--reference MODEL.*--export-only"):
+            check(folder)
+        done = check(folder, export_only=True)
         assert done.report.accuracy.total is None and done.passed
         with pytest.raises(InputError, match="needs the original model"):
             check(folder, limits={"min_cosine": 0.5})

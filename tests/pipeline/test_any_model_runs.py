@@ -100,11 +100,12 @@ def test_a_run_that_was_stopped_anywhere_goes_on_to_the_same_bytes(
 
 
 def test_force_replaces_a_folder_of_ours_and_a_recipe_makes_the_same_again(
-    place: Place, exported: Exported, tmp_path: Path
+    place: Place, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(exported.folder("bert"), out)
     (out / EVALUATION).unlink()
+    monkeypatch.chdir(place.root)  # a recipe names model and text by their last part
     flags = ["--recipe", str(exported.folder("bert") / RECIPE), "--out", str(out)]
     assert main(flags) == 2
     both = tmp_path / "both"
@@ -131,13 +132,14 @@ def test_a_zip_of_the_folder_is_written_beside_it(kind: str, place: Place, tmp_p
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 def test_a_folder_is_held_against_a_baseline_and_a_gate_file(
-    kind: str, exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, place: Place, exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = exported.folder(kind)
     loss = "kl" if kind == "gpt2" else "cosine_distance"
     baseline = tmp_path / "baseline.json"
     baseline.write_bytes((folder / REPORT).read_bytes())
-    command = ["check", str(folder), "--baseline", str(baseline), "--report-dir", str(tmp_path / "report")]
+    check = ["check", str(folder), "--reference", str(place.model(kind))]
+    command = [*check, "--baseline", str(baseline), "--report-dir", str(tmp_path / "report")]
     assert main(command) == 0
     report = from_json((tmp_path / "report" / "report.json").read_text())
     names = {one.name for one in report.accuracy.gate.criteria}
@@ -158,4 +160,4 @@ def test_a_folder_is_held_against_a_baseline_and_a_gate_file(
     gate.write_text(f'{limit}\nmax_bytes = "10MB"\n[regression]\n{loss} = "60%"\n')
     assert main([*command, "--gate", str(gate)]) == 0
     gate.write_text('max_bytes = "10KB"\n')
-    assert main(["check", str(folder), "--gate", str(gate)]) == 1
+    assert main([*check, "--gate", str(gate)]) == 1

@@ -159,12 +159,13 @@ def test_an_exporter_that_writes_another_matrix_fails_the_gate(
 
 @ways
 def test_a_file_written_wrong_with_a_manifest_that_fits_fails_the_check(
-    way: Way, sound: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    way: Way, place: Place, sound: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The exporter's own writer, given the folder's own model with two matrices in each other's place."""
     folder = tmp_path / "folder"
     shutil.copytree(sound(way), folder)
-    assert main(["check", str(folder)]) == 0
+    original = ["--reference", str(place.model(way.kind))] if way.kind else []
+    assert main(["check", str(folder), *original]) == 0
     model = way.exporter.read_model(sound(way))
     written = tmp_path / "written"
     written.mkdir()
@@ -175,6 +176,6 @@ def test_a_file_written_wrong_with_a_manifest_that_fits_fails_the_check(
         shutil.copy(written / name, folder / name)
     seal(folder, [name for name in changed if name != MANIFEST])
     capsys.readouterr()
-    assert main(["check", str(folder)]) == 1
+    assert main(["check", str(folder), *original]) == 1
     said = capsys.readouterr()
     assert "FAILED" in said.out and "Traceback" not in said.err

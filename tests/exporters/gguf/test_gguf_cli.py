@@ -78,7 +78,7 @@ def test_a_model_becomes_a_gguf_folder(
     if layout == "factorized":
         assert any(record.kind == "factorized" for record in verify(out).matrices)
     assert any("no smaller" in fact for fact in report.facts) == (layout == "dense")
-    assert cli.main(["check", str(out)]) == EXIT_OK
+    assert cli.main(["check", str(out), "--reference", str(model)]) == EXIT_OK
     capsys.readouterr()
     assert cli.main(["run", str(out), "-p", "the quick", "-n", "4"]) == EXIT_OK
     assert capsys.readouterr().out.startswith("the quick")
