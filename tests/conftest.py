@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +44,20 @@ FILTERS = (
 def pytest_configure(config: pytest.Config) -> None:
     for line in FILTERS:
         config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Workers of one run share what they traced; their folders lie side by side."""
+    try:
+        from traces import traces_kept_in
+    except ImportError:  # an environment without onnx
+        yield
+        return
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own
+    with traces_kept_in(shared / "traces"):
+        yield
 
 
 @pytest.fixture(autouse=True)
