@@ -8,7 +8,7 @@ experts. Products that read one tensor form an `InputGroup`: they share a Gram, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -138,10 +138,11 @@ def importance(gram: Float64[Tensor, "inputs inputs"]) -> Float32[Tensor, " inpu
 
 @dataclass(frozen=True)
 class Seen:
-    """One product: what was multiplied with what."""
+    """One product: what was multiplied with what, and what came out where that is kept."""
 
     site: Site
     values: Tensor
+    product: Tensor | None = None
 
 
 class Products(TorchFunctionMode):
@@ -153,10 +154,19 @@ class Products(TorchFunctionMode):
         module: a block.
         path: its path in the model.
         skip: parameters that are no matrices to compress: tables that a head shares.
+        keep_products: also keep what comes out.
     """
 
-    def __init__(self, module: nn.Module, path: str, skip: Iterable[nn.Parameter] = ()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        path: str,
+        skip: Iterable[nn.Parameter] = (),
+        *,
+        keep_products: bool = False,
+    ) -> None:
         super().__init__()
+        self._keeps_products = keep_products
         prefix = f"{path}." if path else ""
         left_out = {id(parameter) for parameter in skip}
         self._known = {
@@ -169,22 +179,26 @@ class Products(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See `torch.overrides.TorchFunctionMode`."""
         kwargs = kwargs or {}
+        seen = None
         if function is nn.functional.linear:
-            self._note(args[0], args[1] if len(args) > 1 else kwargs["weight"], transposed=True)
+            seen = self._seen(args[0], args[1] if len(args) > 1 else kwargs["weight"], transposed=True)
         elif function is torch.addmm and len(args) > 2:
-            self._note(args[1], args[2], transposed=False)
-        return function(*args, **kwargs)
+            seen = self._seen(args[1], args[2], transposed=False)
+        result = function(*args, **kwargs)
+        if seen is not None:
+            self.seen.append(replace(seen, product=result) if self._keeps_products else seen)
+        return result
 
-    def _note(self, values: Tensor, weight: Tensor, *, transposed: bool) -> None:
+    def _seen(self, values: Tensor, weight: Tensor, *, transposed: bool) -> Seen | None:
         found = self._known.get(_storage(weight))
         if found is None or weight.dim() != 2:
-            return
+            return None
         name, parameter = found
         index = None
         if parameter.dim() == 3:
             index = weight.storage_offset() // (parameter.shape[1] * parameter.shape[2])
         outputs, inputs = weight.shape if transposed else reversed(weight.shape)
-        self.seen.append(Seen(Site(name, index, inputs, outputs, transposed), values))
+        return Seen(Site(name, index, inputs, outputs, transposed), values)
 
     def groups(self, block: str) -> list[tuple[InputGroup, Tensor]]:
         """Sites by the tensor that they read, with that tensor; again for every time that a module runs."""
@@ -214,13 +228,42 @@ def real_rows(
 
 
 def add_gram(sums: dict[str, Gram], name: str, rows: Float[Tensor, "rows inputs"]) -> None:
-    """Add the second moments of some rows to those of an input; products are taken and summed in float64."""
-    exact = rows.double()
-    product = exact.T @ exact
+    """Add the second moments of some rows to those of an input.
+
+    Rows of float32 and less are multiplied in float32, a thousand at a time, and those products summed in float64: the
+    rounding of one product does not grow with the text.
+    """
     known = sums.get(name)
-    sums[name] = Gram(
-        product if known is None else known.matrix + product, len(rows) + (known.tokens if known else 0)
-    )
+    inputs = rows.shape[1]
+    total = rows.new_zeros(inputs, inputs, dtype=torch.float64) if known is None else known.matrix
+    for part in rows.split(_ROWS):
+        total += _second_moments(part if part.dtype == torch.float64 else part.float())
+    sums[name] = Gram(total, len(rows) + (known.tokens if known else 0))
+
+
+_ROWS: Final = 1024
+_CUT: Final = 256
+
+
+def _second_moments(rows: Float[Tensor, "rows inputs"]) -> Float[Tensor, "inputs inputs"]:
+    """``XᵀX``; what lies below the diagonal is not computed again."""
+    inputs = rows.shape[1]
+    product = rows.new_empty(inputs, inputs)
+
+    def fill(start: int, stop: int) -> None:
+        if stop - start <= _CUT:
+            part = rows[:, start:stop]
+            product[start:stop, start:stop] = part.T @ part
+            return
+        middle = (start + stop) // 2
+        fill(start, middle)
+        fill(middle, stop)
+        across = rows[:, start:middle].T @ rows[:, middle:stop]
+        product[start:middle, middle:stop] = across
+        product[middle:stop, start:middle] = across.T
+
+    fill(0, inputs)
+    return product
 
 
 def blocks_of(model: nn.Module) -> tuple[str, ...]:

@@ -14,17 +14,59 @@ import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.models.sites import Gram, InputGroup, Products, add_gram, real_rows
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.tasks import Batch
 
 Replacements: TypeAlias = Callable[[Mapping[str, Gram]], Mapping[str, Tensor]]
 """Grams of a block, by name of the input group, to the weights (in, out) that it goes on with, by site name."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a block is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def replaced(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same call with other hidden states."""
+        if self.args:
+            return (hidden, *self.args[1:]), dict(self.kwargs)
+        return (), {**self.kwargs, _HIDDEN: hidden}
+
+
+_HIDDEN: Final = "hidden_states"
+
+
+def hidden_of(given: Given) -> Tensor:
+    """The hidden states that a block is called with: its first argument."""
+    found = given.args[0] if given.args else given.kwargs.get(_HIDDEN)
+    if not isinstance(found, Tensor):
+        raise UnsupportedModelError(
+            "A block that is not called with hidden states first has no gradients here."
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Behind:
+    """What a batch was behind the last block.
+
+    Attributes:
+        hidden: output of the last block.
+        gradients: of some scalars of the model's output with respect to it.
+    """
+
+    hidden: Tensor
+    gradients: list[Tensor]
 
 
 class BlockStream:
@@ -117,6 +159,44 @@ class BlockStream:
             path = self._source.layout.blocks[self._next]
             self.advance(capture=False, replacements=None if replacements is None else replacements(path))
 
+    @property
+    def model(self) -> Any:
+        """The model that runs; blocks that are not at work have no weights."""
+        return self._model
+
+    @property
+    def batches(self) -> list[Batch]:
+        """What it reads, where it runs."""
+        return self._batches
+
+    def given(self) -> list[Given]:
+        """What the next block is going to be called with, batch by batch."""
+        if not self._passes:
+            self._start()
+        return [one.given for one in self._passes]
+
+    def finish_with(self, scalars: Callable[[Tensor, Batch], Sequence[Tensor]]) -> list[Behind]:
+        """Run the last block and what comes behind it, and differentiate; one batch at a time; needs ``finish``.
+
+        Args:
+            scalars: of an output; what is differentiated.
+        """
+        path = self._source.layout.blocks[self._next]
+        self._source.load(self._model, path, device=self._device, dtype=self._dtype)
+        found = []
+        for one, batch in zip(self._passes, self._batches, strict=True):
+            hidden = one.go_on_with_gradients()
+            sums = scalars(self._source.task.output(one.result), batch)
+            one.result = None
+            gradients = [
+                torch.autograd.grad(value, hidden, retain_graph=number + 1 < len(sums))[0]
+                for number, value in enumerate(sums)
+            ]
+            found.append(Behind(hidden.detach(), gradients))
+        self._source.unload(self._model.get_submodule(path))
+        self._next += 1
+        return found
+
     def outputs(self) -> list[Tensor]:
         """What the model gives for each batch, all blocks run; needs ``finish``."""
         return [self._source.task.output(one.result) for one in self._passes]
@@ -169,6 +249,10 @@ class _Pass(threading.Thread):
         self.at: str | None = None
         """Path of the block in front of which the pass stands; None when it is through."""
         self.result: Any = None
+        self.given = Given((), {})
+        """What that block is going to be called with."""
+        self._differentiates = False
+        self._hidden: Tensor | None = None
 
     def begin(self) -> None:
         """Run up to the first block."""
@@ -186,6 +270,13 @@ class _Pass(threading.Thread):
         self._mode = None
         self._turn.release()
         self._wait()
+
+    def go_on_with_gradients(self) -> Tensor:
+        """Run the block and the rest of the model, which keeps what gradients need; returns the block's output."""
+        self._differentiates = True
+        self.go_on()
+        assert self._hidden is not None
+        return self._hidden
 
     def end(self) -> None:
         """Leave the model where it stands."""
@@ -210,7 +301,7 @@ class _Pass(threading.Thread):
     def stand_before(self, path: str, real: Any, args: Any, kwargs: Any) -> Any:
         """What runs in the place of a block."""
         while True:
-            self.at = path
+            self.at, self.given = path, Given(args, kwargs)
             self._back.release()
             self._turn.acquire()
             if self._ending:
@@ -222,6 +313,12 @@ class _Pass(threading.Thread):
                 continue
             if path == self._last:
                 raise _Ended
+            self.given = Given((), {})
+            if self._differentiates:
+                output = result[0] if isinstance(result, tuple) else result
+                self._hidden = output.detach().requires_grad_(True)
+                torch.set_grad_enabled(True)  # of this thread, until its forward pass is over
+                return (self._hidden, *result[1:]) if isinstance(result, tuple) else self._hidden
             return result
 
     def _wait(self) -> None:

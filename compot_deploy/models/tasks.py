@@ -123,6 +123,33 @@ class Task:
         second = torch.log_softmax(changed.double(), -1)
         return LossSum(float((first.exp() * (first - second)).sum()), len(first))
 
+    def sampled(
+        self, output: Tensor, real: Bool[Tensor, "texts tokens"], generator: torch.Generator
+    ) -> Tensor:
+        """A random scalar of an output whose gradient tells what small changes cost.
+
+        With labels drawn from the model's own distribution, the mean square of the change of their log-likelihood is
+        twice the KL divergence, to second order (the Fisher information). Of embeddings the scalar is a random
+        direction across the vector, of which the same is true for one minus the cosine.
+
+        Args:
+            output: of the original model for a batch, with what gradients need.
+            real: which tokens are text.
+            generator: draws.
+        """
+        if self.kind == "embedding":
+            vectors = pooled(output, real)
+            fixed = vectors.detach()
+            drawn = torch.randn(fixed.shape, generator=generator, dtype=fixed.dtype).to(fixed.device)
+            size = fixed.norm(dim=-1, keepdim=True)
+            along = (drawn * fixed).sum(-1, keepdim=True) / size**2
+            return ((drawn - along * fixed) / size * vectors).sum()
+        if self.kind != "classification":
+            output = output[real]
+        logs = torch.log_softmax(output.float(), -1)
+        labels = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator)
+        return logs.gather(-1, labels.to(logs.device)).sum()
+
 
 @dataclass(frozen=True)
 class LossSum:

@@ -159,7 +159,7 @@ def joint(
     """
     levels = tuple(levels)
     _check(weight, levels)
-    problem = _Problem(weight.double(), whitening.gram)
+    problem = _Problem(weight.double(), whitening)
     if problem.energy == 0.0:
         return _zero(weight, levels)
     codes = _first_codes(weight, whitening, levels, alternation)
@@ -192,10 +192,10 @@ def joint(
 class _Problem:
     """What does not change: the weight, and how its errors are measured."""
 
-    def __init__(self, weight: Float64[Tensor, "inputs outputs"], gram: Float64[Tensor, "inputs inputs"]):
+    def __init__(self, weight: Float64[Tensor, "inputs outputs"], whitening: Whitening):
         self.weight = weight
-        self.gram = gram
-        self.pulled = gram @ weight
+        self.gram, self.feedback = whitening.gram, whitening.feedback
+        self.pulled = self.gram @ weight
         self.energy = float((self.pulled * weight).sum())
 
 
@@ -270,7 +270,7 @@ def _quantize_dictionary(
         if level.dictionary is None:
             leaves.append(Dense(part.float()))
         else:
-            leaves.append(gptq(part, problem.gram, level.dictionary, sweeps=_DICTIONARY_SWEEPS))
+            leaves.append(gptq(part, problem.feedback, level.dictionary, sweeps=_DICTIONARY_SWEEPS))
     return tuple(leaves), _Codes(values, codes.support)
 
 

@@ -77,7 +77,7 @@ def quantize_factors(
     if dictionary_grid is None:
         first = Dense(dictionary.float())
     else:
-        first = quantizer(dictionary, whitening.gram, dictionary_grid)
+        first = quantizer(dictionary, whitening.feedback, dictionary_grid)
     directions = whitening.apply(first.dequantize())
     gram = directions.T @ directions
     if not paper_exact and dictionary_grid is not None:

@@ -8,13 +8,15 @@ arXiv 2602.15200). All of it in float64: a Gram squares the condition number of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from compot_deploy.errors import InputError
+from compot_deploy.quant.feedback import Feedback, feedback_of
 
 FIRST_RIDGE: Final = 1e-6
 """Relative to the mean of the diagonal: below every signal seen in activations, far above float64 noise."""
@@ -41,10 +43,19 @@ class Whitening:
         """Whether the first ridge was too small, which a report should mention."""
         return self.attempts > 1
 
-    @property
+    @cached_property
     def gram(self) -> Float64[Tensor, "inputs inputs"]:
         """The Gram with its ridge, ``L Lᵀ``."""
         return self.factor @ self.factor.T
+
+    @cached_property
+    def feedback(self) -> Feedback:
+        """What GPTQ has to know of the input, made once for all grids and matrices."""
+        return feedback_of(self.gram)
+
+    @cached_property
+    def _single(self) -> Float32[Tensor, "inputs inputs"]:
+        return self.factor.float()
 
     def apply(self, weight: Float[Tensor, "inputs columns"]) -> Float64[Tensor, "inputs columns"]:
         """``LᵀW``."""
@@ -57,10 +68,12 @@ class Whitening:
     def error(
         self, weight: Float[Tensor, "inputs outputs"], approximation: Float[Tensor, "inputs outputs"]
     ) -> float:
-        """Relative whitened error ``‖Lᵀ(W − Ŵ)‖ / ‖LᵀW‖``; see `relative_error` for a zero weight."""
-        return relative_error(
-            self.apply(weight), self.apply(weight.to(self.factor) - approximation.to(self.factor))
-        )
+        """Relative whitened error ``‖Lᵀ(W − Ŵ)‖ / ‖LᵀW‖``; see `relative_error` for a zero weight.
+
+        The difference is taken in float64 and multiplied in float32, which is six digits of the result.
+        """
+        missed = (weight.double() - approximation.double()).float()
+        return relative_error(self._single.T @ weight.float(), self._single.T @ missed)
 
 
 def relative_error(target: Float[Tensor, "rows columns"], residual: Float[Tensor, "rows columns"]) -> float:

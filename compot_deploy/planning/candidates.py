@@ -6,7 +6,7 @@ a Gram; for them every factorised form is tried twice, with one dictionary for a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -27,7 +27,7 @@ from compot_deploy.planning.schemes import Form, GridChoice, Joint, Plain, Separ
 from compot_deploy.planning.water_levels import water_levels
 from compot_deploy.quant import Quantizer, gptq
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Of the numerics that measure a candidate; part of every key, so that stale measurements are not used."""
 
 
@@ -102,18 +102,38 @@ class Realized:
     unquantized_errors: Mapping[str, float] = field(default_factory=dict)
 
 
+def energies_of(weight: Float[Tensor, "inputs outputs"], whitening: Whitening) -> list[float]:
+    """Squared singular values of the whitened weight, largest first."""
+    whitened = whitening.apply(weight)
+    gram = whitened @ whitened.T if whitened.shape[0] <= whitened.shape[1] else whitened.T @ whitened
+    return list(torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0).tolist())
+
+
 def forms(
-    weight: Float[Tensor, "inputs outputs"], whitening: Whitening, storage: Storage, search: Search
+    weight: Float[Tensor, "inputs outputs"],
+    whitening: Whitening,
+    storage: Storage,
+    search: Search,
+    energies: Sequence[float] | None = None,
 ) -> tuple[Form, ...]:
-    """What to try for a weight, or for several side by side: plain grids, then factorised forms."""
+    """What to try for a weight, or for several side by side: plain grids, then factorised forms.
+
+    Args:
+        weight: W.
+        whitening: of its input.
+        storage: what a byte is.
+        search: which forms are tried.
+        energies: of `energies_of`, where they are known.
+    """
     inputs, outputs = weight.shape
     found: list[Form] = [Plain(grid) for grid in search.grids.grids]
     if search.unquantized:
         found.append(Plain(None))
-    whitened = whitening.apply(weight)
-    gram = whitened @ whitened.T if inputs <= outputs else whitened.T @ whitened
-    energies = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0).tolist()
-    for rate in search.rates if search.grids.groups else ():
+    rates = search.rates if search.grids.groups else ()
+    if rates and energies is None:
+        energies = energies_of(weight, whitening)
+    for rate in rates:
+        assert energies is not None
         levels = water_levels(
             energies,
             inputs,
@@ -194,7 +214,7 @@ def realize(
     if isinstance(form, Separate):
         (name,) = weights
         return _separate(form, name, weights[name], whitening, quantizer)
-    weight = torch.cat([value.double() for value in weights.values()], dim=1)
+    weight = torch.cat(list(weights.values()), dim=1)
     matrices: dict[str, Matrix] = {}
     match form:
         case Plain():
@@ -202,7 +222,7 @@ def realize(
                 matrices.update({name: Dense(value.float()) for name, value in weights.items()})
             else:
                 # Every output is quantized for itself: side by side they take one pass.
-                whole = quantizer(weight, whitening.gram, form.grid)
+                whole = quantizer(weight.float(), whitening.feedback, form.grid)
                 sizes = [value.shape[1] for value in weights.values()]
                 parts = zip(whole.integers.split(sizes, 1), whole.scales.split(sizes, 1), strict=True)
                 for name, (integers, scales) in zip(weights, parts, strict=True):

@@ -33,6 +33,9 @@ from compot_deploy.quant import QUANTIZERS
 _FINAL: Final = 4
 """Times as much text for the last choice among finished plans: they are few, and come close to each other."""
 
+_HOPELESS: Final = 1.5
+"""Times the predicted loss of the plan, beyond which another plan is not made to be compared with it."""
+
 _LARGEST_HALF: Final = 6e4
 
 
@@ -113,6 +116,8 @@ def choose(curves: Sequence[Curve], weights: Mapping[str, float], budget: int) -
     made = [knapsack(some, budget, weights) for some in singles if possible(some)]
     plans = [plan, *(knapsack(some, budget, weights) for some in contenders)]
     plans += [min(made, key=lambda one: one.loss)] if made else []
+    # What is predicted to cost much more is not made: predictions are not that wrong.
+    plans = [one for one in plans if one is plan or one.loss <= _HOPELESS * plan.loss]
     different = {forms_of(one): one for one in reversed(plans)}
     return tuple(one for one in plans if different[forms_of(one)] is one)
 
@@ -136,7 +141,7 @@ def carry_out(context: PlanningContext, plans: Sequence[Plan], extras: Extras = 
         plans: at least one; the first is the plan, the others are what it is compared with.
         extras: what else is kept, of a single plan.
     """
-    made = [_make(context, plan, extras) for plan in plans]
+    made = _make(context, plans, extras)
     notes = list(plans[0].notes)
     best = 0
     if len(plans) > 1:
@@ -162,33 +167,55 @@ def verdict(context: PlanningContext, plans: Sequence[Plan], effects: Sequence[f
     return f"on calibration text the plan costs {effects[0]:.4g} {unit}, {others}: better is {winner}"
 
 
-def _make(context: PlanningContext, plan: Plan, extras: Extras) -> Outcome:
-    """The matrices of a plan, a file per block; files that are there already are taken as they are."""
+def _make(context: PlanningContext, plans: Sequence[Plan], extras: Extras) -> list[Outcome]:
+    """The matrices of some plans, a file per block; files that are there already are taken as they are.
+
+    Where the Grams are those of the original, all plans of a block are made together: what is equal in two of them is
+    made once.
+    """
     label = "Make matrices"
-    digest = _digest(plan, context, extras)
-    blocks = _Blocks(context, plan, extras, digest)
-    missing = [number for number, block in enumerate(context.blocks) if not blocks.finished(block)]
+    blocks = [_Blocks(context, plan, extras, _digest(plan, context, extras)) for plan in plans]
+    missing = [n for n, block in enumerate(context.blocks) if not all(one.finished(block) for one in blocks)]
     from_store = not context.sequential and all(context.has_grams(context.blocks[n]) for n in missing)
     if missing and from_store:
         for number in missing:
             block = context.blocks[number]
             context.progress(number, len(context.blocks), label)
-            blocks.make(block, context.grams(block))
+            grams, known = context.grams(block), _Known()
+            for one in blocks:
+                if not one.finished(block):
+                    one.make(block, grams, known)
     elif missing:
-        with context.stream() as stream:
-            for number in range(missing[0], missing[-1] + 1):
-                context.progress(number, len(context.blocks), label)
-                going_on = blocks.going_on if context.sequential else None
-                stream.skip_to(number, going_on)
-                block = context.blocks[number]
-                if context.sequential:
-                    stream.advance(replacements=blocks.going_on(block))
-                elif number in missing:
-                    blocks.make(block, {name: gram.matrix for name, gram in stream.advance().items()})
-                else:
-                    stream.advance(capture=False)
+        for one in blocks:
+            _make_in_a_stream(context, one, label)
     context.progress(len(context.blocks), len(context.blocks), label)
-    return blocks.outcome()
+    return [one.outcome() for one in blocks]
+
+
+def _make_in_a_stream(context: PlanningContext, blocks: _Blocks, label: str) -> None:
+    missing = [number for number, block in enumerate(context.blocks) if not blocks.finished(block)]
+    if not missing:
+        return
+    with context.stream() as stream:
+        for number in range(missing[0], missing[-1] + 1):
+            context.progress(number, len(context.blocks), label)
+            going_on = blocks.going_on if context.sequential else None
+            stream.skip_to(number, going_on)
+            block = context.blocks[number]
+            if context.sequential:
+                stream.advance(replacements=blocks.going_on(block))
+            elif number in missing:
+                blocks.make(block, {name: gram.matrix for name, gram in stream.advance().items()})
+            else:
+                stream.advance(capture=False)
+
+
+class _Known:
+    """What was made of the matrices of one block: plans that are made together often agree."""
+
+    def __init__(self) -> None:
+        self.whitenings: dict[str, Whitening] = {}
+        self.realized: dict[tuple[tuple[str, ...], Form, str], Realized] = {}
 
 
 def _digest(plan: Plan, context: PlanningContext, extras: Extras) -> str:
@@ -230,8 +257,9 @@ class _Blocks:
 
         return make_and_go_on
 
-    def make(self, block: str, grams: Mapping[str, Tensor]) -> None:
-        """All matrices of a block from the Grams of its inputs."""
+    def make(self, block: str, grams: Mapping[str, Tensor], known: _Known | None = None) -> None:
+        """All matrices of a block from the Grams of its inputs; what is known already is taken as it is."""
+        known = known or _Known()
         by_first = {entry.names[0]: entry for entry in self.plan.chosen}
         beside = {} if self.extras.baseline is None else {e.names[0]: e for e in self.extras.baseline.chosen}
         matrices: dict[str, Matrix] = {}
@@ -239,18 +267,20 @@ class _Blocks:
         baseline: dict[str, Matrix] = {}
         facts: list[LinearFacts] = []
         for group in self.context.source.layout.of(block):
-            whitening = whiten(grams[group.name].to(self.context.device))
+            if group.name not in known.whitenings:
+                known.whitenings[group.name] = whiten(grams[group.name].to(self.context.device))
+            whitening = known.whitenings[group.name]
             for first in group.names:
                 if first not in by_first:
                     continue
                 entry = by_first[first]
-                made = self._realize(entry, whitening, self.context.quantizer)
+                made = self._realize(entry, whitening, self.context.quantizer, known)
                 matrices |= made.matrices
                 factors |= {name: _halved(matrix) for name, matrix in made.factors.items()}
                 facts += [facts_of(name, entry, made, whitening) for name in entry.names]
                 if first in beside:
                     quantizer = self.extras.baseline_quantizer
-                    baseline |= self._realize(beside[first], whitening, quantizer).matrices
+                    baseline |= self._realize(beside[first], whitening, quantizer, known).matrices
         path = self.path(block)
         self.context.keep_importance(block, grams)
         write_text(path.with_suffix(".json"), json.dumps([asdict(fact) for fact in facts]))
@@ -289,15 +319,18 @@ class _Blocks:
             else {},
         )
 
-    def _realize(self, entry: Chosen, whitening: Whitening, quantizer: str) -> Realized:
-        return realize(
-            entry.candidate.form,
-            self.context.weights(entry.names),
-            whitening,
-            self.context.search,
-            dictionary_name="+".join(entry.names),
-            quantizer=QUANTIZERS[quantizer],
-        )
+    def _realize(self, entry: Chosen, whitening: Whitening, quantizer: str, known: _Known) -> Realized:
+        key = entry.names, entry.candidate.form, quantizer
+        if key not in known.realized:
+            known.realized[key] = realize(
+                entry.candidate.form,
+                self.context.weights(entry.names),
+                whitening,
+                self.context.search,
+                dictionary_name="+".join(entry.names),
+                quantizer=QUANTIZERS[quantizer],
+            )
+        return known.realized[key]
 
     def _beside(self, block: str, kind: str) -> Path:
         return self.context.block_file(f"{kind}-{self.digest}", block)

@@ -1,7 +1,13 @@
 """What disturbing one matrix does to the model: a unit of error does not cost the same everywhere.
 
-Each matrix is disturbed alone, and the outputs are compared on calibration text, by the task's own loss: KL divergence
-in nats per token, or one minus the cosine of embeddings.
+One backward pass tells it for all matrices. Let a matrix be disturbed by ``ΔW = H^(−½) Z C``: Z white, H the damped
+Gram of its input, C as large for each output as rounding its weights is; that is what quantization with error feedback
+leaves. To second order the model's loss (KL divergence, or one minus the cosine) is half of the expected square of what
+the disturbance does to a scalar that is sampled from the model's own output (`Task.sampled`), and the expectation over
+Z has a closed form: for a text with inputs x and output gradients g it is ``‖Σ_t (L⁻¹x_t)(C g_t)ᵀ‖²``, ``H = L Lᵀ``.
+
+Where gradients cannot be had each matrix is disturbed alone, and outputs are compared on calibration text. That is also
+what the backward pass is tested against.
 """
 
 from __future__ import annotations
@@ -11,13 +17,17 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 import torch
+from jaxtyping import Float64
+from torch import Tensor
 
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.core.store import write_text
+from compot_deploy.errors import UnsupportedModelError
+from compot_deploy.models.backward import Product, products_backwards
 from compot_deploy.models.sites import InputGroup
 from compot_deploy.models.tasks import Batch, LossSum
 from compot_deploy.models.whole import replaced, whole_model
-from compot_deploy.numerics.whiten import Whitening
+from compot_deploy.numerics.whiten import Whitening, whiten
 from compot_deploy.planning.candidates import forms, realize
 from compot_deploy.planning.context import PlanningContext
 from compot_deploy.planning.schemes import Form, Joint, Plain
@@ -29,31 +39,123 @@ _POSITIONS: Final = 1024
 _TEXTS: Final = 64
 """Texts of a model that gives one output for each."""
 
+_DRAWS: Final = 4
+"""Scalars for each of them; a decoder draws a label at every position."""
+
 _LOGITS: Final = 32_000_000
 """Logits of the original that are kept for it, at most: 128 MB."""
 
+_SEED: Final = 0
+
+_DAMPING: Final = 1e-2
+"""Of the Gram, as GPTQ has it: errors do not grow without bound where the input has no energy."""
+
+_GROUP: Final = 64
+"""Inputs whose largest weight says how coarse their steps are."""
+
 
 def measure_effects(context: PlanningContext) -> dict[str, float]:
-    """What a unit of squared relative error of each matrix costs the model, in units of the task's loss.
-
-    The disturbance is the coarsest plain grid there is; without grids, a factorised form.
-    """
+    """What a unit of squared relative error of each matrix costs the model, in units of the task's loss."""
     path = context.work / "effects.json"
-    known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-    label = "Measure effects"
-    total = len(context.names)
-    if len(known) < total:
-        effect = Effect(context)
-        for group in context.groups:
-            if all(name in known for name in group.names):
-                continue
-            whitening = context.whitening(group)
+    if path.exists():
+        known: dict[str, float] = json.loads(path.read_text())
+        return known
+    try:
+        found = effects_backwards(context)
+    except UnsupportedModelError:
+        found = effects_one_by_one(context)
+    write_text(path, json.dumps(found))
+    return found
+
+
+def effects_backwards(context: PlanningContext) -> dict[str, float]:
+    """Effects of all matrices from one backward pass.
+
+    Raises:
+        UnsupportedModelError: the model's blocks hand each other more than hidden states.
+    """
+    task, label = context.source.task, "Measure effects"
+    draws = _DRAWS if task.pools else 1
+    generator = torch.Generator().manual_seed(_SEED)
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        context.progress(done, 2 * len(context.blocks), label)
+        done += 1
+
+    squares = dict.fromkeys(context.names, 0.0)
+    batches = _some(context, 1)
+    products = products_backwards(
+        context.source,
+        batches,
+        lambda output, batch: task.sampled(output, batch.real, generator),
+        draws=draws,
+        device=context.device,
+        step=step,
+    )
+    units: dict[str, float] = {}
+    for block, seen in products:
+        for group in context.source.layout.of(block):
+            disturbance = _Disturbance(context, group)
             for name in group.names:
-                context.progress(len(known), total, label)
-                known[name] = _effect_of(name, context, group, whitening, effect)
-            write_text(path, json.dumps(known))
-    context.progress(total, total, label)
-    return known
+                units[name] = disturbance.error(name)
+                for one in seen:
+                    if one.name == name:
+                        squares[name] += disturbance.effect(one)
+    context.progress(2 * len(context.blocks), 2 * len(context.blocks), label)
+    count = sum(len(batch.real) if task.pools else int(batch.real.sum()) for batch in batches) * draws
+    return {name: squares[name] / (2 * count * units[name]) if units[name] else 0.0 for name in context.names}
+
+
+class _Disturbance:
+    """``ΔW = H^(−½) Z C`` of the matrices of one input, see above."""
+
+    def __init__(self, context: PlanningContext, group: InputGroup) -> None:
+        gram = context.grams(group.block)[group.name].to(context.device)
+        damped = whiten(gram, ridge=_DAMPING)
+        self._factor = damped.factor
+        self._weights = context.weights(group.names)
+        self._gram = gram.double()
+        inputs = gram.shape[0]
+        identity = torch.eye(inputs, dtype=torch.float64, device=gram.device)
+        inverse = torch.linalg.solve_triangular(self._factor, identity, upper=False)
+        added = damped.ridge * float(self._gram.diagonal().mean())
+        self._dimensions = inputs - added * float(inverse.square().sum())  # tr(H⁻¹ G)
+
+    def error(self, name: str) -> float:
+        """Its squared error relative to that of leaving the matrix out."""
+        weight = self._weights[name].double()
+        whole = float((weight * (self._gram @ weight)).sum())
+        return self._dimensions * float(_steps(weight).square().sum()) / whole if whole > 0.0 else 0.0
+
+    def effect(self, product: Product) -> float:
+        """The expected square of what it does to the scalar."""
+        steps = _steps(self._weights[product.name].double())
+        total = 0.0
+        for values, gradient in zip(product.values, product.gradient, strict=True):
+            white = torch.linalg.solve_triangular(self._factor, values.double().T, upper=False)
+            total += float((white.float() @ (gradient * steps.float())).square().sum())
+        return total
+
+
+def _steps(weight: Float64[Tensor, "inputs outputs"]) -> Float64[Tensor, " outputs"]:
+    """How coarse the steps of each output are: the root mean square over groups of the largest weight."""
+    largest = torch.stack([group.abs().amax(0) for group in weight.split(_GROUP)])
+    return largest.square().mean(0).sqrt()
+
+
+def effects_one_by_one(context: PlanningContext) -> dict[str, float]:
+    """Effects of all matrices, each disturbed alone, by the coarsest plain grid or else by a factorised form."""
+    found: dict[str, float] = {}
+    effect = Effect(context)
+    for group in context.groups:
+        whitening = context.whitening(group)
+        for name in group.names:
+            context.progress(len(found), len(context.names), "Measure effects one by one")
+            found[name] = _effect_of(name, context, group, whitening, effect)
+    context.progress(len(found), len(found), "Measure effects one by one")
+    return found
 
 
 class Effect:

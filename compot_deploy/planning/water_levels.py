@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from types import MappingProxyType
@@ -163,3 +163,25 @@ def _cheapest(rows: int, columns: int, grids: Sequence[Grid], storage: Storage, 
     """The grid of fewest bytes; a dictionary prefers groups that follow its inputs."""
     preferred = [grid for grid in grids if grid.group == prefer] or list(grids)
     return min(preferred, key=lambda grid: (storage.leaf_bytes(rows, columns, grid), grid.group))
+
+
+def predicted_error(energies: Sequence[float], levels: Sequence[Level]) -> float:
+    """Squared relative error that atoms of some levels will have, from the spectrum alone.
+
+    Args:
+        energies: squared singular values of the whitened weight, largest first.
+        levels: with dense codes.
+    """
+    whole = sum(energies)
+    if whole <= 0.0:
+        return 0.0
+    lost, start = 0.0, 0
+    for level in levels:
+        energy = sum(energies[start : start + level.atoms])
+        lost += energy * (_loss(_DICTIONARY_LOSS, level.dictionary) + _loss(_CODE_LOSS, level.codes))
+        start += level.atoms
+    return min(1.0, (lost + sum(energies[start:])) / whole)
+
+
+def _loss(table: Mapping[int, float], grid: Grid | None) -> float:
+    return 0.0 if grid is None else table[grid.bits]
