@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Final
 
 import torch
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from compot_deploy.errors import InputError
@@ -53,10 +53,6 @@ class Whitening:
         """What GPTQ has to know of the input, made once for all grids and matrices."""
         return feedback_of(self.gram)
 
-    @cached_property
-    def _single(self) -> Float32[Tensor, "inputs inputs"]:
-        return self.factor.float()
-
     def apply(self, weight: Float[Tensor, "inputs columns"]) -> Float64[Tensor, "inputs columns"]:
         """``LᵀW``."""
         return self.factor.T @ weight.to(self.factor)
@@ -68,12 +64,10 @@ class Whitening:
     def error(
         self, weight: Float[Tensor, "inputs outputs"], approximation: Float[Tensor, "inputs outputs"]
     ) -> float:
-        """Relative whitened error ``‖Lᵀ(W − Ŵ)‖ / ‖LᵀW‖``; see `relative_error` for a zero weight.
-
-        The difference is taken in float64 and multiplied in float32, which is six digits of the result.
-        """
-        missed = (weight.double() - approximation.double()).float()
-        return relative_error(self._single.T @ weight.float(), self._single.T @ missed)
+        """Relative whitened error ``‖Lᵀ(W − Ŵ)‖ / ‖LᵀW‖``; see `relative_error` for a zero weight."""
+        return relative_error(
+            self.apply(weight), self.apply(weight.to(self.factor) - approximation.to(self.factor))
+        )
 
 
 def relative_error(target: Float[Tensor, "rows columns"], residual: Float[Tensor, "rows columns"]) -> float:

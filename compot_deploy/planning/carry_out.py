@@ -33,9 +33,6 @@ from compot_deploy.quant import QUANTIZERS
 _FINAL: Final = 4
 """Times as much text for the last choice among finished plans: they are few, and come close to each other."""
 
-_HOPELESS: Final = 1.5
-"""Times the predicted loss of the plan, beyond which another plan is not made to be compared with it."""
-
 _LARGEST_HALF: Final = 6e4
 
 
@@ -116,8 +113,6 @@ def choose(curves: Sequence[Curve], weights: Mapping[str, float], budget: int) -
     made = [knapsack(some, budget, weights) for some in singles if possible(some)]
     plans = [plan, *(knapsack(some, budget, weights) for some in contenders)]
     plans += [min(made, key=lambda one: one.loss)] if made else []
-    # What is predicted to cost much more is not made: predictions are not that wrong.
-    plans = [one for one in plans if one is plan or one.loss <= _HOPELESS * plan.loss]
     different = {forms_of(one): one for one in reversed(plans)}
     return tuple(one for one in plans if different[forms_of(one)] is one)
 

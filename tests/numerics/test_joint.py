@@ -137,7 +137,7 @@ def lost_by(levels: tuple[Level, ...]) -> float:
         common = torch.randn(INPUTS, 1, generator=generator, dtype=torch.float64)
         dictionary = torch.randn(INPUTS, atoms, generator=generator, dtype=torch.float64) + common
         seen = joint_module._Seen.through(
-            (Dense(dictionary.float()),), joint_module._Problem(weight, whitening.gram)
+            (Dense(dictionary.float()),), joint_module._Problem(weight, whitening)
         )
         best = torch.linalg.solve(seen.gram, seen.correlation)
         codes = joint_module._Codes(best, torch.ones_like(best, dtype=torch.bool))
