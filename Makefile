@@ -1,6 +1,6 @@
 # Everything runs in an environment of its own, .venv; nothing outside the repository is touched.
 # `make demo` and `make test` install what they were tested with: releases and hashes of locks/, torch aside.
-#   make demo   compress the model that ships with the project in four ways, export and judge each
+#   make demo   compress the model that ships with the project in four ways, export and evaluate each
 #   make test   format, lint, types, tests
 #   make quick  the laws of the mathematics alone: a minute and a half on two cores
 #   make newest the tests with the newest release of everything; every warning is an error

@@ -1,6 +1,6 @@
 """What pyproject.toml cannot say: the C plug-in of `compot_deploy.llama` is optional.
 
-Without a compiler the package installs all the same, and factorised GGUF files are expanded when loaded.
+Without a compiler the package installs all the same, and factorized GGUF files are expanded when loaded.
 """
 
 import sys

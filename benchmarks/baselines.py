@@ -111,7 +111,7 @@ def baselines(
     cospadi_bits: Sequence[float],
     types: Sequence[str] = LLAMA_TYPES,
 ) -> tuple[Baseline, ...]:
-    """All of them; factorised ones at the given bits per weight, and these types of llama.cpp."""
+    """All of them; factorized ones at the given bits per weight, and these types of llama.cpp."""
     found = [
         Baseline(
             "GPTQ as published",
@@ -252,7 +252,7 @@ def llama(weight: Tensor, whitening: Whitening, *, kind: str, padded: bool) -> t
     return torch.from_numpy(found[:, :inputs].T.copy()), size
 
 
-# -- factorised, the whole model -------------------------------------------------------------------------
+# -- factorized, the whole model -------------------------------------------------------------------------
 
 
 def factorize(
@@ -265,7 +265,7 @@ def factorize(
 
 
 def then_int4(linears: Linears, *, method: str, bits: float) -> Small:
-    """Factorised with uniform allocation for a number of bits per weight, then both factors in 4 bits.
+    """Factorized with uniform allocation for a number of bits per weight, then both factors in 4 bits.
 
     Dictionaries have groups of 64, codes of 16. A linear for which not even one group of atoms fits stays
     plain, with groups of 64, so the bits that come out may be more than those asked for.
@@ -297,7 +297,7 @@ def then_int4(linears: Linears, *, method: str, bits: float) -> Small:
 
 
 def floating(linears: Linears, *, method: str, rule: str, ratio: float, published: bool = True) -> Small:
-    """Factorised in 16 bits, as the paper counts them; linears that do not gain stay as they are."""
+    """Factorized in 16 bits, as the paper counts them; linears that do not gain stay as they are."""
     allocation = ALLOCATIONS[rule](_sizes(linears), ratio=ratio, storage=STORAGE, sparsity=_sparsity(method))
     made = {}
     for name, choice in allocation.choices.items():

@@ -1,6 +1,6 @@
 """Divergence against bytes on small decoders: the plan beside everything that it has to beat.
 
-Grams, effects and the plan's last check come from calibration windows, figures from held-out ones. Bytes are
+Grams, sensitivities and the plan's last check come from calibration windows, figures from held-out ones. Bytes are
 those of integers, scales and masks, without padding. One command writes `decoder_frontier.md`, `.json` and
 `.png`, for the model that ships and for any others:
 
@@ -62,9 +62,9 @@ from compot_deploy.planning.candidates import Search, realize
 from compot_deploy.planning.carry_out import carry_out, choose
 from compot_deploy.planning.context import PlanningContext, collect_grams
 from compot_deploy.planning.knapsack import Plan, knapsack, smallest_bytes
-from compot_deploy.planning.measure import measure_curves
+from compot_deploy.planning.measure import measure_rate_points
 from compot_deploy.planning.schemes import GridChoice, Plain
-from compot_deploy.planning.sensitivity import measure_effects
+from compot_deploy.planning.sensitivity import measure_sensitivities
 from compot_deploy.recipe import Recipe
 
 STORAGE = PaperStorage()
@@ -88,7 +88,7 @@ ninety claims are made, two of which chance alone would put more than two standa
 SCORES = (DIVERGENCE, PERPLEXITY)
 
 
-class Judge:
+class Evaluator:
     """Compares the model with replaced matrices to the original, on held-out windows."""
 
     def __init__(self, source: ModelSource, windows: TokenWindows) -> None:
@@ -129,10 +129,10 @@ class Judge:
 
 
 class Laboratory:
-    """A decoder, the whitenings of its linears, and what it is judged on."""
+    """A decoder, the whitenings of its linears, and what it is evaluated on."""
 
-    def __init__(self, label: str, context: PlanningContext, judge: Judge) -> None:
-        self.label, self.context, self.judge = label, context, judge
+    def __init__(self, label: str, context: PlanningContext, evaluator: Evaluator) -> None:
+        self.label, self.context, self.evaluator = label, context, evaluator
         self.weights: dict[str, Tensor] = {}
         self._whitenings: dict[str, Whitening] = {}
         for group in context.groups:
@@ -140,7 +140,7 @@ class Laboratory:
             self._whitenings |= dict.fromkeys(group.names, context.whitening(group))
         self.numbers = sum(weight.numel() for weight in self.weights.values())
         factors = {name: whitening.factor for name, whitening in self._whitenings.items()}
-        self.made_from = digest(self.weights) + digest(factors) + judge.made_from
+        self.made_from = digest(self.weights) + digest(factors) + evaluator.made_from
 
     def whitening_of(self, name: str) -> Whitening:
         """Of the input of a linear."""
@@ -164,7 +164,7 @@ class Laboratory:
             def make(entry: Baseline = entry) -> Figures:
                 small = entry.make(self)
                 dense = {name: Dense(weight) for name, weight in small.weights.items()}
-                found = self.judge(dense, small.bytes * 8 / self.numbers)
+                found = self.evaluator(dense, small.bytes * 8 / self.numbers)
                 in_file = small.file_bytes
                 return replace(found, file_bits=None if in_file is None else in_file * 8 / self.numbers)
 
@@ -174,20 +174,20 @@ class Laboratory:
 
     def planned(self, jobs: Jobs, sizes: Sequence[float]) -> list[Point]:
         """The plan at each number of bits, and the plain mix of the same bytes."""
-        curves, effects = measure_curves(self.context), measure_effects(self.context)
-        plain = [one.only(lambda form: isinstance(form, Plain)) for one in curves]
+        rate_points, sensitivities = measure_rate_points(self.context), measure_sensitivities(self.context)
+        plain = [one.only(lambda scheme: isinstance(scheme, Plain)) for one in rate_points]
         points = []
         for size in sizes:
             budget = int(size * self.numbers / 8 + 1e-3)  # the size of a baseline is a whole number
             if smallest_bytes(plain) <= budget:
-                points.append(self._point(jobs, MIXED, MIXED, (knapsack(plain, budget, effects),)))
-            if smallest_bytes(curves) <= budget:
-                points.append(self._point(jobs, PLANNED, PLANNED, choose(curves, effects, budget)))
+                points.append(self._point(jobs, MIXED, MIXED, (knapsack(plain, budget, sensitivities),)))
+            if smallest_bytes(rate_points) <= budget:
+                points.append(self._point(jobs, PLANNED, PLANNED, choose(rate_points, sensitivities, budget)))
         return points
 
     def floating(self, jobs: Jobs, ratios: Sequence[float]) -> list[Point]:
-        """The knapsack over factorised forms without quantization."""
-        curves, effects = measure_curves(self.context), measure_effects(self.context)
+        """The knapsack over factorized schemes without quantization."""
+        rate_points, sensitivities = measure_rate_points(self.context), measure_sensitivities(self.context)
         plain = sum(2 * weight.numel() for weight in self.weights.values())
         family = "compot-deploy, knapsack"
         return [
@@ -195,7 +195,7 @@ class Laboratory:
                 jobs,
                 family,
                 f"{family}, {ratio:.0%}",
-                (knapsack(curves, int((1 - ratio) * plain), effects),),
+                (knapsack(rate_points, int((1 - ratio) * plain), sensitivities),),
             )
             for ratio in ratios
         ]
@@ -203,7 +203,7 @@ class Laboratory:
     def _point(self, jobs: Jobs, family: str, method: str, plans: Sequence[Plan]) -> Point:
         def make() -> Figures:
             best = carry_out(self.context, plans)
-            return self.judge(StoredMatrices(best.files), best.plan.bytes * 8 / self.numbers)
+            return self.evaluator(StoredMatrices(best.files), best.plan.bytes * 8 / self.numbers)
 
         return jobs.point(family, method, (candidates.VERSION, BY_WINDOW, plans, self.made_from), make)
 
@@ -217,7 +217,7 @@ def open_laboratory(model: str | None, search: Search, work: Path, samples: int,
     collect_grams(context)
     held_out = evaluation_windows(recipe, source, work)
     label = "the model that ships" if model is None else Path(model).name
-    return Laboratory(label, context, Judge(source, held_out))
+    return Laboratory(label, context, Evaluator(source, held_out))
 
 
 def frontier(
@@ -280,7 +280,7 @@ Divergence and perplexity, relative to the original, on held-out text. Bits per 
 scales, zero points and masks. Made by `benchmarks/decoder_frontier.py`; what each baseline is, and how its bytes
 are counted, is said in `benchmarks/baselines.py`. *Rows padded*: llama.cpp wants rows of 256 and these models have
 shorter ones; only a part of a padded block is counted, so these points are smaller than any file could be. Claims
-about the divergence, which is what the plan minimises, are made at those sizes all the same; claims about perplexity,
+about the divergence, which is what the plan minimizes, are made at those sizes all the same; claims about perplexity,
 in which chance has a larger part, at the sizes of real files. Divergences that are two standard errors of their
 difference apart or less, paired by window of text, are not told apart, perplexities three: ninety are compared, and
 chance alone puts two of them more than two apart. *Spectral* weighs singular values by the bytes that they

@@ -34,7 +34,7 @@ from compot_deploy.planning.sizing import MatrixSize, Sparsity
 from compot_deploy.planning.spectral import ALLOCATIONS, Allocation
 
 LINES, TOKENS, BATCH, SHORTEST = 256, 128, 16, 200
-EFFECT_LINES = 64
+LOSS_LINES = 64
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Encoder:
             name: module.weight.data.T.clone() for name, module in self._linears.items()
         }
         calibration_batches = self._batches(calibration)
-        self._effect_lines = calibration_batches[: EFFECT_LINES // BATCH]
+        self._loss_lines = calibration_batches[: LOSS_LINES // BATCH]
         self.grams = _kept(cache, "grams", (calibration,), lambda: self._collect(calibration_batches))
         self.whitenings: dict[str, Whitening] = {name: whiten(gram) for name, gram in self.grams.items()}
         original = _kept(
@@ -91,7 +91,7 @@ class Encoder:
             (calibration, test),
             lambda: {
                 "test": self.embed({}),
-                "calibration": self.embed({}, self._effect_lines),
+                "calibration": self.embed({}, self._loss_lines),
             },
         )
         self.original, self._original_lines = original["test"], original["calibration"]
@@ -104,7 +104,7 @@ class Encoder:
         ]
 
     def embed(self, weights: Mapping[str, Tensor], lines: Sequence[Any] | None = None) -> Tensor:
-        """Normalised embeddings, with `weights` (in, out) in place of the original ones.
+        """Normalized embeddings, with `weights` (in, out) in place of the original ones.
 
         Args:
             weights: by linear; the others stay as they are.
@@ -122,9 +122,9 @@ class Encoder:
             self._linears[name].weight.data = self.weights[name].T.contiguous()
         return torch.nn.functional.normalize(torch.cat(embeddings), dim=-1)
 
-    def effect(self, weights: Mapping[str, Tensor]) -> float:
+    def loss(self, weights: Mapping[str, Tensor]) -> float:
         """What `weights` do to the output: 1 − mean cosine, on lines of the calibration text."""
-        embeddings = self.embed(weights, self._effect_lines)
+        embeddings = self.embed(weights, self._loss_lines)
         return 1.0 - float((embeddings * self._original_lines).sum(-1).mean())
 
     def evaluate(self, weights: Mapping[str, Tensor]) -> Evaluation:
@@ -180,7 +180,7 @@ class Encoder:
 def factorize_all(
     encoder: Encoder, allocation: Allocation, method: str, alternation: Alternation
 ) -> dict[str, Tensor]:
-    """Every factorised linear multiplied out again."""
+    """Every factorized linear multiplied out again."""
     result = {}
     for name, choice in allocation.choices.items():
         if choice.factorized:
@@ -228,7 +228,7 @@ def _kept(
     """Tensors from the cache, or made and put there."""
     if cache is None:
         return make()
-    digest = hashlib.sha256(repr((LINES, TOKENS, BATCH, SHORTEST, EFFECT_LINES)).encode())
+    digest = hashlib.sha256(repr((LINES, TOKENS, BATCH, SHORTEST, LOSS_LINES)).encode())
     for text in texts:
         digest.update(text.read_bytes())
     path = cache / f"{label}-{digest.hexdigest()[:16]}.safetensors"

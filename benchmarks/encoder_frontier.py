@@ -49,13 +49,13 @@ from compot_deploy.core.grid import Grid
 from compot_deploy.core.storage import matrix_bytes
 from compot_deploy.core.store import write_text
 from compot_deploy.planning.candidates import Search
-from compot_deploy.planning.curves import Curve
 from compot_deploy.planning.knapsack import Plan, knapsack, smallest_bytes
+from compot_deploy.planning.rate_points import RatePoints
 from compot_deploy.planning.schemes import GridChoice, Plain, describe
 from compot_deploy.planning.spectral import ALLOCATIONS
 
 FLOATING = Search(GridChoice({}), unquantized=True, floating=(0.4, 0.55, 0.7, 0.85))
-"""Sizes of factorised forms as parts of the unquantized matrix, for the paper's row."""
+"""Sizes of factorized schemes as parts of the unquantized matrix, for the paper's row."""
 
 FLOORS = {1.4: 0.72, 2.0: 0.82, 2.5: 0.88, 3.0: 0.93, 3.5: 0.968, 4.5: 0.988}
 BUDGETS = (1.4, 1.5, 2.0, 2.5, 3.0, 3.5, 4.5)
@@ -72,26 +72,26 @@ SCORES = (
 
 
 def planned(
-    laboratory: Laboratory, jobs: Jobs, curves: Sequence[Curve], sizes: Sequence[float]
+    laboratory: Laboratory, jobs: Jobs, rate_points: Sequence[RatePoints], sizes: Sequence[float]
 ) -> list[Point]:
     """The plan at each number of bits, and the plain mix of the same bytes.
 
     As the product does it: the plan and the best mix of plain grids are both made, and the one that does
     less to the output on calibration text is taken.
     """
-    weights = laboratory.effects()
-    plain = [one.only(lambda form: isinstance(form, Plain)) for one in curves]
+    weights = laboratory.sensitivities()
+    plain = [one.only(lambda scheme: isinstance(scheme, Plain)) for one in rate_points]
     points = []
     for target in sizes:
         # Rounded, for the size of a baseline is a whole number of bytes.
         budget = int(target * laboratory.numbers / 8 + 1e-3)
-        if budget < smallest_bytes(curves):
+        if budget < smallest_bytes(rate_points):
             continue
-        plans = [knapsack(curves, budget, weights)]
+        plans = [knapsack(rate_points, budget, weights)]
         if budget >= smallest_bytes(plain):
             plans.append(knapsack(plain, budget, weights))
             points.append(_plan_point(laboratory, jobs, MIXED, MIXED, plans[1]))
-        best = min(plans, key=lambda plan: laboratory.remembered("effect", laboratory.product(plan)))
+        best = min(plans, key=lambda plan: laboratory.remembered("loss", laboratory.product(plan)))
         points.append(_plan_point(laboratory, jobs, PLANNED, PLANNED, best))
         print(
             f"    {'the plan' if best is plans[0] else 'the plain mix is better'}: {_census(best)}",
@@ -118,7 +118,7 @@ def everywhere(laboratory: Laboratory, grid: Grid) -> Small:
     return Small(made, size)
 
 
-def rivals(
+def quantized_baselines(
     laboratory: Laboratory, factorized: Sequence[float], cospadi: Sequence[float], types: Sequence[str]
 ) -> list[Baseline]:
     """Every baseline with quantization."""
@@ -144,14 +144,14 @@ def measured(laboratory: Laboratory, jobs: Jobs, entries: Sequence[Baseline]) ->
 
 
 def floating_plans(encoder: Encoder, cache: Path, jobs: Jobs, ratios: Sequence[float]) -> list[Point]:
-    """The knapsack over factorised forms without quantization, for the paper's row."""
-    weights = Laboratory(encoder, cache).effects()
+    """The knapsack over factorized schemes without quantization, for the paper's row."""
+    weights = Laboratory(encoder, cache).sensitivities()
     laboratory = Laboratory(encoder, cache, FLOATING)
-    curves = laboratory.curves()
+    rate_points = laboratory.rate_points()
     plain = sum(2 * weight.numel() for weight in encoder.weights.values())
     points = []
     for ratio in ratios:
-        plan = knapsack(curves, int((1 - ratio) * plain), weights)
+        plan = knapsack(rate_points, int((1 - ratio) * plain), weights)
         points.append(
             _plan_point(
                 laboratory, jobs, "compot-deploy, knapsack", f"compot-deploy, knapsack, {ratio:.0%}", plan
@@ -257,7 +257,7 @@ def _cell(point: Point) -> str:
 def _census(plan: Plan) -> dict[str, int]:
     counts: dict[str, int] = {}
     for entry in plan.chosen:
-        label = describe(entry.candidate.form)
+        label = describe(entry.candidate.scheme)
         label = label if label.startswith("int") else "joint"
         counts[label] = counts.get(label, 0) + len(entry.names)
     return counts
@@ -283,7 +283,9 @@ def main() -> int:
     arguments.cache.mkdir(parents=True, exist_ok=True)
     encoder = Encoder(arguments.calibration, arguments.test, arguments.cache)
     laboratory = Laboratory(encoder, arguments.cache)
-    entries = rivals(laboratory, arguments.factorized_bits, arguments.cospadi_bits, arguments.types)
+    entries = quantized_baselines(
+        laboratory, arguments.factorized_bits, arguments.cospadi_bits, arguments.types
+    )
     row_entries = paper_row(arguments.ratios, arguments.cospadi_ratios)
     jobs = Jobs(arguments.cache, sum(e.seconds for e in (*entries, *row_entries)) + 30 * PLAN_SECONDS)
     about = {
@@ -292,12 +294,12 @@ def main() -> int:
         "test_sha256": hashlib.sha256(arguments.test.read_bytes()).hexdigest(),
     }
     points = measured(laboratory, jobs, entries)
-    curves = laboratory.curves()
-    points += planned(laboratory, jobs, curves, arguments.bits)
+    rate_points = laboratory.rate_points()
+    points += planned(laboratory, jobs, rate_points, arguments.bits)
     tried: set[float] = set()
     while (size := unmatched(points, COSINE, LARGEST, tried)) is not None:
         tried.add(size)
-        points += planned(laboratory, jobs, curves, [size])
+        points += planned(laboratory, jobs, rate_points, [size])
     points = distinct(points)
     floors = {bits: floor for bits, floor in FLOORS.items() if bits in arguments.bits}
     comparisons = compare(points, COSINE, arguments.bits, floors, beyond=True) + compare_at_sizes(

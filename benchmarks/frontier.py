@@ -26,7 +26,7 @@ class Point:
     """One method at one size.
 
     Attributes:
-        family: methods of one curve in a plot.
+        family: methods of one line in a plot.
         method: one row of a table.
         bits: per weight of the linears, everything counted.
         scores: by name.
@@ -59,7 +59,7 @@ class Score:
     Attributes:
         key: in `Point.scores`.
         title: with its unit.
-        form: how a table prints it.
+        scheme: how a table prints it.
         higher: whether more is better.
         errors: a difference of so many of its standard errors, or fewer, is none.
         named: behind a claim, where there are claims about another score as well.
@@ -150,13 +150,13 @@ class Jobs:
             started = time.perf_counter()
             figures = make()
             samples = {name: list(values) for name, values in figures.samples.items()}
-            facts = {
+            record = {
                 "bits": figures.bits,
                 "scores": dict(figures.scores),
                 "samples": samples,
                 "file_bits": figures.file_bits,
             }
-            write_text(path, json.dumps(facts))
+            write_text(path, json.dumps(record))
             self._spent += time.perf_counter() - started
             self._guessed += seconds
         self._passed += seconds
@@ -196,7 +196,7 @@ def compare(
 
     Args:
         points: all of them.
-        score: by which to judge.
+        score: by which to evaluate.
         budgets: bits per weight.
         floors: least score by budget.
         beyond: whether the plan must also be no worse than the nearest baseline of no fewer bytes.
@@ -223,13 +223,13 @@ def compare(
             below = [point for point in families if point.bits <= budget + 1e-6]
             if not below:
                 continue
-            rival = score.best(below)
+            baseline = score.best(below)
             found.append(
                 Comparison(
                     f"no {kind} of the same or fewer bytes is better{score.named}",
                     budget,
                     all(score.at_least(plan, point) for point in below),
-                    f"{value}; best of {len(below)}: {_named(rival, score)}",
+                    f"{value}; best of {len(below)}: {_named(baseline, score)}",
                 )
             )
         above = next_larger(points, score, budget)
@@ -245,23 +245,23 @@ def compare_at_sizes(points: Sequence[Point], score: Score, largest: float) -> l
 
     Args:
         points: all of them.
-        score: by which to judge.
+        score: by which to evaluate.
         largest: bits to look up to.
     """
     plans = [point for point in points if point.family == PLANNED]
     found = []
-    for rival in sorted(points, key=lambda point: point.bits):
-        below = [plan for plan in plans if plan.bits <= rival.bits + 1e-6]
-        if rival.family in (PLANNED, MIXED) or not below or rival.bits > largest:
+    for baseline in sorted(points, key=lambda point: point.bits):
+        below = [plan for plan in plans if plan.bits <= baseline.bits + 1e-6]
+        if baseline.family in (PLANNED, MIXED) or not below or baseline.bits > largest:
             continue
         plan = score.best(below)
         mine = format(plan.scores[score.key], score.form)
         found.append(
             Comparison(
-                f"no worse than {rival.method} at its size{score.named}",
-                rival.bits,
-                score.at_least(plan, rival),
-                f"{mine} at {plan.bits:.3f}; {_named(rival, score)}{_level(plan, rival, score)}",
+                f"no worse than {baseline.method} at its size{score.named}",
+                baseline.bits,
+                score.at_least(plan, baseline),
+                f"{mine} at {plan.bits:.3f}; {_named(baseline, score)}{_level(plan, baseline, score)}",
             )
         )
     return found
@@ -274,18 +274,18 @@ def unmatched(
 
     Args:
         points: of baselines and plans.
-        score: by which to judge.
+        score: by which to evaluate.
         largest: bits to look up to.
         tried: sizes at which a plan was made.
     """
     plans = [point for point in points if point.family == PLANNED]
     smallest = min(point.bits for point in plans)
-    for rival in sorted(points, key=lambda point: point.bits):
-        if rival.family in (PLANNED, MIXED) or not smallest <= rival.bits <= largest:
+    for baseline in sorted(points, key=lambda point: point.bits):
+        if baseline.family in (PLANNED, MIXED) or not smallest <= baseline.bits <= largest:
             continue
-        below = [plan for plan in plans if plan.bits <= rival.bits + 1e-6]
-        if not score.at_least(score.best(below), rival) and rival.bits not in tried:
-            return rival.bits
+        below = [plan for plan in plans if plan.bits <= baseline.bits + 1e-6]
+        if not score.at_least(score.best(below), baseline) and baseline.bits not in tried:
+            return baseline.bits
     return None
 
 
@@ -375,7 +375,7 @@ def replace_between(path: Path, label: str, text: str) -> None:
 
 
 def draw(axes, points: Sequence[Point], score: Score) -> None:  # type: ignore[no-untyped-def]
-    """One curve per family; families of a single point as a mark."""
+    """One line per family; families of a single point as a mark."""
     families: dict[str, list[Point]] = {}
     for point in sorted(points, key=lambda point: point.bits):
         families.setdefault(point.family, []).append(point)
@@ -396,12 +396,14 @@ def draw(axes, points: Sequence[Point], score: Score) -> None:  # type: ignore[n
     axes.set(xlabel="bits per weight, scales and masks counted", ylabel=score.title)
 
 
-def _level(plan: Point, rival: Point, score: Score) -> str:
+def _level(plan: Point, baseline: Point, score: Score) -> str:
     """By how much a plan is behind, and how far chance may have moved that; nothing where it is not behind."""
-    behind, error = score.behind(plan, rival), score.standard_error(plan, rival)
+    behind, error = score.behind(plan, baseline), score.standard_error(plan, baseline)
     if behind <= 0.0:
         return ""
-    verdict = f", not told apart at {score.errors:g} standard errors" if score.at_least(plan, rival) else ""
+    verdict = (
+        f", not told apart at {score.errors:g} standard errors" if score.at_least(plan, baseline) else ""
+    )
     chance = f" ± {error:{score.form}}" if error else ", its error not measured"
     return f"; behind by {behind:{score.form}}{chance}{verdict}"
 

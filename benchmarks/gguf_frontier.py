@@ -1,6 +1,6 @@
 """Divergence against bytes and against tokens per second, for GGUF files of one model of real weights.
 
-llama.cpp's own types, rounded with the importance of the calibration, beside factorised files and planned ones.
+llama.cpp's own types, rounded with the importance of the calibration, beside factorized files and planned ones.
 Writes `gguf_frontier.md`, `.json` and `.png`.
 
     python benchmarks/gguf_frontier.py --work DIR --out DIR            # the model that ships
@@ -10,7 +10,7 @@ K and IQ types want rows of 256 numbers. Where a model has others, zeros are app
 intermediate widths, which changes nothing that it computes; figures of such files are marked, count the bytes of
 real weights alone, and their speed is a ratio to Q8_0 of the same widened shapes.
 
-Everything is judged as it ships: llama.cpp and the plug-in round activations to 8 bits. Speed is measured in
+Everything is evaluated as it ships: llama.cpp and the plug-in round activations to 8 bits. Speed is measured in
 turn, round after round, in one process, so a busy machine slows all alike.
 """
 
@@ -229,7 +229,7 @@ class Laboratory:
         ]
 
     def factorized(self, ratios: Sequence[float]) -> list[Candidate]:
-        """--ratio in both factorised layouts, with 2:4 codes in the sparse one."""
+        """--ratio in both factorized layouts, with 2:4 codes in the sparse one."""
         found = []
         for ratio in ratios:
             for layout, pattern in (("factorized", "column"), ("sparse", "2:4")):
@@ -259,7 +259,7 @@ class Laboratory:
         return self.candidate(label, family, path)
 
 
-class Judge:
+class Evaluator:
     """Divergence from the original on held-out windows."""
 
     def __init__(self, source: ModelSource, windows: TokenWindows) -> None:
@@ -271,7 +271,7 @@ class Judge:
             self._original.append(predict(logits[0, :-1], window[1:]))
 
     def __call__(self, candidate: Candidate, speed: Sequence[float]) -> Point:
-        """Judge a file as it ships, with a cache in F32 so that the cache is not what is measured."""
+        """Evaluate a file as it ships, with a cache in F32 so that the cache is not what is measured."""
         parts = []
         with LlamaModel(candidate.path, exact=True) as model:
             for window, reference in zip(self._windows, self._original, strict=True):
@@ -387,7 +387,7 @@ def _plot(points: Sequence[Point], path: Path) -> None:
 
 
 def main() -> None:
-    """Write, judge, measure, publish."""
+    """Write, evaluate, measure, publish."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -396,7 +396,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for what is finished; it can go on")
     parser.add_argument("--out", type=Path, required=True, help="folder for table, JSON and plot")
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=2048, help="to judge on")
+    parser.add_argument("--tokens", type=int, default=2048, help="to evaluate on")
     parser.add_argument("--bits", type=float, nargs="*", default=BITS)
     parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS)
     parser.add_argument("--rounds", type=int, default=21, help="of the measurement of speed")
@@ -413,16 +413,16 @@ def main() -> None:
     candidates = laboratory.dense()
     candidates += laboratory.factorized(arguments.ratios) + laboratory.planned(arguments.bits)
     windows = evaluation_windows(recipe, laboratory.source, arguments.work)
-    judge = Judge(laboratory.source, windows)
+    evaluator = Evaluator(laboratory.source, windows)
     measured = speeds(candidates, arguments.rounds, arguments.steps)
-    points = [judge(candidate, measured[candidate.label]) for candidate in candidates]
+    points = [evaluator(candidate, measured[candidate.label]) for candidate in candidates]
     name = arguments.model or "the model that ships"
     about = (
         f"GGUF files of {name} ({laboratory.numbers:,} weights in linears), {windows.source}, {arguments.tokens} "
         f"tokens; calibrated on {arguments.samples} windows. The embedding has 8 bits in all files. *Widened*: zeros "
         "appended to rows that do not split into blocks of 256, not counted as bytes; o_proj keeps its rows and falls "
         "back as llama.cpp does. Speeds: median of ratios in one process, quartiles in brackets. "
-        "Ratios are spread by singular values (`--allocation spectral`). "
+        "Ratios are allocated by singular values (`--allocation spectral`). "
         "Made by `benchmarks/gguf_frontier.py`."
     )
     if laboratory.numbers < 20_000_000:

@@ -1,4 +1,4 @@
-"""Decode and prompt speed, bytes and memory of dense ggml types against factorised files: one table of ratios.
+"""Decode and prompt speed, bytes and memory of dense ggml types against factorized files: one table of ratios.
 
     python benchmarks/llama_speed.py                     # a 181M-parameter Llama of random weights, a few minutes
     python benchmarks/llama_speed.py --embedded          # the shapes of the model that the package brings
@@ -31,7 +31,7 @@ import torch
 
 from compot_deploy import embedded
 from compot_deploy.core.grid import DENSE, Grid, Pattern
-from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
+from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Matrix, Quantized
 from compot_deploy.exporters.gguf import quantize as gguf_quantize
 from compot_deploy.exporters.gguf.options import GgufOptions
 from compot_deploy.exporters.gguf.writer import write
@@ -80,7 +80,7 @@ class RandomMatrices(Mapping[str, Matrix]):
         smaller = inputs if self.shared and not name.endswith("down_proj") else min(inputs, outputs)
         atoms = int(smaller * self.fraction)
         atoms = atoms // 64 * 64 if atoms >= 256 else max(32, atoms // 32 * 32)
-        pair = Pair(
+        pair = FactorPair(
             self._quantized(inputs, atoms, DICTIONARY, Pattern(), owner),
             self._quantized(atoms, outputs, CODES, self.pattern, name),
             owner,

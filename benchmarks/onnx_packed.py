@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from compot_deploy.core.grid import Grid, Pattern
-from compot_deploy.core.matrix import Factorized, Matrix, Pair, Quantized, leaves
+from compot_deploy.core.matrix import Factorized, FactorPair, Matrix, Quantized, leaves
 from compot_deploy.core.storage import Storage, matrix_bytes
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.onnx.expansion import unfolded_nodes
@@ -74,7 +74,7 @@ def random_model(hidden: int, intermediate: int, layers: int) -> CompressedModel
         places = torch.rand(atoms // 4, 4, columns).argsort(dim=1)
         kept = codes.integers * (places < 2).view(atoms, columns)
         codes = Quantized(kept, codes.scales, GRID)
-        matrices[name] = Factorized((Pair(dictionary, codes, name, Pattern(2, 4)),))
+        matrices[name] = Factorized((FactorPair(dictionary, codes, name, Pattern(2, 4)),))
     norms = [f"{architecture.block_path(i)}.{n}" for i in range(layers) for n in ("input", "post_attention")]
     tensors = {f"{name}_layernorm.weight": torch.ones(hidden) for name in norms}
     tensors[f"{architecture.final_norm}.weight"] = torch.ones(hidden)

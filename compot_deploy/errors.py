@@ -4,7 +4,7 @@ The tree::
 
     CompotDeployError
     ├── InputError                 2   bad usage or input: the user can mend it
-    │   ├── RecipeError            2   a knob outside its range, or two that contradict each other
+    │   ├── RecipeError            2   an option outside its range, or two that contradict each other
     │   └── ArtifactError          2   a folder or file that does not match its manifest, or is damaged
     ├── UnsupportedModelError      3   an architecture (or a feature of one) that is not handled
     ├── MissingDependencyError     4   an optional package or runtime is not installed
@@ -45,7 +45,7 @@ class InputError(CompotDeployError):
 
 
 class RecipeError(InputError):
-    """A knob outside its range, or two knobs that contradict each other."""
+    """An option outside its range, or two options that contradict each other."""
 
 
 class ArtifactError(InputError):

@@ -1,6 +1,6 @@
 """Switches that keep the libraries below from reporting home; set before any of them is imported.
 
-A model is compressed, judged and run on its owner's machine, and nobody else is told. onnxruntime from 1.32 on looks
+A model is compressed, evaluated and run on its owner's machine, and nobody else is told. onnxruntime from 1.32 on looks
 its maker's host up and writes a device id below the home directory as soon as it is imported: the only thing that
 stops it is its variable, set before. Whoever wants to report says so in the environment, which is never overruled.
 """

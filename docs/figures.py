@@ -176,7 +176,7 @@ def losses() -> None:
     boxes = (
         ("original\nweights, torch", 0.5),
         ("dequantized\nfactors, torch", 4.0),
-        ("exported file,\nas shipped", 7.5),
+        ("exported file,\nas deployed", 7.5),
     )
     for text, x in boxes:
         axis.add_patch(
@@ -208,7 +208,7 @@ def steps() -> None:
             GREEN,
         ),
         (
-            "3  export and judge",
+            "3  export and evaluate",
             "ONNX, GGUF, Hugging Face;\nthe file reads text beside\nthe original: pass or fail",
             ORANGE,
         ),

@@ -15,8 +15,8 @@ and one that needs something to be there has a command that makes it::
     <!-- before: mkdir reports -->
 
 Calibration and evaluation texts are cut short: `SMALL` is added to every command and every call that does not set these
-knobs, and text that ships stands for text that the model would write. What is shown is what was run, otherwise. A gate
-may fail on so little text: exit code 1 counts as run, anything else that is not 0 fails.
+options, and text that ships stands for text that the model would write. What is shown is what was run, otherwise. A
+gate may fail on so little text: exit code 1 counts as run, anything else that is not 0 fails.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LANGUAGES = ("console", "python")
 SMALL = {"samples": 8, "length": 64, "evaluation_tokens": 512}
-"""Knobs that make a run short, and its figures coarse."""
+"""Options that make a run short, and its figures coarse."""
 
 LIMIT = 1800
 """Seconds that a block may take."""
@@ -53,8 +53,8 @@ from compot_deploy.cli.main import main
 arguments = sys.argv[1:]
 known = ("check", "inspect", "run", "serve", "report", "-h", "--help", "--version", "--recipe")
 if arguments[:1] == ["plan"] or not arguments or arguments[0] not in known:
-    for knob, value in {small}.items():
-        flag = "--" + knob.replace("_", "-")
+    for option, value in {small}.items():
+        flag = "--" + option.replace("_", "-")
         if flag not in arguments:
             arguments += [flag, str(value)]
     if arguments[0] != "plan" and "--out" in arguments and "--force" not in arguments:
@@ -161,7 +161,7 @@ def _write_encoder(target: Path, model: Path) -> None:
     )
     encoder: Any = BertModel(config)
     for name, parameter in encoder.named_parameters():
-        if name.endswith("dense.weight"):  # inputs of falling weight, so that there is something to factorise
+        if name.endswith("dense.weight"):  # inputs of falling weight, so that there is something to factorize
             parameter.data *= 0.95 ** torch.arange(parameter.shape[1])
     encoder.save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -31,7 +31,7 @@ def main(model: str | None = None) -> None:
         print(f"{sizes.weights:,} bytes of weights; plain int4 {sizes.plain_int4:,}, fp16 {sizes.fp16:,}")
         for name, loss in {
             "method": accuracy.method,
-            "export": accuracy.export_shipped,
+            "export": accuracy.export_deployed,
             "total": accuracy.total,
         }.items():
             if loss is not None:

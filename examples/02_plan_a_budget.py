@@ -1,6 +1,6 @@
 """Ask what a budget would be spent on, before anything is exported.
 
-Each matrix gets the form that costs the model least for its bytes: plain integers of some grid, or a dictionary with
+Each matrix gets the scheme that costs the model least for its bytes: plain integers of some grid, or a dictionary with
 codes. To be quick, the first two blocks of the model that ships stand for a model.
 """
 
@@ -37,7 +37,7 @@ def main() -> None:
         chosen = draft.plans[0]
         for choice in chosen.chosen:
             names = ", ".join(name.removeprefix("model.layers.") for name in choice.names)
-            print(f"{names:<60} {choice.candidate.form!s:>24} {choice.candidate.bytes:>8,} bytes")
+            print(f"{names:<60} {choice.candidate.scheme!s:>24} {choice.candidate.bytes:>8,} bytes")
         weights = sum(rows * columns for rows, columns in draft.sizes.values())
         print(
             f"{chosen.bytes:,} of {chosen.budget:,} bytes, {chosen.bytes * 8 / weights:.3f} bits per weight "

@@ -1,6 +1,6 @@
 """Write GGUF files and run them in llama.cpp (the xllamacpp wheel; nothing is compiled).
 
-The dense file is for every llama.cpp. The factorised one keeps dictionaries and codes and runs in the same prebuilt
+The dense file is for every llama.cpp. The factorized one keeps dictionaries and codes and runs in the same prebuilt
 library through a small plug-in.
 """
 

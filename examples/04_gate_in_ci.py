@@ -1,4 +1,4 @@
-"""A gate for CI: the exit code says whether the exported model may be shipped.
+"""A gate for CI: the exit code says whether the exported model may be deployed.
 
 The same command is run with a limit that holds and with one that does not. A CI job needs nothing else than the exit
 code; ``compot/report.junit.xml`` is what it can show.

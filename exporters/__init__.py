@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from compot_deploy.core.diagnostics import Finding
+    from compot_deploy.core.diagnostics import Diagnostic
     from compot_deploy.core.grid import Grid
     from compot_deploy.core.matrix import Matrix
     from compot_deploy.core.storage import Storage
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Exporter(Protocol):
-    """What every exporter looks like; its options are its own business, made by it from a recipe's knobs."""
+    """What every exporter looks like; its options are its own business, made by it from a recipe's options."""
 
     @property
     def name(self) -> str:
         """Under which the exporter is known."""
         ...
 
-    def options(self, knobs: Mapping[str, Any]) -> Any:
-        """Options from a recipe's knobs."""
+    def options(self, recipe_options: Mapping[str, Any]) -> Any:
+        """Options from a recipe's options."""
         ...
 
     def supports(self, source: ModelSource) -> str | None:
@@ -44,7 +44,7 @@ class Exporter(Protocol):
         ...
 
     def multiplies_out(self, options: Any) -> bool:
-        """Whether factors are stored as their product, rounded, so that a file is judged by what it holds."""
+        """Whether factors are stored as their product, rounded, so that a file is evaluated by what it holds."""
         ...
 
     def check(
@@ -71,7 +71,7 @@ class Exporter(Protocol):
         """
         ...
 
-    def rehearse(self, model: CompressedModel, folder: Path, options: Any) -> int:
+    def dry_run(self, model: CompressedModel, folder: Path, options: Any) -> int:
         """Write as `write` does, for a model of stand-ins: matrices whose tensors are on torch's device ``meta``.
 
         Small files are as they will be. Of the data only the size is known: the bytes that are missing in
@@ -87,7 +87,7 @@ class Exporter(Protocol):
         """The whole model of a folder, from its own files alone."""
         ...
 
-    def lint(self, folder: Path) -> tuple[Finding, ...]:
+    def lint(self, folder: Path) -> tuple[Diagnostic, ...]:
         """What is wrong or remarkable about the structure of a folder."""
         ...
 

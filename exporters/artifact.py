@@ -25,17 +25,18 @@ from torch import Tensor
 
 from compot_deploy import __version__
 from compot_deploy.core.grid import DENSE, Grid
+from compot_deploy.core.json_files import as_object
 from compot_deploy.core.matrix import Factorized, Leaf, Matrix, Quantized, leaves
 from compot_deploy.core.storage import Storage, matrix_bytes
 from compot_deploy.errors import ArtifactError
 from compot_deploy.exporters.manifest import (
     MANIFEST,
     MANIFEST_FORMAT,
+    FactorPairRecord,
     FileRecord,
     LeafRecord,
     Manifest,
     MatrixRecord,
-    PairRecord,
     check_path,
     read_manifest,
     role_by_name,
@@ -66,18 +67,18 @@ class Provenance:
     """Where an artifact comes from.
 
     Attributes:
-        recipe: every knob of the run, as JSON values.
+        recipe: every option of the run, as JSON values.
         calibration: sha256 of the calibration tokens, or None if there were none.
         seed: of the run.
         why_dense: module path to the reason why it was not factorized.
-        facts: whatever else the run recorded and a reader should know, by name.
+        metadata: whatever else the run recorded and a reader should know, by name.
     """
 
     recipe: Mapping[str, Any] = field(default_factory=dict)
     calibration: str | None = None
     seed: int | None = None
     why_dense: Mapping[str, str] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 def digest(matrix: Matrix) -> str:
@@ -123,11 +124,11 @@ def describe_matrices(
     records = []
     for name, matrix in matrices.items():
         plain: LeafRecord | None = None
-        pairs: tuple[PairRecord, ...] = ()
+        pairs: tuple[FactorPairRecord, ...] = ()
         if isinstance(matrix, Factorized):
             kind = "factorized"
             pairs = tuple(
-                PairRecord(
+                FactorPairRecord(
                     atoms=pair.atoms,
                     pattern=str(pair.pattern),
                     dictionary_name=pair.dictionary_name,
@@ -200,7 +201,7 @@ def describe(model: CompressedModel, exporter: str, storage: Storage, provenance
         recipe=dict(provenance.recipe),
         calibration=provenance.calibration,
         seed=provenance.seed,
-        facts=dict(provenance.facts),
+        metadata=dict(provenance.metadata),
         versions=library_versions(),
         matrices=describe_matrices(model.matrices, storage, provenance.why_dense, model.role),
         files=(),
@@ -315,7 +316,7 @@ def _compare(root: Path, record: FileRecord) -> str | None:
 
 def _write(folder: Path, manifest: Manifest) -> None:
     path = folder / MANIFEST
-    text = json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(as_object(manifest), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with disk_errors(path):
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")

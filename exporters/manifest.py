@@ -1,7 +1,7 @@
 """The manifest, ``compot/manifest.json``: what is in a folder, as dataclasses, and read back with every type checked.
 
 It names every file with its size and sha256, so damage is found before a runtime reads it; every matrix with its
-form, bits, groups, bytes and a digest of its exact numbers; and where it all came from: recipe, calibration
+scheme, bits, groups, bytes and a digest of its exact numbers; and where it all came from: recipe, calibration
 text, seed, library versions.
 """
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Final, TypeAlias, Union, cast, get_args, get_origin, get_type_hints
 
+from compot_deploy.core.json_files import key_of
 from compot_deploy.errors import ArtifactError
 
 MANIFEST: Final = "compot/manifest.json"
@@ -65,7 +66,7 @@ class LeafRecord:
 
 
 @dataclass(frozen=True)
-class PairRecord:
+class FactorPairRecord:
     """A dictionary and its codes.
 
     Attributes:
@@ -110,7 +111,7 @@ class MatrixRecord:
     plain_int4_bytes: int
     digest: str
     plain: LeafRecord | None = None
-    pairs: tuple[PairRecord, ...] = ()
+    pairs: tuple[FactorPairRecord, ...] = ()
     why_dense: str | None = None
     role: str = ""
 
@@ -125,10 +126,10 @@ class Manifest:
         package: version of compot-deploy.
         model_type: of the model's configuration.
         tied: the output head is the embedding.
-        recipe: every knob of the run.
+        recipe: every option of the run.
         calibration: sha256 of the calibration tokens, or None.
         seed: of the run, or None.
-        facts: what else the run recorded.
+        metadata: what else the run recorded.
         versions: of the libraries that took part.
         matrices: in block order.
         files: sorted by path; the manifest itself is not among them.
@@ -142,7 +143,7 @@ class Manifest:
     recipe: Mapping[str, Any]
     calibration: str | None
     seed: int | None
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     versions: Mapping[str, str]
     matrices: tuple[MatrixRecord, ...]
     files: tuple[FileRecord, ...]
@@ -243,12 +244,11 @@ def _decode(expected: _Type, value: Any, where: str) -> Any:
         hints = get_type_hints(expected)
         result = {}
         for attribute in dataclasses.fields(expected):
-            if attribute.name in value:
-                result[attribute.name] = _decode(
-                    hints[attribute.name], value[attribute.name], f"{where}: {attribute.name}"
-                )
+            key = key_of(expected, attribute.name)
+            if key in value:
+                result[attribute.name] = _decode(hints[attribute.name], value[key], f"{where}: {key}")
             elif attribute.default is dataclasses.MISSING:
-                raise ArtifactError(f"{where} lacks the field {attribute.name!r}. Export the model again.")
+                raise ArtifactError(f"{where} lacks the field {key!r}. Export the model again.")
         return expected(**result)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:

@@ -69,7 +69,7 @@ def _descended(
     target = weight.float() if support is None else torch.where(support, weight.float(), 0.0)
     integers, scales = quantized.integers.float(), quantized.scales.float()
     span = span_of([quantized.grid], [weight.shape[1]], weight.device)
-    gradient = symmetric @ (target - spread(integers, scales, quantized.grid.group))
+    gradient = symmetric @ (target - dequantize_groups(integers, scales, quantized.grid.group))
     Descent(integers, scales, gradient, symmetric, span, support, block).run(sweeps)
     return Quantized(integers.to(torch.int8), scales.half(), quantized.grid)
 
@@ -219,7 +219,7 @@ def round_in_turn(
             integer.mul_(support[row])
 
 
-def spread(
+def dequantize_groups(
     integers: Float32[Tensor, "inputs outputs"], scales: Float32[Tensor, "groups outputs"], group: int
 ) -> Float32[Tensor, "inputs outputs"]:
     """Q: every integer times the scale of its group."""

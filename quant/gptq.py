@@ -32,11 +32,11 @@ from compot_deploy.core.threads import one_thread
 from compot_deploy.quant.descent import (
     BLOCK,
     Descent,
+    dequantize_groups,
     descend,
     halfway,
     round_in_turn,
     span_of,
-    spread,
     within,
 )
 from compot_deploy.quant.feedback import DAMPING, Feedback, Inputs, feedback_of
@@ -179,7 +179,7 @@ class _Pass:
         self._quantize(0, self._weight.shape[0])
         if self._sweeps:
             # H D = T C (W' − Q), and G is H without its damping.
-            felt = self._work.sub_(spread(self._integers, self._scales, self._span.group)).mul_(
+            felt = self._work.sub_(dequantize_groups(self._integers, self._scales, self._span.group)).mul_(
                 self._cost[:, None]
             )
             gradient = _times_upper(self._feedback.onward.T, felt).add_(
@@ -217,7 +217,9 @@ class _Pass:
         groups = slice(start // size, -(-stop // size))
         integers, scales = self._integers[rows], self._scales[groups]
         self._descend_block(rows, integers, scales)
-        error = torch.sub(self._weight[rows], spread(integers, scales, size), out=self._error[rows])
+        error = torch.sub(
+            self._weight[rows], dequantize_groups(integers, scales, size), out=self._error[rows]
+        )
         # w' = w + feedback from before the block + (T − 1)ᵀ D from inside of it
         quantized = self._weight[rows] - error
         torch.addmm(fed, self._feedback.onward[rows, rows], error, out=self._work[rows]).add_(quantized)
@@ -230,7 +232,7 @@ class _Pass:
     ) -> None:
         """One sweep against what is left of the Gram when later inputs mend what they can."""
         costly = self._feedback.onward[rows, rows].T * self._cost[rows]
-        gradient = costly @ (self._work[rows] - spread(integers, scales, self._span.group))
+        gradient = costly @ (self._work[rows] - dequantize_groups(integers, scales, self._span.group))
         left = costly @ self._feedback.onward[rows, rows]
         self._descend(integers, scales, gradient, left, 1)
 

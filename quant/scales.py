@@ -53,7 +53,7 @@ def search_scales(
 ) -> Float[Tensor, " outputs"]:
     """One scale per output: every other one of a fixed list, the neighbours of the best, then least squares.
 
-    Each candidate is rounded to float16 *before* it is judged, so the error that is minimised is the one that
+    Each candidate is rounded to float16 *before* it is evaluated, so the error that is minimized is the one that
     is stored.
 
     Args:
@@ -100,7 +100,7 @@ class _Search:
     def every_other(
         self, scales: Float[Tensor, "places outputs"], first: int
     ) -> tuple[Int64[Tensor, " outputs"], Float[Tensor, " outputs"]]:
-        """Judge every other one of some positive scales and its negative.
+        """Evaluate every other one of some positive scales and its negative.
 
         Returns:
             The place of the best one, and its sign.

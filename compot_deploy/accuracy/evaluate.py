@@ -1,20 +1,20 @@
-"""Is the exported model still the model? Three losses, a noise floor, and a gate that says yes or no.
+"""Is the exported model still the model? Three losses, numerical noise, and a gate that says yes or no.
 
 Up to four models read the same tokens in lockstep:
 
     reference    the original weights in torch                             ┐ method loss
     compressed   the compressed weights, dequantized, in torch     ┐       ┘
-    exact        the exported file, the runtime computing exactly  ┘ export loss (exact)
-    exported     the exported file as it ships                       compressed → exported: export loss (shipped)
+    exact        the exported file, the runtime computing exactly  ┘ export loss (float32 reference)
+    exported     the exported file as deployed                       compressed → exported: export loss (deployed)
                                                                      reference → exported: total loss
 
-The *method* loss is what compression costs; the *export* loss is what the file and the runtime add, which at
-exact settings must be rounding and nothing more; the *total* is what a user notices. One number cannot stand
+The *method* loss is what compression costs; the *export* loss is what the file and the runtime add, which in
+float32 must be rounding and nothing more; the *total* is what a user notices. One number cannot stand
 for another: a good total can hide a wrong export behind a generous gate, and a bad export must not be blamed
 on the method.
 
 Where the factors existed before they were quantized, a fifth model, *factorized*, reads along and splits the
-method loss in two: reference → factorized is what factorisation costs, factorized → compressed what
+method loss in two: reference → factorized is what factorization costs, factorized → compressed what
 quantization does.
 
 Every window of the evaluation text is read from its start with an empty cache. Position t predicts token
@@ -27,11 +27,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from compot_deploy.accuracy.gate import Gate
-from compot_deploy.accuracy.lockstep import NOISE_WINDOWS, batches_of, noise_floor, read_in_lockstep
+from compot_deploy.accuracy.lockstep import NOISE_WINDOWS, batches_of, numerical_noise, read_in_lockstep
 from compot_deploy.accuracy.losses import GreedyMatch, Loss
 from compot_deploy.accuracy.metrics import Comparison, common_prefix
-from compot_deploy.accuracy.outcome import AccuracyReport, Continuation, EvaluationFacts
-from compot_deploy.accuracy.roles import judged_report, pairs_of, require_reference, roles_of
+from compot_deploy.accuracy.outcome import AccuracyReport, Continuation, EvaluationMetadata
+from compot_deploy.accuracy.roles import evaluated_report, pairs_of, require_reference, roles_of
 from compot_deploy.accuracy.runner import Runner
 from compot_deploy.errors import InputError
 from compot_deploy.models.tokens import TokenWindows
@@ -40,7 +40,7 @@ from compot_deploy.progress import Progress, Ticker, silent
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the models are judged on.
+    """What the models are evaluated on.
 
     Attributes:
         text: windows of token ids that calibration has not seen, and where they come from.
@@ -82,14 +82,14 @@ def check(
     factorized_absent: str = "the factors before quantization were not given",
     progress: Progress = silent,
 ) -> AccuracyReport:
-    """Measure method, export and total loss and judge them.
+    """Measure method, export and total loss and evaluate them.
 
     Args:
         reference: the original model; None leaves the method and total loss out.
         compressed: the dequantized model in torch.
-        exported: the file as it ships.
-        exported_exact: the file with the runtime's approximations off. A runtime that has none is given twice,
-            the same object, and runs once.
+        exported: the file as deployed.
+        exported_exact: the float32 reference: the file with the runtime's approximations off. A runtime that has none
+            is given twice, the same object, and runs once.
         evaluation: text and prompts.
         gate: limits.
         factorized: the factors before quantization, in torch; splits the method loss. Needs the reference.
@@ -111,10 +111,10 @@ def check(
     tick = Ticker(len(batches) + len(noise_batches) + len(evaluation.prompts) * len(distinct), progress)
     pairs = pairs_of(roles)
     comparisons = read_in_lockstep(roles, list(pairs.values()), batches, tick)
-    noise = noise_floor(reference or compressed, noise_batches, tick)
+    noise = numerical_noise(reference or compressed, noise_batches, tick)
     texts = _continue_prompts(roles, evaluation, tick)
-    return judged_report(
-        facts_of(evaluation),
+    return evaluated_report(
+        evaluation_metadata(evaluation),
         {name: _loss(roles, pair, comparisons[pair], texts) for name, pair in pairs.items()},
         noise,
         gate,
@@ -231,10 +231,10 @@ def _continuations(
     )
 
 
-def facts_of(evaluation: Evaluation) -> EvaluationFacts:
+def evaluation_metadata(evaluation: Evaluation) -> EvaluationMetadata:
     """What figures were measured on."""
     lengths = [len(window) for window in evaluation.text.windows]
-    return EvaluationFacts(
+    return EvaluationMetadata(
         source=evaluation.text.source,
         digest=evaluation.text.digest,
         windows=len(lengths),

@@ -14,15 +14,15 @@ from compot_deploy.errors import InputError, RecipeError
 
 @dataclass(frozen=True)
 class Gate:
-    """Limits that a model must keep to be shipped. Those on the total loss are off unless they are set.
+    """Limits that a model must keep to be deployed. Those on the total loss are off unless they are set.
 
     Attributes:
         max_perplexity_ratio: total: candidate over reference perplexity; 1.05 allows 5 % more.
         max_kl: total: mean KL divergence in nats per token.
         min_top1: total: fraction of positions with the same most likely token or class.
         min_cosine: total: mean cosine between embeddings.
-        max_export_nmse: NMSE of compressed → exact. Always on: a faithful export adds rounding, about 1e-12,
-            and the first wrong scale, permutation or mask adds far more than 1e-4.
+        max_export_nmse: NMSE of compressed → float32 reference. Always on: a faithful export adds rounding, about
+            1e-12, and the first wrong scale, permutation or mask adds far more than 1e-4.
     """
 
     max_perplexity_ratio: float | None = None
@@ -77,16 +77,16 @@ class GateResult:
     passed: bool
 
 
-def judge(
-    gate: Gate, export_exact: Loss, export_shipped: Loss, method: Loss | None, total: Loss | None
+def apply_gate(
+    gate: Gate, export_reference: Loss, export_deployed: Loss, method: Loss | None, total: Loss | None
 ) -> GateResult:
     """Compare measured losses with the limits. Widening a limit never turns a pass into a failure.
 
     Raises:
         InputError: a limit on the total loss is set, but there is no total loss.
     """
-    bad = sum(loss.comparison.nonfinite_candidate for loss in (export_exact, export_shipped))
-    bad += export_exact.comparison.nonfinite_reference
+    bad = sum(loss.comparison.nonfinite_candidate for loss in (export_reference, export_deployed))
+    bad += export_reference.comparison.nonfinite_reference
     bad += 0 if method is None else method.comparison.nonfinite_reference
     criteria = [
         criterion(
@@ -94,7 +94,7 @@ def judge(
         ),
         criterion(
             "max_export_nmse",
-            export_exact.comparison.nmse,
+            export_reference.comparison.nmse,
             gate.max_export_nmse,
             "at most",
             "NMSE that the file adds, computed exactly",

@@ -25,7 +25,7 @@ ROWS_AT_ONCE: Final = 2**21
 
 NOISE_WINDOWS: Final = 4
 NOISE_TOKENS: Final = 32
-"""The noise floor is measured on the first tokens of the first windows: read one at a time, they cost as much as
+"""The numerical noise is measured on the first tokens of the first windows: read one at a time, they cost as much as
 generating so many tokens."""
 
 
@@ -64,7 +64,7 @@ def read_in_lockstep(
     return {pair: summarize(concatenate(part)) for pair, part in parts.items()}
 
 
-def noise_floor(runner: Runner, batches: Sequence[Int64[Tensor, "_ _"]], tick: Ticker) -> Loss:
+def numerical_noise(runner: Runner, batches: Sequence[Int64[Tensor, "_ _"]], tick: Ticker) -> Loss:
     """The same model twice: many tokens of several windows at once, and one token of one window at a time."""
     parts: list[Positions] = []
     for batch in batches:
@@ -73,7 +73,7 @@ def noise_floor(runner: Runner, batches: Sequence[Int64[Tensor, "_ _"]], tick: T
         singly = torch.cat([torch.cat(list(runner.logits(window[None], 1)), dim=1) for window in tokens])
         for (first, second), targets in _scored([at_once, [singly]], tokens):
             parts.append(compare(predict(first, targets), predict(second, targets)))
-        tick("measuring the noise floor")
+        tick("measuring the numerical noise")
     return Loss(runner.name, f"{runner.name}, token by token", summarize(concatenate(parts)), greedy=())
 
 

@@ -28,7 +28,7 @@ class Loss:
 
     Attributes:
         reference: name of the runner that is taken as right.
-        candidate: name of the runner that is judged.
+        candidate: name of the runner that is evaluated.
         comparison: figures over the evaluation text.
         greedy: one entry per prompt.
     """

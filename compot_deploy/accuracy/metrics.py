@@ -138,7 +138,7 @@ def compare(reference: Prediction, candidate: Prediction) -> Positions:
         )
     usable = reference.finite & candidate.finite
     p, q = reference.probabilities, candidate.probabilities
-    # Σ (q − p) is zero, and adding it term by term cancels the rounding error of the two normalisations, so
+    # Σ (q − p) is zero, and adding it term by term cancels the rounding error of the two normalizations, so
     # each term is ≥ 0 up to the last bit: divergences down to 1e-16 are resolved, not drowned.
     terms = (reference.log_probabilities - candidate.log_probabilities).mul_(p).add_(q).sub_(p)
     difference = candidate.logits - reference.logits

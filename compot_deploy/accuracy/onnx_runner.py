@@ -1,4 +1,4 @@
-"""An exported ONNX folder, as shipped or with the runtime's approximations switched off."""
+"""An exported ONNX folder, as deployed or with the runtime's approximations switched off."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class OnnxRunner:
         self._session: onnxruntime.InferenceSession = open_session(folder, accuracy_level, threads)
         import onnxruntime  # after open_session, which says how to install it where it is missing
 
-        setting = "as shipped" if accuracy_level is None else f"accuracy level {accuracy_level}"
+        setting = "as deployed" if accuracy_level is None else f"accuracy level {accuracy_level}"
         self.name = name or f"onnxruntime {onnxruntime.__version__}, {setting}"
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
         inputs = {entry.name: entry for entry in self._session.get_inputs()}
@@ -130,7 +130,7 @@ class OnnxRunner:
 
 
 def onnx_runner(folder: Path, *, exact: bool = False, threads: int = 0) -> OnnxRunner:
-    """An exported ONNX folder: `exact` computes every quantized multiplication in float32."""
+    """An exported ONNX folder: `exact`, the float32 reference, computes every quantized multiplication in float32."""
     return OnnxRunner(folder, 0 if exact else None, threads=threads)
 
 

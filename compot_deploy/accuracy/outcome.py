@@ -16,8 +16,8 @@ class Continuation:
         prompt: decoded.
         reference: None where there is no reference.
         compressed: torch with dequantized weights.
-        exact: the file, computed exactly.
-        exported: the file as it ships.
+        exact: the float32 reference of the file.
+        exported: the file as deployed.
         factorized: the factors before quantization; None where they were not measured.
     """
 
@@ -30,7 +30,7 @@ class Continuation:
 
 
 @dataclass(frozen=True)
-class EvaluationFacts:
+class EvaluationMetadata:
     """What the figures were measured on.
 
     Attributes:
@@ -62,9 +62,9 @@ class AccuracyReport:
         metrics_version: of `compot_deploy.accuracy.metrics`.
         evaluation: what was read.
         method: reference → compressed; None without a reference.
-        export_exact: compressed → the file, computed exactly.
-        export_shipped: compressed → the file as it ships.
-        total: reference → the file as it ships; None without a reference.
+        export_reference: compressed → the float32 reference of the file, the runtime's approximations off.
+        export_deployed: compressed → the file as deployed.
+        total: reference → the file as deployed; None without a reference.
         noise: a torch model against itself, reading token by token instead of many at once, which adds the
             same numbers up in another order: figures of this size are arithmetic, not loss.
         reference_absent: why there is no reference; None where there is one.
@@ -76,10 +76,10 @@ class AccuracyReport:
     """
 
     metrics_version: int
-    evaluation: EvaluationFacts
+    evaluation: EvaluationMetadata
     method: Loss | None
-    export_exact: Loss
-    export_shipped: Loss
+    export_reference: Loss
+    export_deployed: Loss
     total: Loss | None
     noise: Loss
     reference_absent: str | None

@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final, TypeVar
 
-from compot_deploy.accuracy.gate import Gate, judge
+from compot_deploy.accuracy.gate import Gate, apply_gate
 from compot_deploy.accuracy.losses import Loss
 from compot_deploy.accuracy.metrics import METRICS_VERSION
-from compot_deploy.accuracy.outcome import AccuracyReport, Continuation, EvaluationFacts
+from compot_deploy.accuracy.outcome import AccuracyReport, Continuation, EvaluationMetadata
 from compot_deploy.errors import InputError
 
 R = TypeVar("R")
 
 _LOSSES: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
     {
-        "export_exact": ("compressed", "exact"),
-        "export_shipped": ("compressed", "exported"),
+        "export_reference": ("compressed", "exact"),
+        "export_deployed": ("compressed", "exported"),
         "method": ("reference", "compressed"),
         "total": ("reference", "exported"),
         "factorization": ("reference", "factorized"),
@@ -56,8 +56,8 @@ def require_reference(gate: Gate, reference: object | None, absent: str) -> None
         )
 
 
-def judged_report(
-    facts: EvaluationFacts,
+def evaluated_report(
+    metadata: EvaluationMetadata,
     losses: Mapping[str, Loss],
     noise: Loss,
     gate: Gate,
@@ -66,31 +66,31 @@ def judged_report(
     factorized_absent: str,
     continuations: tuple[Continuation, ...] = (),
 ) -> AccuracyReport:
-    """The losses of `pairs_of`, judged.
+    """The losses of `pairs_of`, evaluated.
 
     Args:
-        facts: what was read.
+        metadata: what was read.
         losses: by name.
-        noise: the noise floor.
+        noise: the numerical noise.
         gate: limits.
         reference_absent: why there is no reference; told where there is none.
         factorized_absent: why there are no factors before quantization; likewise.
         continuations: the texts side by side.
     """
-    export_exact, export_shipped = losses["export_exact"], losses["export_shipped"]
+    export_reference, export_deployed = losses["export_reference"], losses["export_deployed"]
     method, total = losses.get("method"), losses.get("total")
     split_absent = reference_absent if method is None else factorized_absent
     return AccuracyReport(
         metrics_version=METRICS_VERSION,
-        evaluation=facts,
+        evaluation=metadata,
         method=method,
-        export_exact=export_exact,
-        export_shipped=export_shipped,
+        export_reference=export_reference,
+        export_deployed=export_deployed,
         total=total,
         noise=noise,
         reference_absent=reference_absent if method is None else None,
         continuations=continuations,
-        gate=judge(gate, export_exact, export_shipped, method, total),
+        gate=apply_gate(gate, export_reference, export_deployed, method, total),
         factorization=losses.get("factorization"),
         quantization=losses.get("quantization"),
         split_absent=None if "factorization" in losses else split_absent,

@@ -30,7 +30,7 @@ class Runner(Protocol):
 
     @property
     def name(self) -> str:
-        """What is run and how, for reports: ``onnxruntime 1.32.0, as shipped``."""
+        """What is run and how, for reports: ``onnxruntime 1.32.0, as deployed``."""
         ...
 
     @property
@@ -68,8 +68,8 @@ class RunnerFactory(Protocol):
 
         Args:
             folder: the artifact.
-            exact: switch the runtime's approximations off (int8 activations, float16 cache), so that what
-                remains is the error of the exported file. The shipped settings otherwise.
+            exact: the float32 reference: switch the runtime's approximations off (int8 activations, float16 cache), so
+                that what remains is the error of the exported file. The deployed settings otherwise.
             threads: of the runtime; 0 lets it choose.
         """
         ...

@@ -44,7 +44,7 @@ def huggingface_runner(folder: Path, *, exact: bool = False, threads: int = 0) -
 
 
 def onnx_texts(folder: Path, task: Task, *, exact: bool = False) -> OnnxTexts:
-    """An exported ONNX folder: `exact` computes every quantized multiplication in float32."""
+    """An exported ONNX folder: `exact`, the float32 reference, computes every quantized multiplication in float32."""
     return OnnxTexts(folder, exact=exact)
 
 

@@ -15,12 +15,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from compot_deploy.accuracy.evaluate import Evaluation, facts_of
+from compot_deploy.accuracy.evaluate import Evaluation, evaluation_metadata
 from compot_deploy.accuracy.gate import Gate
 from compot_deploy.accuracy.losses import Loss
 from compot_deploy.accuracy.metrics import Comparison, compare, concatenate, mean, predict, summarize
 from compot_deploy.accuracy.outcome import AccuracyReport
-from compot_deploy.accuracy.roles import judged_report, pairs_of, require_reference, roles_of
+from compot_deploy.accuracy.roles import evaluated_report, pairs_of, require_reference, roles_of
 from compot_deploy.errors import ArtifactError, InputError, first_line
 from compot_deploy.models.tasks import Batch, Task, pooled
 from compot_deploy.progress import Progress, silent
@@ -80,7 +80,7 @@ class OnnxTexts:
         self._session = open_session(folder, 0 if exact else None, threads)
         import onnxruntime
 
-        setting = "accuracy level 0" if exact else "as shipped"
+        setting = "accuracy level 0" if exact else "as deployed"
         self.name = f"onnxruntime {onnxruntime.__version__}, {setting}"
         self._folder = folder
 
@@ -111,7 +111,7 @@ def check_texts(
     factorized_absent: str = "the factors before quantization were not given",
     progress: Progress = silent,
 ) -> AccuracyReport:
-    """Measure method, export and total loss and judge them; the arguments are those of `evaluate.check`.
+    """Measure method, export and total loss and evaluate them; the arguments are those of `evaluate.check`.
 
     Raises:
         InputError: the gate limits the total loss but there is no reference.
@@ -139,8 +139,8 @@ def check_texts(
         )
         for name, (one, other) in pairs_of(roles).items()
     }
-    return judged_report(
-        facts_of(evaluation),
+    return evaluated_report(
+        evaluation_metadata(evaluation),
         losses,
         noise,
         gate,

@@ -9,7 +9,14 @@ from typing import Any, Final, NoReturn
 
 from compot_deploy import __version__
 from compot_deploy.errors import EXIT_CODES, RecipeError
-from compot_deploy.recipe import Recipe, default_of, knob_type, knobs, recipe_from_mapping, recipe_from_toml
+from compot_deploy.recipe import (
+    Recipe,
+    default_of,
+    option_type,
+    recipe_from_mapping,
+    recipe_from_toml,
+    recipe_options,
+)
 
 _GROUPS: Final = {
     "model": "what and where",
@@ -54,9 +61,9 @@ def recipe_parser(prog: str, description: str) -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("model", nargs="?", default=None, metavar="MODEL", help=_help("model"))
-    parser.add_argument("--recipe", type=Path, help="TOML file with the same knobs; flags win over it")
+    parser.add_argument("--recipe", type=Path, help="TOML file with the same options; flags win over it")
     parser.add_argument("--version", action="version", version=f"compot-deploy {__version__}")
-    add_options(parser, only={knob.name for knob in knobs()} - {"model"})
+    add_options(parser, only={option.name for option in recipe_options()} - {"model"})
     return parser
 
 
@@ -72,33 +79,33 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 def add_options(parser: argparse.ArgumentParser, only: set[str]) -> None:
     """Flags for some options of a recipe."""
     groups: dict[str, Any] = {}
-    for knob in knobs():
-        if knob.name not in only:
+    for option in recipe_options():
+        if option.name not in only:
             continue
-        title = _GROUPS[knob.metadata["group"]]
+        title = _GROUPS[option.metadata["group"]]
         group = groups.setdefault(title, None) or parser.add_argument_group(title)
         groups[title] = group
-        kind, choices, several = knob_type(knob.name)
-        flag = "--" + knob.name.replace("_", "-")
+        kind, choices, several = option_type(option.name)
+        flag = "--" + option.name.replace("_", "-")
         if kind is bool:
-            group.add_argument(flag, action="store_const", const=True, default=None, help=_help(knob.name))
+            group.add_argument(flag, action="store_const", const=True, default=None, help=_help(option.name))
         else:
             group.add_argument(
                 flag,
-                dest=knob.name,
+                dest=option.name,
                 type=kind,
                 choices=choices or None,
                 action="append" if several else "store",
                 default=None,
                 metavar=None if choices else kind.__name__.upper(),
-                help=_help(knob.name),
+                help=_help(option.name),
             )
 
 
 def _help(name: str) -> str:
-    knob = next(knob for knob in knobs() if knob.name == name)
-    text = str(knob.metadata["help"]).replace("%", "%%")
-    value = default_of(knob)
+    option = next(option for option in recipe_options() if option.name == name)
+    text = str(option.metadata["help"]).replace("%", "%%")
+    value = default_of(option)
     shown = " ".join(value) if isinstance(value, tuple) else value
-    unit = f" {knob.metadata['unit']}" if knob.metadata["unit"] else ""
+    unit = f" {option.metadata['unit']}" if option.metadata["unit"] else ""
     return text if value is None or value is False else f"{text} (default: {shown}{unit})"

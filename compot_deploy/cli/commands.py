@@ -24,7 +24,7 @@ from compot_deploy.pipeline.generate import generate
 from compot_deploy.report import inspection
 from compot_deploy.report import plan as plan_report
 from compot_deploy.report.document import verdict
-from compot_deploy.report.gate import Demands, GateFile, parse_growth, read_baseline, read_gate
+from compot_deploy.report.gate import GateFile, GateRequirements, parse_growth, read_baseline, read_gate
 from compot_deploy.report.summary import STEP_SUMMARY, to_summary, write_summary
 
 
@@ -98,28 +98,30 @@ def _check(arguments: list[str], out: Console, err: Console) -> int:
     folder, reference = values.pop("folder"), values.pop("reference", None)
     export_only = values.pop("export_only")
     report_dir, summary = values.pop("report_dir", None), values.pop("summary", None)
-    demands = _demands(values.pop("gate", None), values.pop("baseline", None), values.pop("max_growth", None))
+    requirements = _requirements(
+        values.pop("gate", None), values.pop("baseline", None), values.pop("max_growth", None)
+    )
     with progress_on(err) as progress:
         deployment = check(
             folder,
             reference=reference,
             export_only=export_only,
             limits=values,
-            demands=demands,
+            requirements=requirements,
             progress=progress,
         )
     if report_dir is not None:
         write_check(report_dir, deployment.report)
     if summary is not None:
-        write_summary(to_summary(deployment.report, demands), summary, append=False)
+        write_summary(to_summary(deployment.report, requirements), summary, append=False)
     elif os.environ.get(STEP_SUMMARY):
-        text = to_summary(deployment.report, demands)
+        text = to_summary(deployment.report, requirements)
         write_summary(text, Path(os.environ[STEP_SUMMARY]), append=True)
     return show(deployment, out)
 
 
-def _demands(gate: Path | None, baseline: Path | None, max_growth: str | None) -> Demands:
-    return Demands(
+def _requirements(gate: Path | None, baseline: Path | None, max_growth: str | None) -> GateRequirements:
+    return GateRequirements(
         gate=GateFile() if gate is None else read_gate(gate),
         baseline=None if baseline is None else read_baseline(baseline),
         baseline_name=f"The baseline {baseline}",

@@ -13,7 +13,7 @@ Severity: TypeAlias = Literal["error", "warning", "note"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnostic:
     """One fact about an artifact that a reader should know.
 
     Attributes:
@@ -30,9 +30,9 @@ class Finding:
 
     def __post_init__(self) -> None:
         if self.severity not in get_args(Severity):
-            raise ValueError(f"A finding is one of {get_args(Severity)}, not {self.severity!r}.")
+            raise ValueError(f"A diagnostic is one of {get_args(Severity)}, not {self.severity!r}.")
 
 
-def errors(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """The findings that make an artifact fail."""
-    return tuple(finding for finding in findings if finding.severity == "error")
+def errors(diagnostics: Iterable[Diagnostic]) -> tuple[Diagnostic, ...]:
+    """The diagnostics that make an artifact fail."""
+    return tuple(diagnostic for diagnostic in diagnostics if diagnostic.severity == "error")

@@ -38,6 +38,8 @@ CODEBOOKS: Final[Mapping[str, tuple[float, ...]]] = MappingProxyType(
 class Grid:
     """A grid of values with exact zero: ``value = integer · scale``, or ``table[integer] · scale``.
 
+    Others call it a quantization scheme: bits and group size.
+
     Attributes:
         bits: Bits of one integer, 2, 3, 4 or 8. Integers run from ``-2**(bits-1)`` to ``2**(bits-1) - 1``.
         group: How many consecutive inputs (rows) of one output share a scale. The last group of a column

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final
 
 from compot_deploy.errors import ArtifactError, InputError
+
+_KEYS: Final[Mapping[tuple[str, str], str]] = MappingProxyType(
+    {
+        ("AccuracyReport", "export_reference"): "export_exact",
+        ("AccuracyReport", "export_deployed"): "export_shipped",
+        ("Frontier", "all_schemes"): "all_forms",
+        ("LayerFigures", "sensitivity"): "effect",
+        ("Manifest", "metadata"): "facts",
+        ("Report", "diagnostics"): "findings",
+        ("Report", "notes"): "facts",
+    }
+)
+"""Keys by class and attribute, where files that exist spell a key otherwise than the code does."""
+
+
+def key_of(kind: type, attribute: str) -> str:
+    """How a JSON file spells an attribute of a dataclass."""
+    return _KEYS.get((kind.__name__, attribute), attribute)
+
+
+def as_object(value: Any) -> dict[str, Any]:
+    """A dataclass as a JSON object; of what is inside it, keys are the attributes."""
+    return {key_of(type(value), name): entry for name, entry in dataclasses.asdict(value).items()}
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -10,6 +10,9 @@ type and ends in ``assert_never``::
     Quantized    integers (in, out) on a symmetric grid, one float16 scale per group of inputs and output
     Factorized   Σ_p dictionary_p (in, k_p) @ codes_p (k_p, out), each factor a Leaf
 
+A *leaf* is one stored tensor: what a file holds of a matrix in one piece, its scales included. A dictionary and its
+codes are a *factor pair*. What is quantized and not factorized is called *plain*.
+
 The exporters never quantize: error enters before them, in one place, and what they write is exactly these
 numbers. Nothing in this module knows a file format, a runtime or a model.
 """
@@ -86,13 +89,13 @@ Leaf: TypeAlias = Dense | Quantized
 
 
 @dataclass(frozen=True)
-class Pair:
+class FactorPair:
     """One dictionary and its codes: ``x @ dictionary @ codes``.
 
     Attributes:
         dictionary: shape (in, k).
         codes: shape (k, out); entries outside ``pattern`` are exactly zero.
-        dictionary_name: Pairs with one name hold the same dictionary, and a file stores it once. For a
+        dictionary_name: Factor pairs with one name hold the same dictionary, and a file stores it once. For a
             matrix that shares nothing it is the matrix's own name.
         pattern: which codes may be non-zero.
     """
@@ -117,13 +120,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Factorized:
-    """A sum of pairs. One pair is COMPOT; a second one holds the strongest atoms at a higher precision."""
+    """A sum of factor pairs. One is COMPOT; a second one holds the strongest atoms at a higher precision."""
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[FactorPair, ...]
 
     def __post_init__(self) -> None:
         if not self.pairs:
-            raise ValueError("A factorized matrix needs at least one pair.")
+            raise ValueError("A factorized matrix needs at least one factor pair.")
         if any(
             p.dictionary.shape[0] != self.shape[0] or p.codes.shape[1] != self.shape[1] for p in self.pairs
         ):

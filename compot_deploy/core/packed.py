@@ -35,7 +35,7 @@ PLANES: Final = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 
 @dataclass(frozen=True)
-class LeafForm:
+class LeafScheme:
     """Everything about a stored leaf but its numbers.
 
     Attributes:
@@ -59,8 +59,8 @@ class LeafForm:
             )
 
     @classmethod
-    def of(cls, leaf: Leaf, pattern: Pattern = DENSE) -> LeafForm:
-        """The form of a leaf."""
+    def of(cls, leaf: Leaf, pattern: Pattern = DENSE) -> LeafScheme:
+        """The scheme of a leaf."""
         if isinstance(leaf, Quantized):
             return cls(*leaf.shape, leaf.grid, pattern)
         return cls(*leaf.shape, None, pattern, leaf.weight.dtype)
@@ -112,15 +112,15 @@ def pack(leaf: Leaf, pattern: Pattern = DENSE) -> dict[str, Tensor]:
     Raises:
         ValueError: an integer outside its grid, or more non-zeros than the pattern allows.
     """
-    form = LeafForm.of(leaf, pattern)
+    scheme = LeafScheme.of(leaf, pattern)
     values = (leaf.integers if isinstance(leaf, Quantized) else leaf.weight).T.contiguous()
     found: dict[str, Tensor] = {}
-    if form.sparse:
+    if scheme.sparse:
         mask = values != 0
-        found["mask"] = join_codes(_padded(mask.to(torch.uint8), -(-form.inputs // 8) * 8), 1)
-        values = _compact(values, mask, form)
+        found["mask"] = join_codes(_padded(mask.to(torch.uint8), -(-scheme.inputs // 8) * 8), 1)
+        values = _compact(values, mask, scheme)
     if not isinstance(leaf, Quantized):
-        found["values" if form.sparse else "weight"] = values
+        found["values" if scheme.sparse else "weight"] = values
         return found
     check_range(leaf)
     found["integers"] = pack_rows(values, leaf.grid)
@@ -128,37 +128,37 @@ def pack(leaf: Leaf, pattern: Pattern = DENSE) -> dict[str, Tensor]:
     return found
 
 
-def unpack(tensors: Mapping[str, Tensor], form: LeafForm) -> Leaf:
+def unpack(tensors: Mapping[str, Tensor], scheme: LeafScheme) -> Leaf:
     """The leaf, bit for bit as it was packed."""
-    if form.grid is None:
-        rows = expand(tensors["values"], tensors["mask"], form) if form.sparse else tensors["weight"]
+    if scheme.grid is None:
+        rows = expand(tensors["values"], tensors["mask"], scheme) if scheme.sparse else tensors["weight"]
         return Dense(rows.T.contiguous())
-    integers = unpack_rows(tensors["integers"], form.slots if form.sparse else form.inputs, form.grid)
-    if form.sparse:
-        integers = expand(integers, tensors["mask"], form)
+    integers = unpack_rows(tensors["integers"], scheme.slots if scheme.sparse else scheme.inputs, scheme.grid)
+    if scheme.sparse:
+        integers = expand(integers, tensors["mask"], scheme)
     scales = tensors["scales"].view(torch.float16).T.contiguous()
-    return Quantized(integers.T.contiguous(), scales, form.grid)
+    return Quantized(integers.T.contiguous(), scales, scheme.grid)
 
 
-def dequantize_rows(tensors: Mapping[str, Tensor], form: LeafForm) -> Float[Tensor, "outputs inputs"]:
+def dequantize_rows(tensors: Mapping[str, Tensor], scheme: LeafScheme) -> Float[Tensor, "outputs inputs"]:
     """The values, transposed, in float32 for integers and in the stored type for floating point.
 
     The same float32 operations as `compot_deploy.core.matrix.Quantized.dequantize`, so the same numbers. The rows
     may be a selection of the leaf's.
     """
-    grid = form.grid
+    grid = scheme.grid
     if grid is None:
-        return expand(tensors["values"], tensors["mask"], form) if form.sparse else tensors["weight"]
-    integers = unpack_rows(tensors["integers"], form.slots if form.sparse else form.inputs, grid)
+        return expand(tensors["values"], tensors["mask"], scheme) if scheme.sparse else tensors["weight"]
+    integers = unpack_rows(tensors["integers"], scheme.slots if scheme.sparse else scheme.inputs, grid)
     table = grid.table
     if table is None:
         values = integers.float()
     else:
         values = torch.tensor(table, device=integers.device)[integers.int() - grid.lowest]
-    if form.sparse:
-        values = expand(values, tensors["mask"], form)
+    if scheme.sparse:
+        values = expand(values, tensors["mask"], scheme)
     scales = tensors["scales"].view(torch.float16).float().repeat_interleave(grid.group, dim=1)
-    return values * scales[:, : form.inputs]
+    return values * scales[:, : scheme.inputs]
 
 
 def pack_rows(integers: Int8[Tensor, "outputs count"], grid: Grid) -> UInt8[Tensor, "outputs bytes"]:
@@ -187,20 +187,20 @@ def unpack_rows(
     return (codes[:, :count].to(torch.int16) + grid.lowest).to(torch.int8)
 
 
-def expand(values: Tensor, mask: UInt8[Tensor, "outputs bytes"], form: LeafForm) -> Tensor:
+def expand(values: Tensor, mask: UInt8[Tensor, "outputs bytes"], scheme: LeafScheme) -> Tensor:
     """Slots back to where their non-zeros stand; everything else is zero."""
-    pattern, groups = form.pattern, -(-form.inputs // form.pattern.of)
-    kept = split_codes(mask, 1)[:, : form.inputs]
+    pattern, groups = scheme.pattern, -(-scheme.inputs // scheme.pattern.of)
+    kept = split_codes(mask, 1)[:, : scheme.inputs]
     grouped = _padded(kept, groups * pattern.of).view(len(mask), groups, pattern.of).int()
     first = torch.arange(groups, device=mask.device, dtype=torch.int32)[:, None] * pattern.kept
     # Clamped where a damaged mask marks more than there are slots: wrong numbers, but none from elsewhere.
     slot = ((grouped.cumsum(2, dtype=torch.int32) - 1).clamp(0, pattern.kept - 1) + first).view(len(mask), -1)
-    return torch.gather(values, 1, slot[:, : form.inputs].long()) * kept.to(values.dtype)
+    return torch.gather(values, 1, slot[:, : scheme.inputs].long()) * kept.to(values.dtype)
 
 
-def _compact(values: Tensor, mask: Tensor, form: LeafForm) -> Tensor:
+def _compact(values: Tensor, mask: Tensor, scheme: LeafScheme) -> Tensor:
     """The non-zeros of every group of a row, in order, then zeros."""
-    pattern, groups = form.pattern, -(-form.inputs // form.pattern.of)
+    pattern, groups = scheme.pattern, -(-scheme.inputs // scheme.pattern.of)
     width = groups * pattern.of
     grouped = _padded(mask.to(torch.uint8), width).view(len(values), groups, pattern.of)
     most = int(grouped.sum(2).max())
@@ -232,7 +232,7 @@ class PackedStorage:
 
     def leaf_bytes(self, rows: int, columns: int, grid: Grid | None, pattern: Pattern = DENSE) -> int:
         """See `compot_deploy.core.storage.Storage.leaf_bytes`."""
-        return LeafForm(rows, columns, grid, pattern, self.float_type).nbytes
+        return LeafScheme(rows, columns, grid, pattern, self.float_type).nbytes
 
     def memory_bytes(self, rows: int, columns: int, grid: Grid | None, pattern: Pattern = DENSE) -> int:
         """A loaded model holds the same tensors."""

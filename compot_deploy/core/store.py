@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import assert_never
 
 from compot_deploy.core.grid import Grid, Pattern
-from compot_deploy.core.matrix import Dense, Factorized, Leaf, Matrix, Pair, Quantized
+from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Leaf, Matrix, Quantized
 
 
 def save_matrices(path: Path, matrices: Mapping[str, Matrix]) -> None:
@@ -143,7 +143,7 @@ def _get(entry: Mapping[str, Any], reader: Any) -> Matrix:
         return _get_leaf(entry, reader)
     return Factorized(
         tuple(
-            Pair(
+            FactorPair(
                 dictionary=_get_leaf(pair["dictionary"], reader),
                 codes=_get_leaf(pair["codes"], reader),
                 dictionary_name=pair["name"],

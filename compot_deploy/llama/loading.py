@@ -1,6 +1,6 @@
 """A GGUF file on its way into llama.cpp: as it is, or tensor by tensor with the plug-in behind it.
 
-A dense file is llama.cpp's own business. For a factorised one llama.cpp gets the metadata under the base
+A dense file is llama.cpp's own business. For a factorized one llama.cpp gets the metadata under the base
 architecture and placeholders of its narrowest type, whose memory is never touched: norms, biases and matrices
 in its own types are handed over one by one (`llama_model_init_from_user`), and the plug-in computes the rest from the
 mapped file. Without a plug-in the factors are multiplied out when the file is loaded.

@@ -123,7 +123,7 @@ class LlamaModel:
         return int(self._library.llama_vocab_n_tokens(self._vocab))
 
     @property
-    def factorised_runs(self) -> int:
+    def factorized_runs(self) -> int:
         """How many matrix products the plug-in has computed."""
         return int(load_plugin().c.compot_plugin_runs(self._state)) if self._state else 0
 

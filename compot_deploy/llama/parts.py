@@ -48,7 +48,7 @@ def _leaf(file: GgufFile, entry: gguf_index.LeafEntry) -> Leaf:
 
 
 class Parts:
-    """The tensors of a factorised file, sorted by who handles them."""
+    """The tensors of a factorized file, sorted by who handles them."""
 
     def __init__(self, file: GgufFile, index: gguf_index.FactorizedIndex) -> None:
         self.file, self.index = file, index

@@ -1,4 +1,4 @@
-/* Factorised matrices inside an unmodified llama.cpp.
+/* Factorized matrices inside an unmodified llama.cpp.
  *
  * llama.cpp asks a public callback (cb_eval) about every node of its graph before it computes it. A MUL_MAT whose
  * weight is one of ours becomes a CUSTOM node that calls run_linear from llama.cpp's own threads; a GET_ROWS on an

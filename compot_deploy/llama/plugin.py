@@ -125,7 +125,7 @@ def load_plugin() -> Plugin:
         raise MissingDependencyError(
             "compot_deploy.llama._plugin (built by a C compiler)",
             "llama",
-            "Running factorised GGUF files at speed",
+            "Running factorized GGUF files at speed",
         )
     return Plugin(spec.origin)
 

@@ -33,7 +33,7 @@ class LlamaRunner:
         file = find_gguf(Path(path))
         threads = threads or max(1, (os.cpu_count() or 2) // 2)
         self._model = LlamaModel(file, threads=threads, exact=exact, execution="expand" if exact else "auto")
-        how = "exact" if exact else "as shipped"
+        how = "exact" if exact else "as deployed"
         self._name = f"llama.cpp ({PACKAGE} {load_library().version}), {self._model.execution}, {how}"
 
     @property

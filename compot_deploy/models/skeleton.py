@@ -64,7 +64,7 @@ def _made(config: Any, task: Task, dtype: torch.dtype) -> Any:
     auto = getattr(transformers, task.auto_class)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of initialising what is filled afterwards
+            warnings.simplefilter("ignore")  # of initializing what is filled afterwards
             model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
     except ValueError as error:
         raise UnsupportedModelError(

@@ -312,7 +312,7 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> Any:
             raise InputError(f"{folder / 'config.json'} is not understood: {_first_line(error)}.") from None
         raise UnsupportedModelError(
             f"The model type {model_type!r} is not supported: transformers does not know it, or it needs code of its "
-            f"own, which is never run. Decoders with a graph of ours are {', '.join(sorted(ARCHITECTURES))}."
+            f"own, which is never run. Decoders with a native graph are {', '.join(sorted(ARCHITECTURES))}."
         ) from None
 
 

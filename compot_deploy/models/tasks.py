@@ -195,7 +195,7 @@ _BY_SUFFIX: Final[Mapping[str, Task]] = {
 def task_of(config: Mapping[str, Any]) -> Task | None:
     """The task of a configuration; None where the class that it names has a head that is not known here.
 
-    Decoders with a graph of ours keep their head where no class is named.
+    Decoders with a native graph keep their head where no class is named.
     """
     classes = config.get("architectures") or ()
     name = str(classes[0]) if isinstance(classes, Sequence) and classes else ""

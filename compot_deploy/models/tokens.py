@@ -1,4 +1,4 @@
-"""Text to windows of token ids: what a model is calibrated and judged on, and where it came from.
+"""Text to windows of token ids: what a model is calibrated and evaluated on, and where it came from.
 
 Sources: a UTF-8 text file, JSON lines, a data set by name (where the hub answers), or text sampled from the
 model itself. Windows are drawn with a seed, so the same inputs give the same windows.
@@ -22,7 +22,7 @@ from compot_deploy.models.cache import cache_argument, cache_of
 
 SELF: Final = "self"
 HELD_OUT_SHARE: Final = 0.1
-"""Share at the end of a calibration text that is kept for judging when no other text is given."""
+"""Share at the end of a calibration text that is kept for evaluation when no other text is given."""
 
 _SHORTEST_LINE: Final = 20
 """Characters of a line that is worth reading."""

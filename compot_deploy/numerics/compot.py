@@ -44,7 +44,7 @@ def compot(
     pattern: Pattern,
     alternation: Alternation = Alternation(),
 ) -> Factors:
-    """COMPOT with an SVD initialisation; by default its result is then refined by least squares.
+    """COMPOT with an SVD initialization; by default its result is then refined by least squares.
 
     Any shape, from one atom to as many as inputs; a weight of rank below `atoms` is met exactly.
 

@@ -11,9 +11,9 @@ Letters: ``W`` the weight (m × n), ``G`` the Gram of its inputs, ``A`` the dict
 * the support chosen anew against ``Â``, the codes fitted to it on that support, then GPTQ with ``H``;
 * coordinate descent on both sets of integers.
 
-Precision follows energy: atoms are dealt out in *levels*, strongest first, each with grids and a pattern of
+Precision follows energy: atoms are dealt out in *tiers*, strongest first, each with grids and a pattern of
 its own. A direction that carries most of a matrix needs eight bits, one at the noise needs two or none
-(reverse water-filling; see `compot_deploy.planning.water_levels`). Levels are quantized in order, and what one
+(reverse water-filling; see `compot_deploy.planning.water_filling`). Tiers are quantized in order, and what one
 loses is part of what the next ones are fitted to.
 
 The objective, the squared whitened error ``‖Lᵀ(W − ÂŜ)‖²``, is evaluated in float64 on the integers.
@@ -31,7 +31,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from compot_deploy.core.grid import DENSE, Grid, Pattern
-from compot_deploy.core.matrix import Dense, Factorized, Leaf, Pair, Quantized
+from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Leaf, Quantized
 from compot_deploy.errors import InputError, RecipeError
 from compot_deploy.numerics.coding import threshold
 from compot_deploy.numerics.compot import compot
@@ -43,7 +43,7 @@ from compot_deploy.quant import gptq, rtn
 from compot_deploy.quant.descent import descend
 
 _BALANCE: Final = 0.5
-"""How far codes are made alike in size across the atoms of a level: 0 not at all, 1 completely."""
+"""How far codes are made alike in size across the atoms of a tier: 0 not at all, 1 completely."""
 
 SHORT_ALTERNATION: Final = Alternation(rounds=8, refinements=1)
 """Joint rounds choose supports again and re-fit everything: more rounds before them gain nothing."""
@@ -55,14 +55,14 @@ _FULL_FIT: Final = 40
 
 
 @dataclass(frozen=True)
-class Level:
+class Tier:
     """Atoms that are stored alike.
 
     Attributes:
         atoms: how many.
         dictionary: grid of their columns of A; None is float32.
         codes: grid of their rows of S; None is float32.
-        pattern: of their codes. `of` counts the atoms of this level only.
+        pattern: of their codes. `of` counts the atoms of this tier only.
     """
 
     atoms: int
@@ -84,14 +84,14 @@ class JointFactors:
     """Quantized factors of one weight, or of several side by side.
 
     Attributes:
-        levels: as asked for.
-        dictionaries: Â of each level, shape (in, atoms).
-        codes: Ŝ of each level, shape (atoms, out); exactly zero outside the pattern.
+        tiers: as asked for.
+        dictionaries: Â of each tier, shape (in, atoms).
+        codes: Ŝ of each tier, shape (atoms, out); exactly zero outside the pattern.
         error: relative whitened error ``‖Lᵀ(W − ΣÂŜ)‖ / ‖LᵀW‖``.
         objective: its square, after each round, of the best so far: never rises.
     """
 
-    levels: tuple[Level, ...]
+    tiers: tuple[Tier, ...]
     dictionaries: tuple[Leaf, ...]
     codes: tuple[Leaf, ...]
     error: float
@@ -107,22 +107,24 @@ class JointFactors:
 
 
 def split(factors: JointFactors, outputs: Mapping[str, int], dictionary_name: str) -> dict[str, Factorized]:
-    """The matrices that were factorised side by side, each with its columns of the codes.
+    """The matrices that were factorized side by side, each with its columns of the codes.
 
     All of them refer to the dictionaries by one name, under which a file stores them once.
 
     Args:
         factors: of the concatenated weight.
         outputs: columns of each matrix, in the order in which they were concatenated.
-        dictionary_name: for `Pair.dictionary_name`.
+        dictionary_name: for `FactorPair.dictionary_name`.
     """
     result = {}
     start = 0
     for name, width in outputs.items():
         pairs = tuple(
-            Pair(dictionary, _columns(codes, slice(start, start + width)), dictionary_name, level.pattern)
-            for level, dictionary, codes in zip(
-                factors.levels, factors.dictionaries, factors.codes, strict=True
+            FactorPair(
+                dictionary, _columns(codes, slice(start, start + width)), dictionary_name, tier.pattern
+            )
+            for tier, dictionary, codes in zip(
+                factors.tiers, factors.dictionaries, factors.codes, strict=True
             )
         )
         result[name] = Factorized(pairs)
@@ -137,42 +139,42 @@ def split(factors: JointFactors, outputs: Mapping[str, int], dictionary_name: st
 def joint(
     weight: Float[Tensor, "inputs outputs"],
     whitening: Whitening,
-    levels: Sequence[Level],
+    tiers: Sequence[Tier],
     *,
     rounds: int = 2,
     sweeps: int = 1,
     alternation: Alternation = SHORT_ALTERNATION,
 ) -> JointFactors:
-    """Factorise and quantize a weight in one go.
+    """Factorize and quantize a weight in one go.
 
     Args:
         weight: W, shape (in, out); concatenate the weights of one input to share the dictionary.
         whitening: of the inputs.
-        levels: strongest atoms first. Sparse levels must come last.
+        tiers: strongest atoms first. Sparse tiers must come last.
         rounds: turns of {dictionary, codes}; the best is kept.
         sweeps: of coordinate descent over the codes per turn.
-        alternation: for the factorization of sparse levels.
+        alternation: for the factorization of sparse tiers.
 
     Raises:
-        RecipeError: no level, more atoms than inputs, or a dense level behind a sparse one.
+        RecipeError: no tier, more atoms than inputs, or a dense tier behind a sparse one.
         InputError: a weight with NaN or infinity.
     """
-    levels = tuple(levels)
-    _check(weight, levels)
+    tiers = tuple(tiers)
+    _check(weight, tiers)
     problem = _Problem(weight.double(), whitening)
     if problem.energy == 0.0:
-        return _zero(weight, levels)
-    codes = _first_codes(weight, whitening, levels, alternation)
-    places = _places(levels)
+        return _zero(weight, tiers)
+    codes = _first_codes(weight, whitening, tiers, alternation)
+    places = _places(tiers)
     best: tuple[tuple[Leaf, ...], tuple[Leaf, ...]] | None = None
     objective: list[float] = []
     for _ in range(rounds):
-        dictionaries, codes = _quantize_dictionary(problem, levels, codes)
+        dictionaries, codes = _quantize_dictionary(problem, tiers, codes)
         seen = _Seen.through(dictionaries, problem)
-        codes = _choose_support(seen, levels, codes)
-        order = _order(seen, levels, codes)
+        codes = _choose_support(seen, tiers, codes)
+        order = _order(seen, tiers, codes)
         codes, seen = _Codes(codes.values[order], codes.support[order]), seen.reordered(order)
-        quantized = _quantize_codes(seen, levels, codes, sweeps)
+        quantized = _quantize_codes(seen, tiers, codes, sweeps)
         codes = _Codes(_stack(quantized), codes.support)
         lost = seen.lost(codes.values)
         if best is None or lost < objective[-1]:
@@ -185,7 +187,7 @@ def joint(
     assert best is not None
     share = max(0.0, objective[-1]) / problem.energy
     return JointFactors(
-        levels, *best, share**0.5, tuple(max(0.0, value) / problem.energy for value in objective)
+        tiers, *best, share**0.5, tuple(max(0.0, value) / problem.energy for value in objective)
     )
 
 
@@ -223,7 +225,7 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Codes:
-    """Codes of all levels, one below the other, and where they may be non-zero."""
+    """Codes of all tiers, one below the other, and where they may be non-zero."""
 
     values: Float64[Tensor, "atoms outputs"]
     support: Bool[Tensor, "atoms outputs"]
@@ -232,11 +234,11 @@ class _Codes:
 def _first_codes(
     weight: Float[Tensor, "inputs outputs"],
     whitening: Whitening,
-    levels: Sequence[Level],
+    tiers: Sequence[Tier],
     alternation: Alternation,
 ) -> _Codes:
-    """Principal components for the dense levels; COMPOT on what they leave for each sparse one."""
-    dense = sum(level.atoms for level in levels if level.pattern.is_dense)
+    """Principal components for the dense tiers; COMPOT on what they leave for each sparse one."""
+    dense = sum(tier.atoms for tier in tiers if tier.pattern.is_dense)
     remaining = weight.double()
     values, supports = [], []
     if dense:
@@ -245,9 +247,9 @@ def _first_codes(
         values.append(directions.T @ whitened)
         supports.append(torch.ones_like(values[0], dtype=torch.bool))
         remaining = remaining - whitening.unapply(directions @ values[0])
-    for level in levels:
-        if not level.pattern.is_dense:
-            factors = compot(remaining, whitening, level.atoms, level.pattern, alternation)
+    for tier in tiers:
+        if not tier.pattern.is_dense:
+            factors = compot(remaining, whitening, tier.atoms, tier.pattern, alternation)
             values.append(factors.codes)
             supports.append(factors.support)
             remaining = remaining - factors.dictionary @ factors.codes
@@ -255,69 +257,69 @@ def _first_codes(
 
 
 def _quantize_dictionary(
-    problem: _Problem, levels: Sequence[Level], codes: _Codes
+    problem: _Problem, tiers: Sequence[Tier], codes: _Codes
 ) -> tuple[tuple[Leaf, ...], _Codes]:
     """Â for the codes, and the codes in the units of its columns."""
     values = codes.values
     gram = values @ values.T
     gram.diagonal().add_(1e-10 * gram.diagonal().mean().clamp_min(1e-300))
     dictionary = torch.linalg.solve(gram, values @ problem.weight.T).T
-    rms = _rms(codes, levels)
+    rms = _rms(codes, tiers)
     dictionary, values = dictionary * rms, values / rms[:, None]
     leaves: list[Leaf] = []
-    for place, level in zip(_places(levels), levels, strict=True):
+    for place, tier in zip(_places(tiers), tiers, strict=True):
         part = dictionary[:, place].contiguous()
-        if level.dictionary is None:
+        if tier.dictionary is None:
             leaves.append(Dense(part.float()))
         else:
-            leaves.append(gptq(part, problem.feedback, level.dictionary, sweeps=_DICTIONARY_SWEEPS))
+            leaves.append(gptq(part, problem.feedback, tier.dictionary, sweeps=_DICTIONARY_SWEEPS))
     return tuple(leaves), _Codes(values, codes.support)
 
 
-def _choose_support(seen: _Seen, levels: Sequence[Level], codes: _Codes) -> _Codes:
-    """Sparse levels: keep the entries that lower the objective most, after one step down its gradient."""
+def _choose_support(seen: _Seen, tiers: Sequence[Tier], codes: _Codes) -> _Codes:
+    """Sparse tiers: keep the entries that lower the objective most, after one step down its gradient."""
     support = codes.support
-    if not all(level.pattern.is_dense for level in levels):
+    if not all(tier.pattern.is_dense for tier in tiers):
         fitted = refit_codes(seen.gram, seen.correlation, codes.values, support, steps=_QUICK_FIT)
         curvature = seen.gram.diagonal().clamp_min(1e-300)[:, None]
         moved = fitted + (seen.correlation - seen.gram @ fitted) / curvature
         support = support.clone()
-        for place, level in zip(_places(levels), levels, strict=True):
-            if not level.pattern.is_dense:
-                support[place] = threshold((moved * curvature.sqrt())[place], level.pattern)[1]
+        for place, tier in zip(_places(tiers), tiers, strict=True):
+            if not tier.pattern.is_dense:
+                support[place] = threshold((moved * curvature.sqrt())[place], tier.pattern)[1]
         codes = _Codes(torch.where(support, fitted, 0.0), support)
     return _Codes(refit_codes(seen.gram, seen.correlation, codes.values, support, steps=_FULL_FIT), support)
 
 
-def _quantize_codes(seen: _Seen, levels: Sequence[Level], codes: _Codes, sweeps: int) -> tuple[Leaf, ...]:
-    """Level after level, each fitted to what is left, then descent over all of them in turn."""
-    places = _places(levels)
+def _quantize_codes(seen: _Seen, tiers: Sequence[Tier], codes: _Codes, sweeps: int) -> tuple[Leaf, ...]:
+    """Tier after tier, each fitted to what is left, then descent over all of them in turn."""
+    places = _places(tiers)
     free = codes.values.clone()  # what is not quantized yet
     values = torch.zeros_like(free)
     leaves: list[Leaf] = []
-    for number, (place, level) in enumerate(zip(places, levels, strict=True)):
+    for number, (place, tier) in enumerate(zip(places, tiers, strict=True)):
         rest = slice(place.start, None)
         if number:
             wanted = seen.correlation[rest] - seen.gram[rest, : place.start] @ values[: place.start]
             free[rest] = refit_codes(
                 seen.gram[rest, rest], wanted, free[rest], codes.support[rest], steps=_QUICK_FIT
             )
-        if level.codes is None:
+        if tier.codes is None:
             leaves.append(Dense(free[place].float()))
         else:
             leaves.append(
                 gptq(
                     free[place],
                     _schur(seen.gram, place),
-                    level.codes,
-                    support=None if level.pattern.is_dense else codes.support[place],
+                    tier.codes,
+                    support=None if tier.pattern.is_dense else codes.support[place],
                     sweeps=sweeps,
                 )
             )
         values[place] = leaves[-1].dequantize().double()
-    if len(levels) == 1:
+    if len(tiers) == 1:
         return tuple(leaves)
-    for number, (place, level) in enumerate(zip(places, levels, strict=True)):
+    for number, (place, tier) in enumerate(zip(places, tiers, strict=True)):
         leaf = leaves[number]
         others = values.clone()
         others[place] = 0.0
@@ -326,7 +328,7 @@ def _quantize_codes(seen: _Seen, levels: Sequence[Level], codes: _Codes, sweeps:
         target = refit_codes(inner, wanted, values[place], support, steps=_FULL_FIT)
         if isinstance(leaf, Quantized):
             leaves[number] = descend(
-                leaf, target, inner, support=None if level.pattern.is_dense else support, sweeps=sweeps
+                leaf, target, inner, support=None if tier.pattern.is_dense else support, sweeps=sweeps
             )
         else:
             leaves[number] = Dense(target.float())
@@ -335,7 +337,7 @@ def _quantize_codes(seen: _Seen, levels: Sequence[Level], codes: _Codes, sweeps:
 
 
 def _schur(gram: Float64[Tensor, "atoms atoms"], place: slice) -> Float64[Tensor, "part part"]:
-    """The Gram of a level, given that those behind it will be fitted to what it loses."""
+    """The Gram of a tier, given that those behind it will be fitted to what it loses."""
     inner, behind = gram[place, place], slice(place.stop, None)
     later = gram[behind, behind]
     if not later.shape[0]:
@@ -346,12 +348,12 @@ def _schur(gram: Float64[Tensor, "atoms atoms"], place: slice) -> Float64[Tensor
     return (reduced + reduced.T) / 2
 
 
-def _rms(codes: _Codes, levels: Sequence[Level]) -> Float64[Tensor, " atoms"]:
+def _rms(codes: _Codes, tiers: Sequence[Tier]) -> Float64[Tensor, " atoms"]:
     """Per atom, the factor that moves from the codes to the dictionary; see `quantize_factors`."""
     count = codes.support.sum(1).clamp_min(1)
     rms = (codes.values.square().sum(1) / count).sqrt()
     result = torch.ones_like(rms)
-    for place in _places(levels):
+    for place in _places(tiers):
         part = rms[place]
         used = part > 0
         if bool(used.any()):
@@ -360,20 +362,20 @@ def _rms(codes: _Codes, levels: Sequence[Level]) -> Float64[Tensor, " atoms"]:
     return result
 
 
-def _order(seen: _Seen, levels: Sequence[Level], codes: _Codes) -> Int64[Tensor, " atoms"]:
-    """Atoms of each level by what their errors weigh, heaviest first; N:M patterns stay in place."""
+def _order(seen: _Seen, tiers: Sequence[Tier], codes: _Codes) -> Int64[Tensor, " atoms"]:
+    """Atoms of each tier by what their errors weigh, heaviest first; N:M patterns stay in place."""
     weight = seen.gram.diagonal() * codes.values.square().sum(1)
     result = torch.arange(weight.shape[0], device=weight.device)
-    for place, level in zip(_places(levels), levels, strict=True):
-        if level.pattern.is_dense or level.pattern.of == level.atoms:
+    for place, tier in zip(_places(tiers), tiers, strict=True):
+        if tier.pattern.is_dense or tier.pattern.of == tier.atoms:
             result[place] = place.start + torch.argsort(weight[place], descending=True, stable=True)
     return result
 
 
-def _places(levels: Sequence[Level]) -> tuple[slice, ...]:
-    """The rows of each level among all atoms."""
-    stops = list(accumulate(level.atoms for level in levels))
-    return tuple(slice(stop - level.atoms, stop) for stop, level in zip(stops, levels, strict=True))
+def _places(tiers: Sequence[Tier]) -> tuple[slice, ...]:
+    """The rows of each tier among all atoms."""
+    stops = list(accumulate(tier.atoms for tier in tiers))
+    return tuple(slice(stop - tier.atoms, stop) for stop, tier in zip(stops, tiers, strict=True))
 
 
 def _columns(leaf: Leaf, columns: slice | Int64[Tensor, " columns"]) -> Leaf:
@@ -386,7 +388,7 @@ def _stack(leaves: Sequence[Leaf]) -> Float64[Tensor, "rows outputs"]:
     return torch.cat([leaf.dequantize().double() for leaf in leaves])
 
 
-def _zero(weight: Float[Tensor, "inputs outputs"], levels: tuple[Level, ...]) -> JointFactors:
+def _zero(weight: Float[Tensor, "inputs outputs"], tiers: tuple[Tier, ...]) -> JointFactors:
     """Factors of a weight that is zero: rounding it to any grid is exact."""
 
     def leaf(rows: int, columns: int, grid: Grid | None) -> Leaf:
@@ -395,24 +397,24 @@ def _zero(weight: Float[Tensor, "inputs outputs"], levels: tuple[Level, ...]) ->
 
     inputs, outputs = weight.shape
     return JointFactors(
-        levels,
-        tuple(leaf(inputs, level.atoms, level.dictionary) for level in levels),
-        tuple(leaf(level.atoms, outputs, level.codes) for level in levels),
+        tiers,
+        tuple(leaf(inputs, tier.atoms, tier.dictionary) for tier in tiers),
+        tuple(leaf(tier.atoms, outputs, tier.codes) for tier in tiers),
         0.0,
         (0.0,),
     )
 
 
-def _check(weight: Float[Tensor, "inputs outputs"], levels: tuple[Level, ...]) -> None:
+def _check(weight: Float[Tensor, "inputs outputs"], tiers: tuple[Tier, ...]) -> None:
     inputs, outputs = weight.shape
-    atoms = sum(level.atoms for level in levels)
+    atoms = sum(tier.atoms for tier in tiers)
     if not 1 <= atoms <= inputs:
         raise RecipeError(
             f"A weight of {inputs} inputs and {outputs} outputs cannot have {atoms} atoms: use 1 to {inputs}."
         )
-    sparse = [not level.pattern.is_dense for level in levels]
+    sparse = [not tier.pattern.is_dense for tier in tiers]
     if sparse != sorted(sparse):
-        raise RecipeError("Levels with sparse codes come last: what they lose, dense ones cannot mend.")
+        raise RecipeError("Tiers with sparse codes come last: what they lose, dense ones cannot mend.")
     if not bool(torch.isfinite(weight).all()):
         raise InputError(
             f"A weight of {inputs} inputs and {outputs} outputs has NaN or infinite entries: "

@@ -14,7 +14,7 @@ from compot_deploy.numerics.spectrum import eigenvectors
 def polar(matrix: Float64[Tensor, "rows columns"]) -> Float64[Tensor, "rows columns"]:
     """The matrix with orthonormal columns nearest to `matrix`: ``U Vᵀ`` of its thin SVD ``U Σ Vᵀ``.
 
-    It maximises ``tr(DᵀM)``, the Procrustes problem. Taken from the small Gram ``MᵀM = V Σ² Vᵀ`` as
+    It maximizes ``tr(DᵀM)``, the Procrustes problem. Taken from the small Gram ``MᵀM = V Σ² Vᵀ`` as
     ``M V Σ⁻¹ Vᵀ``; a Gram squares the condition, so singular values below 1e-4 of the largest are taken from
     the Gram of what is left when the others are removed, and so on. Directions without any energy are
     completed to an orthonormal basis. On CUDA Newton–Schulz iterations replace the eigenvectors wherever

@@ -27,7 +27,7 @@ _BALANCE: Final = 0.5
 
 @dataclass(frozen=True)
 class QuantizedFactors:
-    """What goes into a `compot_deploy.core.matrix.Pair`, and what it cost.
+    """What goes into a `compot_deploy.core.matrix.FactorPair`, and what it cost.
 
     Attributes:
         dictionary: shape (in, k).

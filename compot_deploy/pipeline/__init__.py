@@ -1,1 +1,1 @@
-"""From a recipe to judged folders."""
+"""From a recipe to evaluated folders."""

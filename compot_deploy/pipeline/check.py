@@ -20,7 +20,7 @@ from compot_deploy.pipeline.evaluation import (
     JUNIT,
     REPORT,
     Subject,
-    judge_folder,
+    evaluate_folder,
     sizes_of,
     write_report,
 )
@@ -30,7 +30,7 @@ from compot_deploy.progress import Progress, silent
 from compot_deploy.recipe import recipe_from_mapping
 from compot_deploy.report.document import SCHEMA_MINOR, Report, Sizes
 from compot_deploy.report.facts import Origin
-from compot_deploy.report.gate import Demands
+from compot_deploy.report.gate import GateRequirements
 from compot_deploy.report.html.page import to_html
 from compot_deploy.report.json import from_json, to_json
 from compot_deploy.report.junit import to_junit
@@ -61,7 +61,7 @@ def check(
     reference: str | None = None,
     export_only: bool = False,
     limits: Mapping[str, float] | None = None,
-    demands: Demands | None = None,
+    requirements: GateRequirements | None = None,
     progress: Progress = silent,
 ) -> Deployment:
     """Check an exported folder again: its bytes, its structure, its accuracy.
@@ -74,8 +74,8 @@ def check(
         folder: written by `deploy`.
         reference: the original model, where it has moved.
         export_only: be content with what the folder alone can tell, where the original is not there.
-        limits: gate limits that replace those of the recipe, by knob.
-        demands: of a gate file and a baseline.
+        limits: gate limits that replace those of the recipe, by option.
+        requirements: of a gate file and a baseline.
         progress: told how far the work is.
 
     Raises:
@@ -83,14 +83,14 @@ def check(
         InputError: a limit needs the original model, and it is not there; or the baseline does not compare.
     """
     folder = Path(folder)
-    demands = demands or Demands()
-    limits = {**demands.gate.losses, **(limits or {})}
+    requirements = requirements or GateRequirements()
+    limits = {**requirements.gate.losses, **(limits or {})}
     manifest = verify(folder)
     _check_exporter(folder, manifest)
     recipe = recipe_from_mapping({**manifest.recipe, **limits}, origin=f"{folder}'s manifest")
     model = EXPORTERS[manifest.exporter].read_model(folder)
     evaluation = read_evaluation(folder, load_tokenizer(folder), model.config)
-    demands.check_text(evaluation.text.digest, evaluation.text.source)
+    requirements.check_text(evaluation.text.digest, evaluation.text.source)
     original: ModelSource | None = None
     absent = "the folder does not hold it"
     try:
@@ -100,24 +100,24 @@ def check(
         if reference is not None:
             raise
         absent = f"it is not where the recipe says ({error})"
-    if original is not None and original.fingerprint != manifest.facts.get("source"):
+    if original is not None and original.fingerprint != manifest.metadata.get("source"):
         if reference is not None:
             raise InputError(
                 f"--reference {reference}: this is not the model that {folder} was made from; its fingerprint "
-                f"is {original.fingerprint[:12]}, not {str(manifest.facts.get('source'))[:12]}."
+                f"is {original.fingerprint[:12]}, not {str(manifest.metadata.get('source'))[:12]}."
             )
         original, absent = None, "the model where the recipe says has changed since"
     if (
         original is None
         and not export_only
         and not TOTAL_LIMITS & limits.keys()
-        and not demands.compares_losses
+        and not requirements.compares_losses
     ):
         raise InputError(
             f"{folder}: only its structure and its export can be known without the original model, and {absent}. "
             "Give it with --reference MODEL, a folder or a hub id; --export-only is content with less."
         )
-    if original is None and demands.compares_losses:
+    if original is None and requirements.compares_losses:
         raise InputError(
             f"Growth of the loss cannot be measured without the original model: {absent}. Give it with --reference."
         )
@@ -126,8 +126,8 @@ def check(
     if original is None and not TOTAL_LIMITS & limits.keys():
         # Limits that came with the folder cannot be measured here; what can be is.
         gate = Gate(max_export_nmse=gate.max_export_nmse)
-    report = judge_folder(subject, evaluation, gate, progress)
-    return Deployment(folder, demands.apply(report))
+    report = evaluate_folder(subject, evaluation, gate, progress)
+    return Deployment(folder, requirements.apply(report))
 
 
 def _original(folder: Path, name: str | None) -> str | Path | None:

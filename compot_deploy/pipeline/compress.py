@@ -17,23 +17,23 @@ from compot_deploy.models.tokens import TokenWindows
 from compot_deploy.pipeline.size import fit_size, other_bytes
 from compot_deploy.pipeline.texts import calibration_windows
 from compot_deploy.planning.by_rule import plan_by_rule
-from compot_deploy.planning.carry_out import Extras, LinearFacts, Outcome, carry_out, choose
+from compot_deploy.planning.carry_out import Extras, LinearRecord, Outcome, carry_out, choose
 from compot_deploy.planning.context import PlanningContext, collect_grams
-from compot_deploy.planning.curves import Curve
 from compot_deploy.planning.draft import Draft
 from compot_deploy.planning.knapsack import Plan, plain_plan, smallest_bytes
-from compot_deploy.planning.measure import check_budget, measure_curves, notes_on
+from compot_deploy.planning.measure import check_budget, measure_rate_points, notes_on
+from compot_deploy.planning.rate_points import RatePoints
 from compot_deploy.planning.schemes import Joint
-from compot_deploy.planning.sensitivity import measure_effects
+from compot_deploy.planning.sensitivity import measure_sensitivities
 from compot_deploy.planning.settings import Settings, resolve
 from compot_deploy.progress import Progress, silent
 from compot_deploy.quant import rtn
-from compot_deploy.recipe import default_of, one_form_options, override
+from compot_deploy.recipe import default_of, one_scheme_options, override
 from compot_deploy.report.facts import Frontier
 from compot_deploy.report.plan import frontier_of
 
 SPLIT_WEIGHTS: Final = 2**30
-"""Linears of more weights are judged without the factors before quantization: these are one more model in memory,
+"""Linears of more weights are evaluated without the factors before quantization: these are one more model in memory,
 4 bytes a weight."""
 
 
@@ -44,26 +44,26 @@ class Compression:
     Attributes:
         model: ready for an exporter; its matrices live in the work folder.
         plan: what every matrix became.
-        facts: one per matrix, in running order.
+        linears: what happened to each matrix, in running order.
         calibration: the windows that were used.
         notes: facts about the run that a report must state.
-        unquantized: the factorised matrices before quantization, multiplied out; None if not kept.
+        unquantized: the factorized matrices before quantization, multiplied out; None if not kept.
         unquantized_absent: why they were not kept.
         frontier: loss predicted against bytes, where a knapsack planned.
-        effects: what a unit of squared error of each matrix costs, where a knapsack planned.
+        sensitivities: what a unit of squared error of each matrix costs, where a knapsack planned.
         beside: the same model compressed otherwise, by what that is called.
         importance: matrix to the diagonal of its Gram relative to its mean, shape (in,); for formats that round.
     """
 
     model: CompressedModel
     plan: Plan
-    facts: tuple[LinearFacts, ...]
+    linears: tuple[LinearRecord, ...]
     calibration: TokenWindows
     notes: tuple[str, ...]
     unquantized: Mapping[str, Matrix] | None = None
     unquantized_absent: str = ""
     frontier: Frontier | None = None
-    effects: Mapping[str, float] = field(default_factory=dict)
+    sensitivities: Mapping[str, float] = field(default_factory=dict)
     beside: Mapping[str, Mapping[str, Matrix]] = field(default_factory=dict)
     importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
@@ -91,19 +91,19 @@ def compress(settings: Settings, work: Path, progress: Progress = silent) -> Com
     return Compression(
         model=_model(settings, {**outcome.files, **tables}, work),
         plan=outcome.plan,
-        facts=outcome.facts,
+        linears=outcome.linears,
         calibration=context.windows,
         notes=(
             *plan_notes,
-            *(notes_on(draft.curves) if draft is not None else ()),
+            *(notes_on(draft.rate_points) if draft is not None else ()),
             *outcome.notes,
-            *_notes(context.windows, outcome.facts),
+            *_notes(context.windows, outcome.linears),
             *complaints,
         ),
         unquantized=StoredMatrices(outcome.factors) if outcome.factors else None,
         unquantized_absent=_why_not_split(settings, outcome),
         frontier=None if draft is None else frontier_of(draft, outcome.plan, settings.recipe.budget),
-        effects={} if draft is None else draft.effects,
+        sensitivities={} if draft is None else draft.sensitivities,
         beside=beside,
         importance=context.importances(),
     )
@@ -128,8 +128,8 @@ def _compared(
 
 
 def _other(settings: Settings, method: str, plan: Plan) -> Settings:
-    """The same recipe by another method, its forms planned within the bytes of a plan."""
-    plain = {option.name: default_of(option) for option in one_form_options()}
+    """The same recipe by another method, its schemes planned within the bytes of a plan."""
+    plain = {option.name: default_of(option) for option in one_scheme_options()}
     recipe = override(
         settings.recipe,
         method=method,
@@ -161,7 +161,7 @@ def context_of(settings: Settings, work: Path, progress: Progress = silent) -> P
 
 
 def draft_of(settings: Settings, context: PlanningContext) -> Draft:
-    """Measure candidates and effects, and plan."""
+    """Measure candidates and sensitivities, and plan."""
     recipe = settings.recipe
     rest = _Rest(settings)
     sizes = context.sizes(context.names)
@@ -170,20 +170,20 @@ def draft_of(settings: Settings, context: PlanningContext) -> Draft:
     collect_grams(context)
     if recipe.size_bytes is None:
         check_budget(context, budget)
-    curves: tuple[Curve, ...] = measure_curves(context)
-    effects = measure_effects(context)
+    rate_points: tuple[RatePoints, ...] = measure_rate_points(context)
+    sensitivities = measure_sensitivities(context)
     size = recipe.size_bytes
 
     def plans_at(limit: int) -> tuple[Plan, ...]:
-        return choose(curves, effects, limit)
+        return choose(rate_points, sensitivities, limit)
 
     if size is None:
         plans = plans_at(budget)
     else:
         plans = fit_size(
-            size, budget, smallest_bytes(curves), plans_at, lambda plan: plan.bytes + rest.of(plan)
+            size, budget, smallest_bytes(rate_points), plans_at, lambda plan: plan.bytes + rest.of(plan)
         )
-    return Draft(context, curves, effects, plans, sizes, rest.of(plans[0]))
+    return Draft(context, rate_points, sensitivities, plans, sizes, rest.of(plans[0]))
 
 
 class _Rest:
@@ -213,19 +213,19 @@ def with_grids_of(plan: Plan, settings: Settings) -> Plan:
     """The same plan on the grids of other settings."""
     from dataclasses import replace
 
-    from compot_deploy.planning.curves import Candidate
-    from compot_deploy.planning.schemes import Form, Separate
+    from compot_deploy.planning.rate_points import Candidate
+    from compot_deploy.planning.schemes import Scheme, Separate
 
-    def changed(form: Form) -> Form:
-        if isinstance(form, Separate):
+    def changed(scheme: Scheme) -> Scheme:
+        if isinstance(scheme, Separate):
             recipe = settings.recipe
-            return replace(form, dictionary=recipe.dictionary_grid, codes=recipe.code_grid)
+            return replace(scheme, dictionary=recipe.dictionary_grid, codes=recipe.code_grid)
         return settings.plain
 
     return replace(
         plan,
         chosen=tuple(
-            replace(entry, candidate=Candidate(changed(entry.candidate.form), entry.candidate.bytes, ()))
+            replace(entry, candidate=Candidate(changed(entry.candidate.scheme), entry.candidate.bytes, ()))
             for entry in plan.chosen
         ),
     )
@@ -280,21 +280,21 @@ def _notes_of_plan(settings: Settings, plan: Plan) -> tuple[str, ...]:
 
 
 def _why_not_split(settings: Settings, outcome: Outcome) -> str:
-    """Why the method loss is not split into factorisation and quantization; empty where it is."""
+    """Why the method loss is not split into factorization and quantization; empty where it is."""
     if outcome.factors:
         return ""
-    if any(isinstance(entry.candidate.form, Joint) for entry in outcome.plan.chosen):
+    if any(isinstance(entry.candidate.scheme, Joint) for entry in outcome.plan.chosen):
         return "the plan's factors were made on their grids and never existed without"
     if settings.weights > SPLIT_WEIGHTS and not settings.recipe.planned:
         return f"a model of more than {SPLIT_WEIGHTS:,} weights would be in memory once more for it"
-    return "the plan factorises no linear"
+    return "the plan factorizes no linear"
 
 
-def _notes(windows: TokenWindows, facts: Sequence[LinearFacts]) -> tuple[str, ...]:
+def _notes(windows: TokenWindows, linears: Sequence[LinearRecord]) -> tuple[str, ...]:
     notes = list(windows.notes)
-    escalated = [fact.name for fact in facts if fact.ridge_escalated]
+    escalated = [linear.name for linear in linears if linear.ridge_escalated]
     if escalated:
-        largest = max(fact.ridge for fact in facts)
+        largest = max(linear.ridge for linear in linears)
         notes.append(
             f"{len(escalated)} linears had singular Grams; their ridge was raised, up to {largest:g} of the mean "
             f"diagonal (first: {escalated[0]}); more calibration text would help"

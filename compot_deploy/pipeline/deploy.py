@@ -60,7 +60,7 @@ def plan(model: str | None = None, *, progress: Progress = silent, **options: An
 
 
 def run(recipe: Recipe, progress: Progress = silent, work: Path | None = None) -> tuple[Deployment, ...]:
-    """Everything, from a recipe: check what can be checked, compress, then export and judge each format.
+    """Everything, from a recipe: check what can be checked, compress, then export and evaluate each format.
 
     Args:
         recipe: what to do.
@@ -96,7 +96,9 @@ def plan_only(recipe: Recipe, progress: Progress = silent) -> Draft:
         RecipeError: the recipe's allocation is not the knapsack.
     """
     if not recipe.planned:
-        raise RecipeError(f"--allocation {recipe.allocator} has no curves to plan with: use knapsack.")
+        raise RecipeError(
+            f"--allocation {recipe.allocator} has no rate–distortion points to plan with: use knapsack."
+        )
     source = open_source(recipe.model or MODEL, allow_pickle=recipe.allow_pickle)
     settings = resolve(recipe, source)
     work: Path = work_folder(recipe, source)

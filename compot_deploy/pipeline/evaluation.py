@@ -47,21 +47,21 @@ CARD: Final = "README.md"
 HTML: Final = "compot/report.html"
 
 REPORT_FILES: Final = (REPORT, JUNIT, CARD, HTML)
-"""Written last, for people and programs that judge: they do not count as bytes of the artifact."""
+"""Written last, for people and programs that decide: they do not count as bytes of the artifact."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A folder that is judged, and what is known of it.
+    """A folder that is evaluated, and what is known of it.
 
     Attributes:
-        folder: to judge.
+        folder: to evaluate.
         manifest: of the folder.
         model: what the folder holds.
         original: the original; None leaves the method and total loss out.
         absent: why there is no original.
         artifact: name of the folder, where it is not there yet.
-        factors: factorised matrices before quantization, multiplied out; they split the method loss.
+        factors: factorized matrices before quantization, multiplied out; they split the method loss.
         factors_absent: why there are none.
         beside: matrices of the same model compressed otherwise, by what that is called.
     """
@@ -85,11 +85,13 @@ class Subject:
         return task
 
 
-def judge_folder(subject: Subject, evaluation: Evaluation, gate: Gate, progress: Progress = silent) -> Report:
+def evaluate_folder(
+    subject: Subject, evaluation: Evaluation, gate: Gate, progress: Progress = silent
+) -> Report:
     """Lint a folder, read evaluation text with up to five models, and put everything into a report."""
     manifest, folder = subject.manifest, subject.folder
     exporter = EXPORTERS[manifest.exporter]
-    findings = exporter.lint(folder)
+    diagnostics = exporter.lint(folder)
     accuracy = measure_losses(subject, evaluation, gate, progress)
     return Report(
         model=str(manifest.recipe.get("model") or "the model that ships with compot-deploy"),
@@ -101,8 +103,8 @@ def judge_folder(subject: Subject, evaluation: Evaluation, gate: Gate, progress:
             sizes_of(manifest), transport=transport_bytes(folder, without=(*REPORT_FILES, MANIFEST))
         ),
         accuracy=accuracy,
-        findings=findings,
-        facts=facts_of(manifest),
+        diagnostics=diagnostics,
+        notes=notes_of(manifest),
         recipe=manifest.recipe,
         versions=library_versions(),
         layers=layers_of(manifest),
@@ -167,7 +169,7 @@ def measure_losses(
         )
 
 
-FACTORED: Final = "factorised, before quantization"
+FACTORED: Final = "factorized, before quantization"
 
 
 def _beside(
@@ -207,7 +209,7 @@ def _beside(
 
 
 def sizes_of(manifest: Manifest) -> Sizes:
-    """Bytes of an artifact beside the same model without factorisation, as its format would store it."""
+    """Bytes of an artifact beside the same model without factorization, as its format would store it."""
     rest = sum(record.bytes for record in manifest.matrices if record.role != "linear")
     linears = [record for record in manifest.matrices if record.role == "linear"]
     weights = sum(record.bytes for record in manifest.matrices)
@@ -229,13 +231,13 @@ def sizes_of(manifest: Manifest) -> Sizes:
     )
 
 
-def facts_of(manifest: Manifest) -> tuple[str, ...]:
+def notes_of(manifest: Manifest) -> tuple[str, ...]:
     """What a report must say about the run besides figures."""
     linears = [record for record in manifest.matrices if record.role == "linear"]
     factorized = [record for record in linears if record.kind == "factorized"]
-    facts = [f"{len(factorized)} of {len(linears)} linears are factorised."]
-    facts += [f"{record.name} stays dense: {record.why_dense}." for record in linears if record.why_dense]
-    return (*facts, *(f"{note}." for note in manifest.facts.get("notes", ())))
+    notes = [f"{len(factorized)} of {len(linears)} linears are factorized."]
+    notes += [f"{record.name} stays dense: {record.why_dense}." for record in linears if record.why_dense]
+    return (*notes, *(f"{note}." for note in manifest.metadata.get("notes", ())))
 
 
 def write_report(folder: Path, report: Report, manifest: Manifest) -> None:

@@ -1,4 +1,4 @@
-"""A compressed model to a judged folder, staged, so that nothing half-written is ever in its place."""
+"""A compressed model to an evaluated folder, staged, so that nothing half-written is ever in its place."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from compot_deploy.accuracy.evaluate import Evaluation
 from compot_deploy.accuracy.gate import Gate
+from compot_deploy.core.json_files import as_object
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.core.store import Without, write_text
 from compot_deploy.exporters import EXPORTERS
@@ -17,7 +18,7 @@ from compot_deploy.exporters.staging import staged_folder
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.pipeline.check import Deployment
 from compot_deploy.pipeline.compress import Compression
-from compot_deploy.pipeline.evaluation import Subject, judge_folder, write_report
+from compot_deploy.pipeline.evaluation import Subject, evaluate_folder, write_report
 from compot_deploy.pipeline.provenance import published, stamp
 from compot_deploy.pipeline.texts import EVALUATION, evaluation_json
 from compot_deploy.pipeline.workspace import RECIPE
@@ -35,7 +36,7 @@ def export(
     target: Path,
     progress: Progress = silent,
 ) -> Deployment:
-    """Write one format, judge it, and put the folder in its place."""
+    """Write one format, evaluate it, and put the folder in its place."""
     recipe, source, exporter = settings.recipe, settings.source, EXPORTERS[kind]
     options = options_of(
         recipe,
@@ -50,7 +51,7 @@ def export(
         (folder / EVALUATION).parent.mkdir(exist_ok=True)
         write_text(folder / EVALUATION, evaluation_json(evaluation))
         write_text(folder / RECIPE, recipe_to_toml(published(recipe)))
-        # What a file rounds is described and judged by what it holds; what it leaves out is not described.
+        # What a file rounds is described and evaluated by what it holds; what it leaves out is not described.
         model = exporter.read_model(folder) if exporter.multiplies_out(options) else compression.model
         described = _held(model, exporter.read(folder)) if differences else model
         provenance = _provenance(settings, compression, differences)
@@ -65,7 +66,7 @@ def export(
             factors_absent=compression.unquantized_absent,
             beside=compression.beside,
         )
-        report = judge_folder(subject, evaluation, gate, progress)
+        report = evaluate_folder(subject, evaluation, gate, progress)
         write_report(folder, report, manifest)
     if recipe.archive:
         write_archive(target, recipe.force)
@@ -88,15 +89,15 @@ def _provenance(
         why_dense={
             name: entry.reason for entry in compression.plan.chosen if entry.reason for name in entry.names
         },
-        facts={
+        metadata={
             "source": settings.source.fingerprint,
             "task": settings.source.task.kind,
             "calibration": calibration.source,
             "calibration_windows": len(calibration.windows),
             "calibration_tokens": calibration.tokens,
-            "notes": [*compression.notes, *(fact.rstrip(".") for fact in differences)],
-            "linears": [asdict(fact) for fact in compression.facts],
-            "frontier": None if compression.frontier is None else asdict(compression.frontier),
-            "effects": dict(compression.effects),
+            "notes": [*compression.notes, *(note.rstrip(".") for note in differences)],
+            "linears": [asdict(linear) for linear in compression.linears],
+            "frontier": None if compression.frontier is None else as_object(compression.frontier),
+            "effects": dict(compression.sensitivities),
         },
     )

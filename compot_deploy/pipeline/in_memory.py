@@ -23,7 +23,7 @@ from compot_deploy.numerics.spectrum import singular_spectrum
 from compot_deploy.numerics.whiten import whiten
 from compot_deploy.planning.by_rule import allocate, chosen_of
 from compot_deploy.planning.candidates import Search, realize
-from compot_deploy.planning.carry_out import LinearFacts, facts_of
+from compot_deploy.planning.carry_out import LinearRecord, linear_record
 from compot_deploy.planning.schemes import GridChoice
 from compot_deploy.planning.sizing import MatrixSize
 from compot_deploy.progress import Progress, silent
@@ -42,14 +42,14 @@ class Factorization:
 
     Attributes:
         model: the model that was given, changed in place; ``save_pretrained`` writes the packed factors.
-        facts: one per linear, in the order of the model.
+        linears: one per linear, in the order of the model.
         bytes: of the linears, packed.
         plain_bytes: of the same linears, plain at the same precision.
         shared: linears that read one input, by the name of the first.
     """
 
     model: Any
-    facts: tuple[LinearFacts, ...]
+    linears: tuple[LinearRecord, ...]
     bytes: int
     plain_bytes: int
     shared: Mapping[str, tuple[str, ...]]
@@ -63,7 +63,7 @@ def factorize(
     progress: Progress = silent,
     **options: Any,
 ) -> Factorization:
-    """Factorise and quantize every linear of a model, in place.
+    """Factorize and quantize every linear of a model, in place.
 
     Args:
         model: of transformers, in memory; its Auto class must be one of
@@ -81,7 +81,7 @@ def factorize(
     """
     recipe = recipe_from_mapping(options, origin="factorize()").counting_atoms()
     if recipe.method == "plain":
-        raise RecipeError("factorize() with --method plain would factorise nothing: use compot or svd-llm.")
+        raise RecipeError("factorize() with --method plain would factorize nothing: use compot or svd-llm.")
     if recipe.planned:
         raise RecipeError(
             "factorize() takes a --ratio: budgets by --bits or --size are planned by deploy(), for models in folders."
@@ -99,26 +99,26 @@ def factorize(
         sizes.append(MatrixSize(name, weight.shape[0], weight.shape[1], spectrum))
     choices = allocate(recipe, sizes, storage).choices
     matrices: dict[str, Matrix] = {}
-    facts: dict[str, LinearFacts] = {}
+    linears: dict[str, LinearRecord] = {}
     for group, gram in grams.items():
         whitening = whiten(gram.matrix)
         for name in group.names:
-            progress(len(facts), len(sites), "Factorise, quantize")
+            progress(len(linears), len(sites), "Factorize, quantize")
             entry = chosen_of(choices[name], recipe)
             quantizer = QUANTIZERS[recipe.quantizer]
             made = realize(
-                entry.candidate.form, {name: weights[name]}, whitening, search, quantizer=quantizer
+                entry.candidate.scheme, {name: weights[name]}, whitening, search, quantizer=quantizer
             )
             matrices |= made.matrices
-            facts[name] = facts_of(name, entry, made, whitening)
-    progress(len(sites), len(sites), "Factorise, quantize")
+            linears[name] = linear_record(name, entry, made, whitening)
+    progress(len(sites), len(sites), "Factorize, quantize")
     order = [name for name, _ in model.named_modules() if name in matrices]
     _install(model, base, door, {name: matrices[name] for name in order})
     grid = recipe.dictionary_grid
     plain = sum(storage.leaf_bytes(*matrix.shape, grid) for matrix in matrices.values())
     shared = {group.names[0]: group.names for group in grams}
     size = sum(matrix_bytes(matrices, storage).values())
-    return Factorization(model, tuple(facts[name] for name in order), size, plain, shared)
+    return Factorization(model, tuple(linears[name] for name in order), size, plain, shared)
 
 
 def collect_grams(
@@ -135,7 +135,7 @@ def collect_grams(
     left_out = [model.get_submodule(path).weight for path in tables]
     wanted = {name for name in linears_of(model) if name not in skip and not (tied and name == head)}
     if not wanted:
-        raise UnsupportedModelError(f"{type(model).__name__} has no linears to factorise.")
+        raise UnsupportedModelError(f"{type(model).__name__} has no linears to factorize.")
     groups: dict[str, InputGroup] = {}
     sums: dict[str, Gram] = {}
     model.eval()

@@ -8,7 +8,7 @@ from typing import Final
 from compot_deploy.accuracy.gate import Gate
 from compot_deploy.errors import RecipeError
 from compot_deploy.models.tasks import Task, TaskKind
-from compot_deploy.recipe import Recipe, default_of, knobs
+from compot_deploy.recipe import Recipe, default_of, recipe_options
 
 _MEASURED: Final[Mapping[TaskKind, frozenset[str]]] = {
     "generation": frozenset(("max_perplexity_ratio", "max_kl", "min_top1")),
@@ -33,7 +33,7 @@ def gate_of(recipe: Recipe, task: Task) -> Gate:
         RecipeError: a limit that was set and that the task has no figure for.
     """
     measured = _MEASURED[task.kind]
-    defaults = {option.name: default_of(option) for option in knobs()}
+    defaults = {option.name: default_of(option) for option in recipe_options()}
     limits = {name: getattr(recipe, name) for name in TOTAL_LIMITS}
     for name, limit in limits.items():
         if name not in measured and limit != defaults[name]:
@@ -42,7 +42,7 @@ def gate_of(recipe: Recipe, task: Task) -> Gate:
                 ", ".join("--" + n.replace("_", "-") for n in sorted(measured)),
             )
             raise RecipeError(
-                f"{flag} does not apply to a {task.noun}: it is judged by {able}. Leave it out."
+                f"{flag} does not apply to a {task.noun}: it is evaluated by {able}. Leave it out."
             )
     set_here = {name: limit for name, limit in limits.items() if name in measured}
     if task.classifies and not task.generates and not any(value is not None for value in set_here.values()):

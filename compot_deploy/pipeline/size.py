@@ -1,4 +1,4 @@
-"""How large the files of a model will be, before there are any: the export in rehearsal, with stand-ins for matrices.
+"""How large the files of a model will be, before there are any: the export in a dry run, with stand-ins for matrices.
 
 A stand-in has the shape and the grid of a matrix and no values (its tensors are on torch's device ``meta``). Exporters
 write graphs, headers and configuration of a model of stand-ins as those of any other model, and only count what would
@@ -16,13 +16,13 @@ import torch
 from typing_extensions import assert_never
 
 from compot_deploy.core.grid import Grid
-from compot_deploy.core.matrix import Dense, Factorized, Leaf, Matrix, Pair, Quantized
+from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Leaf, Matrix, Quantized
 from compot_deploy.core.store import Without
 from compot_deploy.errors import RecipeError
 from compot_deploy.models.compressed import CompressedModel, Tables
 from compot_deploy.pipeline.provenance import stamp
 from compot_deploy.planning.knapsack import Plan
-from compot_deploy.planning.schemes import Form, Joint, Plain, Separate
+from compot_deploy.planning.schemes import Joint, Plain, Scheme, Separate
 from compot_deploy.planning.settings import Settings, options_of
 
 _ATTEMPTS: Final = 8
@@ -38,7 +38,7 @@ def other_bytes(settings: Settings, plan: Plan) -> int:
     options = options_of(settings.recipe, exporter, provenance=stamp(settings.recipe, "0" * 64))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        counted = exporter.rehearse(model, folder, options)
+        counted = exporter.dry_run(model, folder, options)
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return counted + written - plan.bytes
 
@@ -62,7 +62,7 @@ def fit_size(
         predict: size of a plan's files.
 
     Raises:
-        RecipeError: even the smallest forms need more, saying how much.
+        RecipeError: even the smallest schemes need more, saying how much.
     """
     best: tuple[Plan, ...] = ()
     budget = max(budget, smallest)
@@ -87,7 +87,7 @@ def fit_size(
         least = max(predict(plan) for plan in plans_at(smallest))
         if least > size:
             raise RecipeError(
-                f"--size: {size} bytes cannot be met: with the smallest form of every linear the model takes {least} "
+                f"--size: {size} bytes cannot be met: with the smallest scheme of every linear the model takes {least} "
                 "bytes. Allow at least that, or store the embedding in fewer bits."
             )
         best = plans_at(smallest)
@@ -99,7 +99,7 @@ def model_of_stand_ins(settings: Settings, plan: Plan) -> CompressedModel:
     source, layout = settings.source, settings.source.layout
     made: dict[str, Matrix] = {}
     for entry in plan.chosen:
-        made |= _stand_ins(entry.candidate.form, {name: source.shape(name) for name in entry.names})
+        made |= _stand_ins(entry.candidate.scheme, {name: source.shape(name) for name in entry.names})
     matrices = {name: made[name] for name in layout.names}
     matrices |= {name: _leaf(*source.shape(name), grid) for name, grid in settings.tables.items()}
     matrices |= {name: _leaf(*source.shape(name), None) for name in source.outside}
@@ -117,22 +117,22 @@ def model_of_stand_ins(settings: Settings, plan: Plan) -> CompressedModel:
     )
 
 
-def _stand_ins(form: Form, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Matrix]:
+def _stand_ins(scheme: Scheme, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Matrix]:
     shared = "+".join(shapes)
-    match form:
+    match scheme:
         case Plain():
-            return {name: _leaf(*shape, form.grid) for name, shape in shapes.items()}
+            return {name: _leaf(*shape, scheme.grid) for name, shape in shapes.items()}
         case Joint():
             return {
                 name: Factorized(
                     tuple(
-                        Pair(
-                            _leaf(inputs, level.atoms, level.dictionary),
-                            _leaf(level.atoms, outputs, level.codes),
+                        FactorPair(
+                            _leaf(inputs, tier.atoms, tier.dictionary),
+                            _leaf(tier.atoms, outputs, tier.codes),
                             shared,
-                            level.pattern,
+                            tier.pattern,
                         )
-                        for level in form.levels
+                        for tier in scheme.tiers
                     )
                 )
                 for name, (inputs, outputs) in shapes.items()
@@ -141,18 +141,18 @@ def _stand_ins(form: Form, shapes: Mapping[str, tuple[int, int]]) -> dict[str, M
             return {
                 name: Factorized(
                     (
-                        Pair(
-                            _leaf(inputs, form.atoms, form.dictionary),
-                            _leaf(form.atoms, outputs, form.codes),
+                        FactorPair(
+                            _leaf(inputs, scheme.atoms, scheme.dictionary),
+                            _leaf(scheme.atoms, outputs, scheme.codes),
                             shared,
-                            form.pattern,
+                            scheme.pattern,
                         ),
                     )
                 )
                 for name, (inputs, outputs) in shapes.items()
             }
         case _:
-            assert_never(form)
+            assert_never(scheme)
 
 
 def _leaf(rows: int, columns: int, grid: Grid | None) -> Leaf:

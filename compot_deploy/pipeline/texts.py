@@ -1,4 +1,4 @@
-"""What a recipe calibrates and judges on: where the text comes from, and which windows of it."""
+"""What a recipe calibrates and evaluates on: where the text comes from, and which windows of it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ EVALUATION: Final = "compot/evaluation.json"
 _SHIPPED_TRAINING: Final = "the shipped model's training text"
 _SHIPPED_HELD_OUT: Final = "the shipped model's held-out text"
 _FEWEST_TEXTS: Final = 16
-"""Texts that a model of whole texts is judged on, at least."""
+"""Texts that a model of whole texts is evaluated on, at least."""
 
 _PROMPTS: Final = 3
 _PROMPT_TOKENS: Final = 12
@@ -64,7 +64,7 @@ def calibration_windows(
 def evaluation_windows(
     recipe: Recipe, source: ModelSource, work: Path, progress: Progress = silent
 ) -> TokenWindows:
-    """The windows to judge on: never ones that were calibrated on, unless a note says so."""
+    """The windows to evaluate on: never ones that were calibrated on, unless a note says so."""
     length = min(recipe.length, source.context)
     samples = max(1, recipe.evaluation_tokens // length)
     if not source.task.generates:
@@ -80,7 +80,7 @@ def evaluation_windows(
         return reader.text(rest, f"the last {HELD_OUT_SHARE:.0%} of {Path(text).name}, not calibrated on")
     if not source.task.generates:
         raise InputError(
-            f"{text} is calibrated on as a whole, and a {source.task.noun} writes no text to be judged on: give "
+            f"{text} is calibrated on as a whole, and a {source.task.noun} writes no text to be evaluated on: give "
             "--evaluation."
         )
     return reader.own("evaluation")
@@ -141,7 +141,7 @@ class _Reader:
 
 
 def evaluation_of(recipe: Recipe, source: ModelSource, work: Path, progress: Progress = silent) -> Evaluation:
-    """Windows to judge on, and prompts cut from their beginnings for a model that goes on with them."""
+    """Windows to evaluate on, and prompts cut from their beginnings for a model that goes on with them."""
     windows = evaluation_windows(recipe, source, work, progress)
     prompts = _prompts(windows) if source.task.generates else ()
     return _evaluation(windows, prompts, load_tokenizer(source.folder), source.config)
@@ -171,7 +171,7 @@ def _evaluation(
 
 
 def evaluation_json(evaluation: Evaluation) -> str:
-    """What a folder keeps of the evaluation, so that it can be judged again."""
+    """What a folder keeps of the evaluation, so that it can be evaluated again."""
     return json.dumps(
         {
             "source": evaluation.text.source,

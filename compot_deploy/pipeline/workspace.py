@@ -51,9 +51,9 @@ def targets_of(recipe: Recipe) -> dict[str, Path]:
 def work_folder(recipe: Recipe, source: ModelSource) -> Path:
     """Where unfinished work for exactly this model and recipe is kept, beside the output."""
     decisive = {
-        knob.name: getattr(recipe, knob.name)
-        for knob in fields(recipe)
-        if knob.name not in _DOES_NOT_CHANGE_WEIGHTS
+        option.name: getattr(recipe, option.name)
+        for option in fields(recipe)
+        if option.name not in _DOES_NOT_CHANGE_WEIGHTS
     }
     # The first format's bytes decide the allocation; text files are told apart by what they hold.
     decisive |= {"model": source.fingerprint, "version": __version__, "storage": recipe.format[0]}
@@ -66,7 +66,7 @@ def work_folder(recipe: Recipe, source: ModelSource) -> Path:
         decisive = {key: value for key, value in decisive.items() if key not in _BUDGETS}
         del decisive["sequential"], decisive["search"]
         decisive["allocation"] = recipe.allocator  # asked for by name or not
-    # Judging on a file instead of on the end of the calibration text leaves more to calibrate on.
+    # Evaluating on a file instead of on the end of the calibration text leaves more to calibrate on.
     decisive["held out"] = recipe.evaluation is None
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
     out = next(iter(targets_of(recipe).values()))

@@ -1,4 +1,4 @@
-"""Plans that need no measurement: every matrix on one grid, or atoms of one form spread by size or spectrum."""
+"""Plans that need no measurement: every matrix on one grid, or atoms of one scheme allocated by size or spectrum."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import replace
 from compot_deploy.core.storage import Storage
 from compot_deploy.errors import RecipeError
 from compot_deploy.numerics.spectrum import singular_spectrum
-from compot_deploy.planning.curves import Candidate
 from compot_deploy.planning.knapsack import Chosen, Plan
+from compot_deploy.planning.rate_points import Candidate
 from compot_deploy.planning.schemes import Plain, Separate
 from compot_deploy.planning.settings import Settings, stores
 from compot_deploy.planning.sizing import Choice, MatrixSize, Precision, Sparsity
@@ -20,7 +20,7 @@ from compot_deploy.recipe import DEFAULT_GROUP, Recipe, override
 
 
 def plan_by_rule(settings: Settings, progress: Progress = silent) -> Plan:
-    """The plan of a recipe that is not planned by measured forms.
+    """The plan of a recipe that is not planned by measured schemes.
 
     Where groups of 32 atoms are too coarse for the ratio and no group was asked for, groups of 16 are tried,
     and that is noted.
@@ -35,7 +35,7 @@ def plan_by_rule(settings: Settings, progress: Progress = silent) -> Plan:
             for site in source.layout.sites
         )
         spent = sum(entry.candidate.bytes for entry in chosen)
-        return Plan(chosen, spent, math.nan, ("nothing was factorised: --method plain",))
+        return Plan(chosen, spent, math.nan, ("nothing was factorized: --method plain",))
     sizes = []
     for number, site in enumerate(source.layout.sites):
         spectrum: tuple[float, ...] = ()
@@ -61,7 +61,7 @@ def plan_by_rule(settings: Settings, progress: Progress = silent) -> Plan:
 
 
 def allocate(recipe: Recipe, sizes: Iterable[MatrixSize], storage: Storage) -> Allocation:
-    """The ratio of a recipe, spread over matrices by its rule that counts atoms.
+    """The ratio of a recipe, allocated to matrices by its rule that counts atoms.
 
     Raises:
         RecipeError: a ratio that cannot be met, saying which can.
@@ -87,7 +87,7 @@ def chosen_of(choice: Choice, recipe: Recipe) -> Chosen:
     """What one matrix gets."""
     if not choice.factorized:
         return _plain(choice.name, choice.bytes, recipe, choice.reason)
-    form = Separate(
+    scheme = Separate(
         method=recipe.factorizer,
         atoms=choice.atoms,
         pattern=choice.pattern,
@@ -96,7 +96,7 @@ def chosen_of(choice: Choice, recipe: Recipe) -> Chosen:
         rounds=recipe.rounds,
         paper_exact=recipe.paper_exact,
     )
-    return Chosen((choice.name,), Candidate(form, choice.bytes, ()))
+    return Chosen((choice.name,), Candidate(scheme, choice.bytes, ()))
 
 
 def _plain(name: str, size: int, recipe: Recipe, reason: str = "") -> Chosen:
@@ -116,7 +116,7 @@ def why_by_rule(settings: Settings) -> tuple[str, ...]:
     if recipe.quant == "none" or recipe.quantizer == "bnb":
         return ()
     return (
-        f"{recipe.why_one_form} settles the form of every factorised matrix, so the ratio was spread by singular "
-        "values, as with --allocation spectral; without it, each matrix gets the form that costs the model least for "
-        "its bytes, plain integers among them",
+        f"{recipe.why_one_scheme} settles the scheme of every factorized matrix, so the ratio was allocated "
+        "by singular values, as with --allocation spectral; without it, each matrix gets the scheme that costs the "
+        "model least for its bytes, plain integers among them",
     )

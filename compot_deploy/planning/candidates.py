@@ -1,7 +1,7 @@
-"""The forms that are tried for the matrices of one input, and what each is really worth.
+"""The schemes that are tried for the matrices of one input, and what each is really worth.
 
 A candidate is measured on its quantized values, never on a model of them. Matrices that read one input share
-a Gram; for them every factorised form is tried twice, with one dictionary for all and with one for each.
+a Gram; for them every factorized scheme is tried twice, with one dictionary for all and with one for each.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 from typing_extensions import assert_never
 
 from compot_deploy.core.grid import DENSE, Grid, Pattern
-from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
+from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Matrix, Quantized
 from compot_deploy.core.storage import Storage
 from compot_deploy.numerics.factors import Alternation, alternation_of
-from compot_deploy.numerics.joint import SHORT_ALTERNATION, Level, joint, split
+from compot_deploy.numerics.joint import SHORT_ALTERNATION, Tier, joint, split
 from compot_deploy.numerics.methods import METHODS
 from compot_deploy.numerics.quantize_factors import quantize_factors
 from compot_deploy.numerics.whiten import Whitening
-from compot_deploy.planning.schemes import Form, GridChoice, Joint, Plain, Separate
-from compot_deploy.planning.water_levels import water_levels
+from compot_deploy.planning.schemes import GridChoice, Joint, Plain, Scheme, Separate
+from compot_deploy.planning.water_filling import water_filling
 from compot_deploy.quant import Quantizer, gptq
 
 VERSION: Final = 2
@@ -33,25 +33,25 @@ VERSION: Final = 2
 
 @dataclass(frozen=True)
 class Search:
-    """Which forms are tried.
+    """Which schemes are tried.
 
     Attributes:
         grids: what the format holds.
-        rates: bits per weight at which a factorised form is made by water-filling.
-        sparse: (k/min(m, n), k/s) of COMPOT forms with a head of `head` atoms in 8 bits.
-        unstructured: whether those forms are tried with the strongest codes of a whole column.
+        rates: bits per weight at which a factorized scheme is made by water-filling.
+        sparse: (k/min(m, n), k/s) of COMPOT schemes with a head of `head` atoms in 8 bits.
+        unstructured: whether those schemes are tried with the strongest codes of a whole column.
         patterns: fixed patterns of neighbouring atoms that they are tried with, such as 2:4.
-        head: strongest atoms that sparse forms keep in 8 bits.
+        head: strongest atoms that sparse schemes keep in 8 bits.
         rounds: of joint quantization.
-        alternation: of the factorization of sparse levels.
+        alternation: of the factorization of sparse tiers.
         unquantized: whether a matrix may stay as it is.
-        floating: sizes of factorised forms in floating point, as parts of the unquantized matrix.
+        floating: sizes of factorized schemes in floating point, as parts of the unquantized matrix.
         floating_per_kept: k/s of those.
-        tolerance: by which part a form must promise to lie below the lower hull of the measured ones to be
-            measured as well, see `compot_deploy.planning.screening`; 0 measures all.
-        method: ``auto`` chooses among everything; ``compot`` and ``svd-llm`` factorise every matrix that gets smaller
-            by it; ``plain`` factorises none.
-        plain: the form that a factorised one has to be smaller than.
+        tolerance: by which part a scheme must be predicted to lie below the lower hull of the measured ones to be
+            measured as well, see `compot_deploy.planning.pruning`; 0 measures all.
+        method: ``auto`` chooses among everything; ``compot`` and ``svd-llm`` factorize every matrix that gets smaller
+            by it; ``plain`` factorizes none.
+        plain: the scheme that a factorized one has to be smaller than.
     """
 
     grids: GridChoice
@@ -69,30 +69,30 @@ class Search:
     method: str = field(default="auto", repr=False)
     plain: Plain = field(default=Plain(None), repr=False)
 
-    def takes(self, form: Form, size: int, plain_size: int) -> bool:
-        """Whether a method lets a form be chosen.
+    def takes(self, scheme: Scheme, size: int, plain_size: int) -> bool:
+        """Whether a method lets a scheme be chosen.
 
         Args:
-            form: of one matrix, or of all of an input.
+            scheme: of one matrix, or of all of an input.
             size: its bytes.
             plain_size: bytes of the same without factorization.
         """
         if self.method == "auto":
             return True
-        if isinstance(form, Plain):
+        if isinstance(scheme, Plain):
             return self.method == "plain"
-        dense = isinstance(form, Joint) and all(level.pattern.is_dense for level in form.levels)
+        dense = isinstance(scheme, Joint) and all(tier.pattern.is_dense for tier in scheme.tiers)
         return self.method != "plain" and size < plain_size and (self.method == "compot" or dense)
 
 
 @dataclass(frozen=True)
 class Realized:
-    """A form as matrices.
+    """A scheme as matrices.
 
     Attributes:
         matrices: by name.
         errors: relative squared whitened error of each.
-        factors: before they were quantized, multiplied out; of forms that have such factors.
+        factors: before they were quantized, multiplied out; of schemes that have such factors.
         unquantized_errors: of those, relative squared.
     """
 
@@ -109,24 +109,24 @@ def energies_of(weight: Float[Tensor, "inputs outputs"], whitening: Whitening) -
     return list(torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0).tolist())
 
 
-def forms(
+def schemes(
     weight: Float[Tensor, "inputs outputs"],
     whitening: Whitening,
     storage: Storage,
     search: Search,
     energies: Sequence[float] | None = None,
-) -> tuple[Form, ...]:
-    """What to try for a weight, or for several side by side: plain grids, then factorised forms.
+) -> tuple[Scheme, ...]:
+    """What to try for a weight, or for several side by side: plain grids, then factorized schemes.
 
     Args:
         weight: W.
         whitening: of its input.
         storage: what a byte is.
-        search: which forms are tried.
+        search: which schemes are tried.
         energies: of `energies_of`, where they are known.
     """
     inputs, outputs = weight.shape
-    found: list[Form] = [Plain(grid) for grid in search.grids.grids]
+    found: list[Scheme] = [Plain(grid) for grid in search.grids.grids]
     if search.unquantized:
         found.append(Plain(None))
     rates = search.rates if search.grids.groups else ()
@@ -134,7 +134,7 @@ def forms(
         energies = energies_of(weight, whitening)
     for rate in rates:
         assert energies is not None
-        levels = water_levels(
+        tiers = water_filling(
             energies,
             inputs,
             outputs,
@@ -142,18 +142,18 @@ def forms(
             storage=storage,
             grids=search.grids,
         )
-        if levels:
-            found.append(Joint(levels))
-    found += _sparse_forms(inputs, outputs, search)
-    found += _floating_forms(inputs, outputs, storage, search)
+        if tiers:
+            found.append(Joint(tiers))
+    found += _sparse_schemes(inputs, outputs, search)
+    found += _floating_schemes(inputs, outputs, storage, search)
     return tuple(dict.fromkeys(found))
 
 
-def _sparse_forms(inputs: int, outputs: int, search: Search) -> list[Form]:
+def _sparse_schemes(inputs: int, outputs: int, search: Search) -> list[Scheme]:
     groups = search.grids.groups
     if 4 not in groups or 8 not in groups:
         return []
-    found: list[Form] = []
+    found: list[Scheme] = []
     rank = min(inputs, outputs)
     for share, per_kept in search.sparse:
         atoms = int(share * rank) // search.grids.step * search.grids.step
@@ -163,21 +163,21 @@ def _sparse_forms(inputs: int, outputs: int, search: Search) -> list[Form]:
         kept += [pattern for pattern in search.patterns if atoms % pattern.of == 0]
         code_group = max(groups[4])
         dictionary_group = 64 if 64 in groups[4] else max(groups[4])
-        head = Level(search.head, Grid(8, max(groups[8])), Grid(8, min(groups[8])))
+        head = Tier(search.head, Grid(8, max(groups[8])), Grid(8, min(groups[8])))
         for pattern in kept:
-            tail = Level(atoms, Grid(4, dictionary_group), Grid(4, code_group), pattern)
+            tail = Tier(atoms, Grid(4, dictionary_group), Grid(4, code_group), pattern)
             found.append(Joint((head, tail) if search.head else (tail,)))
     return found
 
 
-def _floating_forms(inputs: int, outputs: int, storage: Storage, search: Search) -> list[Form]:
-    found: list[Form] = []
+def _floating_schemes(inputs: int, outputs: int, storage: Storage, search: Search) -> list[Scheme]:
+    found: list[Scheme] = []
     plain = Plain(None).bytes(inputs, outputs, storage)
 
     def at(atoms: int) -> Joint:
         kept = max(1, int(atoms / search.floating_per_kept))
         pattern = DENSE if kept == atoms else Pattern(kept, atoms)
-        return Joint((Level(atoms, None, None, pattern),))
+        return Joint((Tier(atoms, None, None, pattern),))
 
     for share in search.floating:
         low, high = 0, min(inputs, outputs)
@@ -193,7 +193,7 @@ def _floating_forms(inputs: int, outputs: int, storage: Storage, search: Search)
 
 
 def realize(
-    form: Form,
+    scheme: Scheme,
     weights: Mapping[str, Float[Tensor, "inputs outputs"]],
     whitening: Whitening,
     search: Search,
@@ -201,40 +201,40 @@ def realize(
     dictionary_name: str | None = None,
     quantizer: Quantizer = gptq,
 ) -> Realized:
-    """Make the matrices of a form; a factorised form gives all of `weights` one dictionary.
+    """Make the matrices of a scheme; a factorized scheme gives all of `weights` one dictionary.
 
     Args:
-        form: what to make.
+        scheme: what to make.
         weights: by name, of one input.
         whitening: of that input.
         search: rounds and alternation.
         dictionary_name: for several matrices; None takes the name of the only one.
         quantizer: of plain grids.
     """
-    if isinstance(form, Separate):
+    if isinstance(scheme, Separate):
         (name,) = weights
-        return _separate(form, name, weights[name], whitening, quantizer)
+        return _separate(scheme, name, weights[name], whitening, quantizer)
     weight = torch.cat(list(weights.values()), dim=1)
     matrices: dict[str, Matrix] = {}
-    match form:
+    match scheme:
         case Plain():
-            if form.grid is None:
+            if scheme.grid is None:
                 matrices.update({name: Dense(value.float()) for name, value in weights.items()})
             else:
                 # Every output is quantized for itself: side by side they take one pass.
-                whole = quantizer(weight.float(), whitening.feedback, form.grid)
+                whole = quantizer(weight.float(), whitening.feedback, scheme.grid)
                 sizes = [value.shape[1] for value in weights.values()]
                 parts = zip(whole.integers.split(sizes, 1), whole.scales.split(sizes, 1), strict=True)
                 for name, (integers, scales) in zip(weights, parts, strict=True):
-                    matrices[name] = Quantized(integers.contiguous(), scales.contiguous(), form.grid)
+                    matrices[name] = Quantized(integers.contiguous(), scales.contiguous(), scheme.grid)
         case Joint():
             factors = joint(
-                weight, whitening, form.levels, rounds=search.rounds, alternation=search.alternation
+                weight, whitening, scheme.tiers, rounds=search.rounds, alternation=search.alternation
             )
             shared = dictionary_name or "+".join(weights)
             matrices.update(split(factors, {name: value.shape[1] for name, value in weights.items()}, shared))
         case _:
-            assert_never(form)
+            assert_never(scheme)
     errors = {
         name: whitening.error(weights[name], matrix.dequantize()) ** 2 for name, matrix in matrices.items()
     }
@@ -242,26 +242,30 @@ def realize(
 
 
 def _separate(
-    form: Separate,
+    scheme: Separate,
     name: str,
     weight: Float[Tensor, "inputs outputs"],
     whitening: Whitening,
     quantizer: Quantizer,
 ) -> Realized:
-    factors = METHODS[form.method](
-        weight, whitening, form.atoms, form.pattern, alternation_of(form.rounds, paper_exact=form.paper_exact)
+    factors = METHODS[scheme.method](
+        weight,
+        whitening,
+        scheme.atoms,
+        scheme.pattern,
+        alternation_of(scheme.rounds, paper_exact=scheme.paper_exact),
     )
     quantized = quantize_factors(
         factors,
         weight,
         whitening,
-        dictionary_grid=form.dictionary,
-        code_grid=form.codes,
+        dictionary_grid=scheme.dictionary,
+        code_grid=scheme.codes,
         quantizer=quantizer,
-        paper_exact=form.paper_exact,
+        paper_exact=scheme.paper_exact,
     )
     return Realized(
-        {name: Factorized((Pair(quantized.dictionary, quantized.codes, name, quantized.pattern),))},
+        {name: Factorized((FactorPair(quantized.dictionary, quantized.codes, name, quantized.pattern),))},
         {name: quantized.error**2},
         {name: Dense((factors.dictionary.double() @ factors.codes.double()).float())},
         {name: quantized.unquantized_error**2},

@@ -1,9 +1,9 @@
 """From plans to matrices: choose, make what was chosen, compare on the model, keep the best.
 
 Every rule that spends a budget gives a `Plan`, and every plan is made here, block by block, a file for each, so that a
-run that was stopped goes on where it was. Sums of effects are only a model of what a plan costs, so where a knapsack
-planned, the plan and the best mix of plain grids of the same budget are both made and measured, and the better one is
-taken.
+run that was stopped goes on where it was. Sums of sensitivities are only a model of what a plan costs, so where a
+knapsack planned, the plan and the best mix of plain grids of the same budget are both made and measured, and the better
+one is taken.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from compot_deploy.models.streaming import Replacements
 from compot_deploy.numerics.whiten import Whitening, whiten
 from compot_deploy.planning.candidates import Realized, realize
 from compot_deploy.planning.context import PlanningContext
-from compot_deploy.planning.curves import Curve
 from compot_deploy.planning.knapsack import Chosen, Plan, knapsack, smallest_bytes
-from compot_deploy.planning.schemes import Form, Plain, Separate, describe, form_to_data
-from compot_deploy.planning.sensitivity import Effect
+from compot_deploy.planning.rate_points import RatePoints
+from compot_deploy.planning.schemes import Plain, Scheme, Separate, describe, scheme_to_data
+from compot_deploy.planning.sensitivity import ReplacedLoss
 from compot_deploy.quant import QUANTIZERS
 
 _FINAL: Final = 4
@@ -37,7 +37,7 @@ _LARGEST_HALF: Final = 6e4
 
 
 @dataclass(frozen=True)
-class LinearFacts:
+class LinearRecord:
     """What happened to one matrix, for reports.
 
     Attributes:
@@ -47,7 +47,7 @@ class LinearFacts:
             factors were made on their grids and never existed without.
         ridge: what whitening added to the Gram's diagonal, relative to its mean.
         ridge_escalated: the Gram was singular at the first ridge.
-        reason: why the matrix stays plain; empty if it is factorised.
+        reason: why the matrix stays plain; empty if it is factorized.
     """
 
     name: str
@@ -78,9 +78,9 @@ class Outcome:
     """A plan that was carried out.
 
     Attributes:
-        plan: form, bytes and error of every matrix.
+        plan: scheme, bytes and error of every matrix.
         files: file of each matrix, in running order.
-        facts: one per matrix, in running order.
+        linears: one per matrix, in running order.
         notes: facts that a report must state.
         factors: files of factors before quantization, of the matrices that have them.
         baseline: files of the matrices through another quantizer; empty without.
@@ -88,48 +88,48 @@ class Outcome:
 
     plan: Plan
     files: Mapping[str, Path]
-    facts: tuple[LinearFacts, ...]
+    linears: tuple[LinearRecord, ...]
     notes: tuple[str, ...]
     factors: Mapping[str, Path] = field(default_factory=dict)
     baseline: Mapping[str, Path] = field(default_factory=dict)
 
 
-def choose(curves: Sequence[Curve], weights: Mapping[str, float], budget: int) -> tuple[Plan, ...]:
+def choose(rate_points: Sequence[RatePoints], weights: Mapping[str, float], budget: int) -> tuple[Plan, ...]:
     """The plan, then what it must not be worse than: the best mix of plain grids and the best single grid.
 
     All within the same budget; those that are possible and differ.
     """
 
-    def possible(some: Sequence[Curve]) -> bool:
-        return all(all(one.alone) for one in some) and smallest_bytes(some) <= budget
+    def possible(some: Sequence[RatePoints]) -> bool:
+        return all(all(one.per_matrix) for one in some) and smallest_bytes(some) <= budget
 
-    plan = knapsack(curves, budget, weights)
-    plain = [one.only(lambda form: isinstance(form, Plain)) for one in curves]
+    plan = knapsack(rate_points, budget, weights)
+    plain = [one.only(lambda scheme: isinstance(scheme, Plain)) for one in rate_points]
     contenders = [plain] if possible(plain) else []
     singles = [
-        [one.only(lambda form, only=form: form == only) for one in plain]  # type: ignore[misc]
-        for form in dict.fromkeys(entry.form for entry in plain[0].alone[0])
+        [one.only(lambda scheme, only=scheme: scheme == only) for one in plain]  # type: ignore[misc]
+        for scheme in dict.fromkeys(entry.scheme for entry in plain[0].per_matrix[0])
     ]
     made = [knapsack(some, budget, weights) for some in singles if possible(some)]
     plans = [plan, *(knapsack(some, budget, weights) for some in contenders)]
     plans += [min(made, key=lambda one: one.loss)] if made else []
-    different = {forms_of(one): one for one in reversed(plans)}
-    return tuple(one for one in plans if different[forms_of(one)] is one)
+    different = {schemes_of(one): one for one in reversed(plans)}
+    return tuple(one for one in plans if different[schemes_of(one)] is one)
 
 
-def forms_of(plan: Plan) -> tuple[tuple[tuple[str, ...], Form], ...]:
-    """What a plan makes of what; two plans of equal forms make equal matrices."""
-    return tuple((entry.names, entry.candidate.form) for entry in plan.chosen)
+def schemes_of(plan: Plan) -> tuple[tuple[tuple[str, ...], Scheme], ...]:
+    """What a plan makes of what; two plans of equal schemes make equal matrices."""
+    return tuple((entry.names, entry.candidate.scheme) for entry in plan.chosen)
 
 
 def name_of(plan: Plan) -> str:
-    """What a plan of plain forms is called beside the chosen one."""
-    forms = {entry.candidate.form for entry in plan.chosen}
-    return f"{forms.pop()} for all linears" if len(forms) == 1 else "the best mix of plain grids"
+    """What a plan of plain schemes is called beside the chosen one."""
+    schemes = {entry.candidate.scheme for entry in plan.chosen}
+    return f"{schemes.pop()} for all linears" if len(schemes) == 1 else "the best mix of plain grids"
 
 
 def carry_out(context: PlanningContext, plans: Sequence[Plan], extras: Extras = Extras()) -> Outcome:
-    """Make the matrices of the plans and keep the one whose effect on the model is least.
+    """Make the matrices of the plans and keep the one that costs the model least.
 
     Args:
         context: model, text and work folder; blocks that are made already are taken as they are.
@@ -140,26 +140,26 @@ def carry_out(context: PlanningContext, plans: Sequence[Plan], extras: Extras = 
     notes = list(plans[0].notes)
     best = 0
     if len(plans) > 1:
-        effect = Effect(context, _FINAL)
-        effects = [effect(StoredMatrices(outcome.files)) for outcome in made]
-        best = min(range(len(plans)), key=effects.__getitem__)
-        notes.append(verdict(context, plans, effects))
+        loss = ReplacedLoss(context, _FINAL)
+        losses = [loss(StoredMatrices(outcome.files)) for outcome in made]
+        best = min(range(len(plans)), key=losses.__getitem__)
+        notes.append(verdict(context, plans, losses))
     outcome = made[best]
     return Outcome(
-        outcome.plan, outcome.files, outcome.facts, tuple(notes), outcome.factors, outcome.baseline
+        outcome.plan, outcome.files, outcome.linears, tuple(notes), outcome.factors, outcome.baseline
     )
 
 
-def verdict(context: PlanningContext, plans: Sequence[Plan], effects: Sequence[float]) -> str:
+def verdict(context: PlanningContext, plans: Sequence[Plan], losses: Sequence[float]) -> str:
     """What the final check found, as a note for the report."""
-    best = min(range(len(plans)), key=effects.__getitem__)
+    best = min(range(len(plans)), key=losses.__getitem__)
     others = " and ".join(
-        f"{name_of(plan)} within the same bytes {effect:.4g}"
-        for plan, effect in zip(plans[1:], effects[1:], strict=True)
+        f"{name_of(plan)} within the same bytes {loss:.4g}"
+        for plan, loss in zip(plans[1:], losses[1:], strict=True)
     )
     winner = "the plan" if best == 0 else f"{name_of(plans[best])}, which is taken"
     unit = context.source.task.unit
-    return f"on calibration text the plan costs {effects[0]:.4g} {unit}, {others}: better is {winner}"
+    return f"on calibration text the plan costs {losses[0]:.4g} {unit}, {others}: better is {winner}"
 
 
 def _make(context: PlanningContext, plans: Sequence[Plan], extras: Extras) -> list[Outcome]:
@@ -210,12 +210,12 @@ class _Known:
 
     def __init__(self) -> None:
         self.whitenings: dict[str, Whitening] = {}
-        self.realized: dict[tuple[tuple[str, ...], Form, str], Realized] = {}
+        self.realized: dict[tuple[tuple[str, ...], Scheme, str], Realized] = {}
 
 
 def _digest(plan: Plan, context: PlanningContext, extras: Extras) -> str:
-    """Names what is made: forms, and how."""
-    named = json.dumps([(names, form_to_data(form)) for names, form in forms_of(plan)])
+    """Names what is made: schemes, and how."""
+    named = json.dumps([(names, scheme_to_data(scheme)) for names, scheme in schemes_of(plan)])
     named += "sequential" * context.sequential + "factors" * extras.factors
     named += "" if extras.baseline is None else f"beside {extras.baseline_quantizer}"
     return hashlib.sha256(named.encode()).hexdigest()[:12]
@@ -260,7 +260,7 @@ class _Blocks:
         matrices: dict[str, Matrix] = {}
         factors: dict[str, Dense] = {}
         baseline: dict[str, Matrix] = {}
-        facts: list[LinearFacts] = []
+        linears: list[LinearRecord] = []
         for group in self.context.source.layout.of(block):
             if group.name not in known.whitenings:
                 known.whitenings[group.name] = whiten(grams[group.name].to(self.context.device))
@@ -272,13 +272,13 @@ class _Blocks:
                 made = self._realize(entry, whitening, self.context.quantizer, known)
                 matrices |= made.matrices
                 factors |= {name: _halved(matrix) for name, matrix in made.factors.items()}
-                facts += [facts_of(name, entry, made, whitening) for name in entry.names]
+                linears += [linear_record(name, entry, made, whitening) for name in entry.names]
                 if first in beside:
                     quantizer = self.extras.baseline_quantizer
                     baseline |= self._realize(beside[first], whitening, quantizer, known).matrices
         path = self.path(block)
         self.context.keep_importance(block, grams)
-        write_text(path.with_suffix(".json"), json.dumps([asdict(fact) for fact in facts]))
+        write_text(path.with_suffix(".json"), json.dumps([asdict(record) for record in linears]))
         if self.extras.factors:
             save_matrices(self._beside(block, "factors"), factors)
         if beside:
@@ -289,22 +289,22 @@ class _Blocks:
     def outcome(self) -> Outcome:
         """What was made."""
         blocks = self.context.blocks
-        facts = [
-            LinearFacts(**fact)
+        linears = [
+            LinearRecord(**record)
             for block in blocks
-            for fact in json.loads(self.path(block).with_suffix(".json").read_text())
+            for record in json.loads(self.path(block).with_suffix(".json").read_text())
         ]
         factored = {
             name
             for entry in self.plan.chosen
-            if isinstance(entry.candidate.form, Separate)
+            if isinstance(entry.candidate.scheme, Separate)
             for name in entry.names
         }
         pairs = [(name, block) for block in blocks for name in self.names(block)]
         return Outcome(
             plan=self.plan,
             files={name: self.path(block) for name, block in pairs},
-            facts=tuple(facts),
+            linears=tuple(linears),
             notes=(),
             factors={name: self._beside(block, "factors") for name, block in pairs if name in factored}
             if self.extras.factors
@@ -315,10 +315,10 @@ class _Blocks:
         )
 
     def _realize(self, entry: Chosen, whitening: Whitening, quantizer: str, known: _Known) -> Realized:
-        key = entry.names, entry.candidate.form, quantizer
+        key = entry.names, entry.candidate.scheme, quantizer
         if key not in known.realized:
             known.realized[key] = realize(
-                entry.candidate.form,
+                entry.candidate.scheme,
                 self.context.weights(entry.names),
                 whitening,
                 self.context.search,
@@ -331,16 +331,16 @@ class _Blocks:
         return self.context.block_file(f"{kind}-{self.digest}", block)
 
 
-def facts_of(name: str, entry: Chosen, made: Realized, whitening: Whitening) -> LinearFacts:
+def linear_record(name: str, entry: Chosen, made: Realized, whitening: Whitening) -> LinearRecord:
     """What happened to one matrix of an entry of a plan."""
-    form = entry.candidate.form
+    scheme = entry.candidate.scheme
     unquantized = made.unquantized_errors.get(name)
-    if isinstance(form, Plain) and not entry.candidate.errors:
-        unquantized = 0.0  # nothing was factorised, so nothing was lost by it
+    if isinstance(scheme, Plain) and not entry.candidate.errors:
+        unquantized = 0.0  # nothing was factorized, so nothing was lost by it
     reason = entry.reason
-    if isinstance(form, Plain) and not reason and entry.candidate.errors:
-        reason = f"the plan chose {describe(form)}"
-    return LinearFacts(
+    if isinstance(scheme, Plain) and not reason and entry.candidate.errors:
+        reason = f"the plan chose {describe(scheme)}"
+    return LinearRecord(
         name=name,
         error=made.errors[name] ** 0.5,
         unquantized_error=None if unquantized is None else unquantized**0.5,
@@ -351,5 +351,5 @@ def facts_of(name: str, entry: Chosen, made: Realized, whitening: Whitening) -> 
 
 
 def _halved(matrix: Dense) -> Dense:
-    """In 16 bits on disk: that rounds by 1e-7 of the power, and factorisation loses 1e-3 and more."""
+    """In 16 bits on disk: that rounds by 1e-7 of the power, and factorization loses 1e-3 and more."""
     return Dense(matrix.weight.half()) if float(matrix.weight.abs().max()) < _LARGEST_HALF else matrix

@@ -32,7 +32,7 @@ class PlanningContext:
         windows: calibration text.
         work: folder for what is finished.
         storage: what a byte is.
-        search: which forms are tried.
+        search: which schemes are tried.
         quantizer: of plain grids.
         device: where to compute.
         dtype: of the forward pass.

@@ -1,16 +1,16 @@
-"""One budget for a whole model: which form every matrix takes, on the bytes that ship.
+"""One budget for a whole model: which scheme every matrix takes, on the bytes that ship.
 
-Numbers only, no tensors. Each matrix, and each set of matrices that read one input, brings a curve: forms
-that it could take, each with the bytes that the target's `Storage` says and the squared relative whitened
-error that was measured on its quantized values. A plan picks one form for each so that the weighted errors
+Numbers only, no tensors. Each matrix, and each set of matrices that read one input, brings rate–distortion points:
+schemes that it could take, each with the bytes that the target's `Storage` says and the squared relative whitened
+error that was measured on its quantized values. A plan picks one scheme for each so that the weighted errors
 sum to the least that a budget allows (the multiple-choice knapsack of ROCKET, arXiv 2602.11008, on true bytes).
 
 Plain quantization is among the candidates, so a plan is never worse in its own measure than the best mix of
-plain grids. Sharing a dictionary is a candidate as well: for matrices of one input the knapsack sees forms
-for all of them together beside every useful combination of forms for each alone.
+plain grids. Sharing a dictionary is a candidate as well: for matrices of one input the knapsack sees schemes
+for all of them together beside every useful combination of schemes for each alone.
 
 The solver is exact up to rounding of bytes: dynamic programming over the budget in steps that depend on the
-curves alone, so a larger budget never gives a worse plan, and equal inputs give equal plans.
+points alone, so a larger budget never gives a worse plan, and equal inputs give equal plans.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ import numpy as np
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.storage import Storage
 from compot_deploy.errors import RecipeError
-from compot_deploy.planning.curves import Candidate, Curve, lower_hull
+from compot_deploy.planning.rate_points import Candidate, RatePoints, lower_hull
 from compot_deploy.planning.schemes import Plain
 
 _STEPS: Final = 1 << 16
-"""Resolution of the knapsack: bytes are rounded up to this part of what the largest forms need together."""
+"""Resolution of the knapsack: bytes are rounded up to this part of what the largest schemes need together."""
 
 _MOST_COMBINATIONS: Final = 64
-"""Of forms of matrices that read one input; beyond it only the lower convex hull is kept."""
+"""Of schemes of matrices that read one input; beyond it only the lower convex hull is kept."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """One form and the matrices that it is for; several share a dictionary.
+    """One scheme and the matrices that it is for; several share a dictionary.
 
     Attributes:
         names: of the matrices.
-        candidate: form, bytes and errors.
-        reason: why they are not factorised, where a rule says so.
+        candidate: scheme, bytes and errors.
+        reason: why they are not factorized, where a rule says so.
     """
 
     names: tuple[str, ...]
@@ -53,10 +53,10 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Plan:
-    """A form for every matrix.
+    """A scheme for every matrix.
 
     Attributes:
-        chosen: in the order of the curves.
+        chosen: in the order of the inputs.
         budget: bytes that were allowed.
         loss: predicted: sum of the weighted squared errors.
         notes: facts that a report must state.
@@ -73,48 +73,50 @@ class Plan:
         return sum(entry.candidate.bytes for entry in self.chosen)
 
 
-def knapsack(curves: Sequence[Curve], budget: int, weights: Mapping[str, float] | None = None) -> Plan:
+def knapsack(
+    rate_points: Sequence[RatePoints], budget: int, weights: Mapping[str, float] | None = None
+) -> Plan:
     """The plan of least loss within a budget.
 
     Args:
-        curves: one per input.
+        rate_points: one per input.
         budget: bytes for all matrices.
         weights: what one unit of relative squared error of a matrix costs the model; None weighs all alike.
 
     Raises:
-        RecipeError: a budget below what the smallest forms need, saying what that is.
+        RecipeError: a budget below what the smallest schemes need, saying what that is.
     """
-    return _Problem.of(curves, weights).plans([budget])[0]
+    return _Problem.of(rate_points, weights).plans([budget])[0]
 
 
 def too_little(budget: int, smallest: int) -> RecipeError:
-    """What is said of a budget below what the smallest forms need."""
+    """What is said of a budget below what the smallest schemes need."""
     return RecipeError(
-        f"A budget of {budget} bytes for the linears cannot be met: the smallest forms of all of them need "
+        f"A budget of {budget} bytes for the linears cannot be met: the smallest schemes of all of them need "
         f"{smallest} bytes. Allow at least that."
     )
 
 
 def plain_plan(sizes: Mapping[str, tuple[int, int]], grid: Grid | None, storage: Storage) -> Plan:
     """Every matrix on one grid, whatever that costs in accuracy."""
-    form = Plain(grid)
+    scheme = Plain(grid)
     chosen = tuple(
-        Chosen((name,), Candidate(form, form.bytes(*size, storage), (math.nan,)))
+        Chosen((name,), Candidate(scheme, scheme.bytes(*size, storage), (math.nan,)))
         for name, size in sizes.items()
     )
     return Plan(chosen, sum(entry.candidate.bytes for entry in chosen), math.nan)
 
 
-def smallest_bytes(curves: Sequence[Curve]) -> int:
-    """What the smallest forms of all matrices need together."""
-    return sum(min(option.bytes for option in _options(curve, None)) for curve in curves)
+def smallest_bytes(rate_points: Sequence[RatePoints]) -> int:
+    """What the smallest schemes of all matrices need together."""
+    return sum(min(option.bytes for option in _options(points, None)) for points in rate_points)
 
 
 def frontier(
-    curves: Sequence[Curve], weights: Mapping[str, float] | None, budgets: Sequence[int]
+    rate_points: Sequence[RatePoints], weights: Mapping[str, float] | None, budgets: Sequence[int]
 ) -> tuple[Plan, ...]:
     """The plans of several budgets, for a plot; budgets that cannot be met are left out."""
-    problem = _Problem.of(curves, weights)
+    problem = _Problem.of(rate_points, weights)
     return problem.plans([budget for budget in budgets if budget >= problem.smallest])
 
 
@@ -132,15 +134,15 @@ class _Problem:
     items: tuple[tuple[_Option, ...], ...]
 
     @classmethod
-    def of(cls, curves: Sequence[Curve], weights: Mapping[str, float] | None) -> _Problem:
-        items = tuple(tuple(_options(curve, weights)) for curve in curves)
+    def of(cls, rate_points: Sequence[RatePoints], weights: Mapping[str, float] | None) -> _Problem:
+        items = tuple(tuple(_options(points, weights)) for points in rate_points)
         if not items or not all(items):
             raise RecipeError("There is nothing to plan: a matrix has no candidate at all.")
         return cls(items)
 
     @property
     def smallest(self) -> int:
-        """Bytes of the smallest forms."""
+        """Bytes of the smallest schemes."""
         return sum(options[0].bytes for options in self.items)
 
     @property
@@ -150,7 +152,7 @@ class _Problem:
 
     @property
     def unit(self) -> int:
-        """What bytes are rounded up to: from the curves alone, so that more budget never gives more error."""
+        """What bytes are rounded up to: from the points alone, so that more budget never gives more error."""
         return max(1, -(-self.most // _STEPS))
 
     def plans(self, budgets: Sequence[int]) -> tuple[Plan, ...]:
@@ -176,15 +178,15 @@ class _Problem:
         return tuple(plans)
 
 
-def _options(curve: Curve, weights: Mapping[str, float] | None) -> list[_Option]:
+def _options(points: RatePoints, weights: Mapping[str, float] | None) -> list[_Option]:
     """What the knapsack may pick for one input, smallest first; each larger one loses less."""
-    weight = {name: 1.0 if weights is None else weights[name] for name in curve.names}
+    weight = {name: 1.0 if weights is None else weights[name] for name in points.names}
 
     def loss(names: Sequence[str], candidate: Candidate) -> float:
         return sum(weight[name] * error for name, error in zip(names, candidate.errors, strict=True))
 
     separate = [_Option(0, 0.0, ())]
-    for name, candidates in zip(curve.names, curve.alone, strict=True):
+    for name, candidates in zip(points.names, points.per_matrix, strict=True):
         entries = _front(
             [_Option(entry.bytes, loss((name,), entry), (Chosen((name,), entry),)) for entry in candidates]
         )
@@ -197,8 +199,8 @@ def _options(curve: Curve, weights: Mapping[str, float] | None) -> list[_Option]
         if len(separate) > _MOST_COMBINATIONS:
             separate = _hull(separate)
     joined = [
-        _Option(entry.bytes, loss(curve.names, entry), (Chosen(curve.names, entry),))
-        for entry in curve.together
+        _Option(entry.bytes, loss(points.names, entry), (Chosen(points.names, entry),))
+        for entry in points.shared
     ]
     return _front(separate + joined)
 

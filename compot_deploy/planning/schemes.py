@@ -1,6 +1,6 @@
-"""The forms that a matrix can take: plain on one grid, or dictionaries and codes in levels of precision.
+"""The schemes that a matrix can take: plain on one grid, or dictionaries and codes in tiers of precision.
 
-A form is a description without numbers; `compot_deploy.planning.candidates` makes the matrices of one.
+A scheme is a description without numbers; `compot_deploy.planning.candidates` makes the matrices of one.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing_extensions import assert_never
 
 from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.storage import Storage
-from compot_deploy.numerics.joint import Level
+from compot_deploy.numerics.joint import Tier
 
 
 @dataclass(frozen=True)
 class Plain:
-    """A matrix that is not factorised: quantized on one grid, or None: kept as it is."""
+    """A matrix that is not factorized: quantized on one grid, or None: kept as it is."""
 
     grid: Grid | None
 
@@ -34,18 +34,18 @@ class Plain:
 class Joint:
     """Dictionaries and codes, quantized jointly; see `compot_deploy.numerics.joint`."""
 
-    levels: tuple[Level, ...]
+    tiers: tuple[Tier, ...]
 
     def bytes(self, inputs: int, outputs: int, storage: Storage) -> int:
         """As stored; `outputs` of all matrices together where they share the dictionary."""
         return sum(
-            storage.leaf_bytes(inputs, level.atoms, level.dictionary)
-            + storage.leaf_bytes(level.atoms, outputs, level.codes, level.pattern)
-            for level in self.levels
+            storage.leaf_bytes(inputs, tier.atoms, tier.dictionary)
+            + storage.leaf_bytes(tier.atoms, outputs, tier.codes, tier.pattern)
+            for tier in self.tiers
         )
 
     def __str__(self) -> str:
-        return " + ".join(map(str, self.levels))
+        return " + ".join(map(str, self.tiers))
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Separate:
         return dictionary + storage.leaf_bytes(self.atoms, outputs, self.codes, self.pattern)
 
 
-Form: TypeAlias = Plain | Joint | Separate
+Scheme: TypeAlias = Plain | Joint | Separate
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class GridChoice:
 
     Attributes:
         groups: sizes of groups by bits.
-        step: atoms of a level come in multiples of this.
+        step: atoms of a tier come in multiples of this.
     """
 
     groups: Mapping[int, tuple[int, ...]]
@@ -97,47 +97,47 @@ class GridChoice:
         return tuple(Grid(bits, group) for bits, groups in self.groups.items() for group in groups)
 
 
-def form_to_data(form: Form) -> dict[str, Any]:
-    """A form as JSON takes it; `form_from_data` is the inverse."""
+def scheme_to_data(scheme: Scheme) -> dict[str, Any]:
+    """A scheme as JSON takes it; `scheme_from_data` is the inverse."""
 
     def grid(value: Grid | None) -> list[int | str] | None:
         if value is None:
             return None
         return [value.bits, value.group, *([] if value.codebook == "integer" else [value.codebook])]
 
-    match form:
+    match scheme:
         case Plain():
-            return {"plain": grid(form.grid)}
+            return {"plain": grid(scheme.grid)}
         case Joint():
             return {
                 "joint": [
                     {
-                        "atoms": level.atoms,
-                        "dictionary": grid(level.dictionary),
-                        "codes": grid(level.codes),
-                        "pattern": [level.pattern.kept, level.pattern.of],
+                        "atoms": tier.atoms,
+                        "dictionary": grid(tier.dictionary),
+                        "codes": grid(tier.codes),
+                        "pattern": [tier.pattern.kept, tier.pattern.of],
                     }
-                    for level in form.levels
+                    for tier in scheme.tiers
                 ]
             }
         case Separate():
             return {
                 "separate": {
-                    "method": form.method,
-                    "atoms": form.atoms,
-                    "pattern": [form.pattern.kept, form.pattern.of],
-                    "dictionary": grid(form.dictionary),
-                    "codes": grid(form.codes),
-                    "rounds": form.rounds,
-                    "paper_exact": form.paper_exact,
+                    "method": scheme.method,
+                    "atoms": scheme.atoms,
+                    "pattern": [scheme.pattern.kept, scheme.pattern.of],
+                    "dictionary": grid(scheme.dictionary),
+                    "codes": grid(scheme.codes),
+                    "rounds": scheme.rounds,
+                    "paper_exact": scheme.paper_exact,
                 }
             }
         case _:
-            assert_never(form)
+            assert_never(scheme)
 
 
-def form_from_data(data: Mapping[str, Any]) -> Form:
-    """Read what `form_to_data` wrote."""
+def scheme_from_data(data: Mapping[str, Any]) -> Scheme:
+    """Read what `scheme_to_data` wrote."""
 
     def grid(value: Sequence[Any] | None) -> Grid | None:
         return None if value is None else Grid(*value)
@@ -150,27 +150,27 @@ def form_from_data(data: Mapping[str, Any]) -> Form:
         return Separate(**values | {"pattern": Pattern(*values["pattern"])})
     return Joint(
         tuple(
-            Level(level["atoms"], grid(level["dictionary"]), grid(level["codes"]), Pattern(*level["pattern"]))
-            for level in data["joint"]
+            Tier(tier["atoms"], grid(tier["dictionary"]), grid(tier["codes"]), Pattern(*tier["pattern"]))
+            for tier in data["joint"]
         )
     )
 
 
-def describe(form: Form) -> str:
-    """A few characters for a table: int4/g32, or the atoms and bits of each level."""
-    match form:
+def describe(scheme: Scheme) -> str:
+    """A few characters for a table: int4/g32, or the atoms and bits of each tier."""
+    match scheme:
         case Plain():
-            return str(form)
+            return str(scheme)
         case Joint():
             parts = []
-            for level in form.levels:
-                bits = [grid.bits if grid else 32 for grid in (level.dictionary, level.codes)]
-                sparse = "" if level.pattern.is_dense else f" {level.pattern}"
-                parts.append(f"{level.atoms}@{bits[0]}/{bits[1]}{sparse}")
+            for tier in scheme.tiers:
+                bits = [grid.bits if grid else 32 for grid in (tier.dictionary, tier.codes)]
+                sparse = "" if tier.pattern.is_dense else f" {tier.pattern}"
+                parts.append(f"{tier.atoms}@{bits[0]}/{bits[1]}{sparse}")
             return "joint " + " ".join(parts)
         case Separate():
-            bits = [grid.bits if grid else 32 for grid in (form.dictionary, form.codes)]
-            sparse = "" if form.pattern.is_dense else f" {form.pattern}"
-            return f"{form.method} {form.atoms}@{bits[0]}/{bits[1]}{sparse}"
+            bits = [grid.bits if grid else 32 for grid in (scheme.dictionary, scheme.codes)]
+            sparse = "" if scheme.pattern.is_dense else f" {scheme.pattern}"
+            return f"{scheme.method} {scheme.atoms}@{bits[0]}/{bits[1]}{sparse}"
         case _:
-            assert_never(form)
+            assert_never(scheme)

@@ -1,4 +1,4 @@
-"""What disturbing one matrix does to the model: a unit of error does not cost the same everywhere.
+"""Sensitivities: what a unit of error of each matrix costs the model, which is not the same everywhere.
 
 One backward pass tells it for all matrices. Let a matrix be disturbed by ``ΔW = H^(−½) Z C``: Z white, H the damped
 Gram of its input, C as large for each output as rounding its weights is; that is what quantization with error feedback
@@ -28,13 +28,13 @@ from compot_deploy.models.sites import InputGroup
 from compot_deploy.models.tasks import Batch, LossSum
 from compot_deploy.models.whole import replaced, whole_model
 from compot_deploy.numerics.whiten import Whitening, whiten
-from compot_deploy.planning.candidates import forms, realize
+from compot_deploy.planning.candidates import realize, schemes
 from compot_deploy.planning.context import PlanningContext
-from compot_deploy.planning.schemes import Form, Joint, Plain
+from compot_deploy.planning.schemes import Joint, Plain, Scheme
 from compot_deploy.quant import QUANTIZERS
 
 _POSITIONS: Final = 1024
-"""Positions of calibration text on which effects are measured; standard errors of a KL are then a few %."""
+"""Positions of calibration text on which sensitivities are measured; standard errors of a KL are then a few %."""
 
 _TEXTS: Final = 64
 """Texts of a model that gives one output for each."""
@@ -54,27 +54,27 @@ _GROUP: Final = 64
 """Inputs whose largest weight says how coarse their steps are."""
 
 
-def measure_effects(context: PlanningContext) -> dict[str, float]:
+def measure_sensitivities(context: PlanningContext) -> dict[str, float]:
     """What a unit of squared relative error of each matrix costs the model, in units of the task's loss."""
-    path = context.work / "effects.json"
+    path = context.work / "sensitivities.json"
     if path.exists():
         known: dict[str, float] = json.loads(path.read_text())
         return known
     try:
-        found = effects_backwards(context)
+        found = sensitivities_backwards(context)
     except UnsupportedModelError:
-        found = effects_one_by_one(context)
+        found = sensitivities_one_by_one(context)
     write_text(path, json.dumps(found))
     return found
 
 
-def effects_backwards(context: PlanningContext) -> dict[str, float]:
-    """Effects of all matrices from one backward pass.
+def sensitivities_backwards(context: PlanningContext) -> dict[str, float]:
+    """Sensitivities of all matrices from one backward pass.
 
     Raises:
         UnsupportedModelError: the model's blocks hand each other more than hidden states.
     """
-    task, label = context.source.task, "Measure effects"
+    task, label = context.source.task, "Measure sensitivities"
     draws = _DRAWS if task.pools else 1
     generator = torch.Generator().manual_seed(_SEED)
     done = 0
@@ -102,7 +102,7 @@ def effects_backwards(context: PlanningContext) -> dict[str, float]:
                 units[name] = disturbance.error(name)
                 for one in seen:
                     if one.name == name:
-                        squares[name] += disturbance.effect(one)
+                        squares[name] += disturbance.expected_square(one)
     context.progress(2 * len(context.blocks), 2 * len(context.blocks), label)
     count = sum(len(batch.real) if task.pools else int(batch.real.sum()) for batch in batches) * draws
     return {name: squares[name] / (2 * count * units[name]) if units[name] else 0.0 for name in context.names}
@@ -129,7 +129,7 @@ class _Disturbance:
         whole = float((weight * (self._gram @ weight)).sum())
         return self._dimensions * float(_steps(weight).square().sum()) / whole if whole > 0.0 else 0.0
 
-    def effect(self, product: Product) -> float:
+    def expected_square(self, product: Product) -> float:
         """The expected square of what it does to the scalar."""
         steps = _steps(self._weights[product.name].double())
         total = 0.0
@@ -145,20 +145,20 @@ def _steps(weight: Float64[Tensor, "inputs outputs"]) -> Float64[Tensor, " outpu
     return largest.square().mean(0).sqrt()
 
 
-def effects_one_by_one(context: PlanningContext) -> dict[str, float]:
-    """Effects of all matrices, each disturbed alone, by the coarsest plain grid or else by a factorised form."""
+def sensitivities_one_by_one(context: PlanningContext) -> dict[str, float]:
+    """Sensitivities of all matrices, each disturbed alone, by the coarsest plain grid or else by a factorized scheme."""
     found: dict[str, float] = {}
-    effect = Effect(context)
+    loss_of = ReplacedLoss(context)
     for group in context.groups:
         whitening = context.whitening(group)
         for name in group.names:
             context.progress(len(found), len(context.names), "Measure effects one by one")
-            found[name] = _effect_of(name, context, group, whitening, effect)
+            found[name] = _sensitivity_of(name, context, group, whitening, loss_of)
     context.progress(len(found), len(found), "Measure effects one by one")
     return found
 
 
-class Effect:
+class ReplacedLoss:
     """Loss of the model with some matrices replaced, on the first calibration windows.
 
     Args:
@@ -201,25 +201,25 @@ def _some(context: PlanningContext, times: int) -> list[Batch]:
     return found
 
 
-def _effect_of(
-    name: str, context: PlanningContext, group: InputGroup, whitening: Whitening, effect: Effect
+def _sensitivity_of(
+    name: str, context: PlanningContext, group: InputGroup, whitening: Whitening, loss_of: ReplacedLoss
 ) -> float:
     (weight,) = context.weights([name]).values()
-    probe = _probe(forms(weight, whitening, context.storage, context.search))
+    probe = _probe(schemes(weight, whitening, context.storage, context.search))
     quantizer = QUANTIZERS[context.quantizer]
     made = realize(probe, {name: weight}, whitening, context.search, quantizer=quantizer)
     error = made.errors[name]
-    return effect(made.matrices) / error if error > 0.0 else 0.0
+    return loss_of(made.matrices) / error if error > 0.0 else 0.0
 
 
-def _probe(tried: Sequence[Form]) -> Form:
+def _probe(tried: Sequence[Scheme]) -> Scheme:
     """A disturbance of the size that plans deal in."""
-    grids = [form for form in tried if isinstance(form, Plain) and form.grid is not None]
+    grids = [scheme for scheme in tried if isinstance(scheme, Plain) and scheme.grid is not None]
     if grids:
         return min(grids, key=_coarseness)
-    return next(form for form in tried if isinstance(form, Joint))
+    return next(scheme for scheme in tried if isinstance(scheme, Joint))
 
 
-def _coarseness(form: Plain) -> tuple[int, int]:
-    assert form.grid is not None
-    return form.grid.bits, -form.grid.group
+def _coarseness(scheme: Plain) -> tuple[int, int]:
+    assert scheme.grid is not None
+    return scheme.grid.bits, -scheme.grid.group

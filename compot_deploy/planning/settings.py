@@ -28,14 +28,14 @@ _GROUPS: Final = {
 """Groups that are tried, by bits. Scales of groups of 128 are 6 % of the bytes at 2 bits, half of that at 4."""
 
 _MEASURE_ALL: Final = 30_000_000
-"""Weights of all linears up to which every form is measured: it takes 20 minutes on one core of a CPU at most, and
+"""Weights of all linears up to which every scheme is measured: it takes 20 minutes on one core of a CPU at most, and
 a plan of few matrices needs all sizes to fill its budget with."""
 
 _TOLERANCE: Final = 0.03
-"""Of larger models: a form is measured if it promises to lie 3 % below what was measured before. See LOG.md."""
+"""Of larger models: a scheme is measured if it is predicted to lie 3 % below what was measured before. See LOG.md."""
 
 _FINER_RATES: Final = (0.7, 1.0, 1.3, 1.6, 1.9, 2.3, 2.7, 3.1, 3.5)
-"""Bits per weight of factorised forms where every matrix is to be factorised, whatever plain grids could do."""
+"""Bits per weight of factorized schemes where every matrix is to be factorized, whatever plain grids could do."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,17 @@ class Settings:
 
     @cached_property
     def search(self) -> Search:
-        """Which forms are listed, and by how much one must promise to be better to be measured."""
+        """Which schemes are listed, and how large the predicted gain of one must be for it to be measured."""
         return replace(_listed(self), tolerance=self._tolerance, method=self.recipe.method, plain=self.plain)
 
     @property
     def plain(self) -> Plain:
-        """The form that a matrix is compared with: plain at the precision that was asked for."""
+        """The scheme that a matrix is compared with: plain at the precision that was asked for."""
         return Plain(self.recipe.dictionary_grid)
 
     @property
     def plain_bytes(self) -> int:
-        """Bytes of all matrices in that form."""
+        """Bytes of all matrices in that scheme."""
         return sum(self.plain.bytes(*site.shape, self.storage) for site in self.source.layout.sites)
 
     @property
@@ -258,9 +258,9 @@ def _check_budget(settings: Settings) -> None:
 
 
 def _listed(settings: Settings) -> Search:
-    """Which forms are listed: every grid that the format takes, or floating point without quantization.
+    """Which schemes are listed: every grid that the format takes, or floating point without quantization.
 
-    Forms with sparse codes are tried only where the format stores them in fewer bytes than dense ones: those
+    Schemes with sparse codes are tried only where the format stores them in fewer bytes than dense ones: those
     of --code-pattern, and the strongest of a whole column.
     """
     recipe, exporter, storage = settings.recipe, settings.exporter, settings.storage

@@ -36,7 +36,7 @@ class Precision:
     """On which grids a matrix is stored; None is floating point.
 
     Attributes:
-        plain: a matrix that is not factorised, which is also what a ratio is measured against.
+        plain: a matrix that is not factorized, which is also what a ratio is measured against.
         dictionary: A.
         codes: S. Its group is the step in which atoms are counted.
     """
@@ -51,7 +51,7 @@ class Sparsity:
     """How many of the codes are kept.
 
     Attributes:
-        atoms_per_kept: k/s, the paper's knob; 2 is its best. 1 makes the codes dense.
+        atoms_per_kept: k/s, the paper's option; 2 is its best. 1 makes the codes dense.
         pattern: a fixed pattern of neighbours such as 2:4, instead of k/s; DENSE for dense codes.
     """
 
@@ -76,11 +76,11 @@ class Choice:
 
     Attributes:
         name: of the matrix.
-        atoms: k, or 0 for a matrix that stays in its plain form.
+        atoms: k, or 0 for a matrix that stays in its plain scheme.
         pattern: of the codes.
         bytes: as stored.
-        plain_bytes: of the plain form.
-        reason: why it is not factorised; empty if it is.
+        plain_bytes: of the plain scheme.
+        reason: why it is not factorized; empty if it is.
     """
 
     name: str
@@ -115,7 +115,7 @@ class Sizing:
         return min(matrix.inputs, matrix.outputs) // self.step * self.step
 
     def plain(self, matrix: MatrixSize) -> int:
-        """Bytes of the matrix in its plain form."""
+        """Bytes of the matrix in its plain scheme."""
         return self.storage.leaf_bytes(matrix.inputs, matrix.outputs, self.precision.plain)
 
     def factorized(self, matrix: MatrixSize, atoms: int, pattern: Pattern) -> int:
@@ -152,7 +152,7 @@ class Sizing:
         return self._choice(matrix, atoms, pattern)
 
     def by_rank(self, matrix: MatrixSize, rank: int, guard: Guard) -> Choice:
-        """Atoms for so many singular values, within its guard, or the plain form if that is smaller."""
+        """Atoms for so many singular values, within its guard, or the plain scheme if that is smaller."""
         if guard.reason:
             return self.stay(matrix, guard.reason)
         wanted = max(guard.least, rank // self.step * self.step)
@@ -161,13 +161,13 @@ class Sizing:
             return self.stay(
                 matrix,
                 f"its spectrum asks for {wanted} atoms, which need {choice.bytes} bytes "
-                f"against {choice.plain_bytes} in plain form",
+                f"against {choice.plain_bytes} of a plain matrix",
             )
         atoms = min(guard.most, wanted)
         return self._choice(matrix, atoms, self.sparsity.of(atoms))
 
     def stay(self, matrix: MatrixSize, reason: str) -> Choice:
-        """The plain form, with the reason for it."""
+        """The plain scheme, with the reason for it."""
         plain = self.plain(matrix)
         return Choice(matrix.name, 0, DENSE, plain, plain, reason)
 
@@ -211,7 +211,7 @@ class Guard:
 
 
 def allowed_bytes(plain: int, ratio: float) -> int:
-    """What a ratio leaves of the bytes of the plain form."""
+    """What a ratio leaves of the bytes of the plain scheme."""
     # The epsilon keeps 0.8 · 10 from becoming 7.999….
     return math.floor((1.0 - ratio) * plain + 1e-9)
 

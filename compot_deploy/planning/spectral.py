@@ -32,7 +32,7 @@ class Allocation:
 
     Attributes:
         choices: by name, in the order of the matrices.
-        budget: bytes that were allowed. Under `uniform` a matrix that cannot be factorised is allowed its
+        budget: bytes that were allowed. Under `uniform` a matrix that cannot be factorized is allowed its
             plain bytes, since no other matrix pays for it.
     """
 
@@ -46,12 +46,12 @@ class Allocation:
 
     @property
     def plain_bytes(self) -> int:
-        """Bytes of all matrices in their plain form."""
+        """Bytes of all matrices in their plain scheme."""
         return sum(choice.plain_bytes for choice in self.choices.values())
 
     @property
     def ratio(self) -> float:
-        """How much smaller than the plain form, 0 to 1."""
+        """How much smaller than the plain scheme, 0 to 1."""
         return 1.0 - self.bytes / self.plain_bytes
 
 
@@ -76,11 +76,11 @@ def uniform(
         matrices: sizes; the spectra are not looked at.
         ratio: how much smaller, between 0 and 1.
         storage: what a leaf costs in the target format.
-        precision: grids of the plain form, dictionary and codes.
+        precision: grids of the plain scheme, dictionary and codes.
         sparsity: of the codes.
 
     Raises:
-        RecipeError: a ratio outside (0, 1), or one at which no matrix can be factorised at all.
+        RecipeError: a ratio outside (0, 1), or one at which no matrix can be factorized at all.
     """
     sizing = Sizing(storage, precision, sparsity)
     _check(matrices, ratio)
@@ -95,7 +95,7 @@ def uniform(
         )
     if not any(choice.factorized for choice in choices.values()):
         raise RecipeError(
-            f"At a ratio of {ratio:g} not one of {len(matrices)} matrices can be factorised; "
+            f"At a ratio of {ratio:g} not one of {len(matrices)} matrices can be factorized; "
             f"{sizing.range_of_ratios(matrices)}"
         )
     budget = sum(
@@ -119,7 +119,7 @@ def spectral(
     """One threshold for the singular values of all matrices, the one that meets the whole budget.
 
     A matrix gets as many atoms as it has singular values above the threshold, within guards; the lowest
-    threshold whose total fits is taken. A matrix whose atoms would cost more than its plain form stays plain.
+    threshold whose total fits is taken. A matrix whose atoms would cost more than its plain scheme stays plain.
 
     The paper pools the singular values of ``W / ‖W‖_F`` as they are. A matrix of few outputs has fewer of them
     to share one norm, so they are larger, and the keys and values of grouped attention stay plain at the cost
@@ -131,9 +131,9 @@ def spectral(
         matrices: sizes and spectra.
         ratio: how much smaller all matrices together are, between 0 and 1.
         storage: what a leaf costs in the target format.
-        precision: grids of the plain form, dictionary and codes.
+        precision: grids of the plain scheme, dictionary and codes.
         sparsity: of the codes.
-        least: guard, fewest atoms as a part of those at which a matrix costs as much as its plain form.
+        least: guard, fewest atoms as a part of those at which a matrix costs as much as its plain scheme.
         most: guard, most atoms likewise. The paper has guards but does not publish them; these do not
             depend on the ratio, so a larger budget never takes an atom from any matrix.
         per_byte: False pools the values as they are, as the paper does.
@@ -206,4 +206,4 @@ def _check(matrices: Sequence[MatrixSize], ratio: float) -> None:
             f"A ratio of {ratio:g} is impossible: use a number between 0 and 1, 0.2 for example."
         )
     if not matrices:
-        raise RecipeError("There is no matrix to allocate: the model has no linear layer that is factorised.")
+        raise RecipeError("There is no matrix to allocate: the model has no linear layer that is factorized.")

@@ -1,4 +1,4 @@
-"""Recipes from files and keywords, and back to files; every value is checked against the type of its knob."""
+"""Recipes from files and keywords, and back to files; every value is checked against the type of its option."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from compot_deploy.errors import InputError, RecipeError
-from compot_deploy.recipe.knob_types import accepts, describe, fits, hints
-from compot_deploy.recipe.knobs import Recipe
+from compot_deploy.recipe.option_types import accepts, describe, fits, hints
+from compot_deploy.recipe.options import Recipe
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,17 +19,17 @@ else:  # pragma: no cover - Python 3.10 only
 
 
 def recipe_to_toml(recipe: Recipe) -> str:
-    """The recipe as TOML, one commented knob a line; knobs left unset are commented out."""
+    """The recipe as TOML, one commented option a line; options left unset are commented out."""
     lines = ["# A compot-deploy recipe: use it with --recipe FILE."]
     group = None
-    for knob in fields(recipe):
-        if knob.metadata["group"] != group:
-            group = knob.metadata["group"]
+    for option in fields(recipe):
+        if option.metadata["group"] != group:
+            group = option.metadata["group"]
             lines += ["", f"# {group}"]
-        value = getattr(recipe, knob.name)
-        unit = f" [{knob.metadata['unit']}]" if knob.metadata["unit"] else ""
-        line = f"{knob.name} = {_toml_value(value)}" if value is not None else f"# {knob.name} ="
-        lines.append(f"{line}  # {knob.metadata['help']}{unit}")
+        value = getattr(recipe, option.name)
+        unit = f" [{option.metadata['unit']}]" if option.metadata["unit"] else ""
+        line = f"{option.name} = {_toml_value(value)}" if value is not None else f"# {option.name} ="
+        lines.append(f"{line}  # {option.metadata['help']}{unit}")
     return "\n".join(lines) + "\n"
 
 
@@ -50,14 +50,14 @@ def recipe_from_toml(path: Path, **overrides: Any) -> Recipe:
 
 
 def recipe_from_mapping(values: Mapping[str, Any], origin: str) -> Recipe:
-    """A recipe from parsed values, each checked against its knob's type.
+    """A recipe from parsed values, each checked against its option's type.
 
     Args:
-        values: knob to value; lists are taken for tuples, integers for floats.
+        values: option to value; lists are taken for tuples, integers for floats.
         origin: where the values come from, for the error message.
 
     Raises:
-        RecipeError: an unknown knob, or a value of the wrong type.
+        RecipeError: an unknown option, or a value of the wrong type.
     """
     types = hints()
     unknown = sorted(set(values) - set(types))

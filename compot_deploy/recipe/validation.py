@@ -1,19 +1,19 @@
-"""Values of knobs outside their range, and knobs that contradict each other: one sentence that says what to do."""
+"""Values of options outside their range, and options that contradict each other: one sentence that says what to do."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 
 from compot_deploy.errors import RecipeError
-from compot_deploy.recipe.knob_types import choices_of, hints
-from compot_deploy.recipe.knobs import ONE_FORM, Recipe, flag_of
+from compot_deploy.recipe.option_types import choices_of, hints
+from compot_deploy.recipe.options import ONE_SCHEME, Recipe, flag_of
 
 
 def validate(recipe: Recipe) -> None:
     """Refuse values outside their range.
 
     Raises:
-        RecipeError: names the knob, its value and its range.
+        RecipeError: names the option, its value and its range.
     """
     _check_choices(recipe)
     _check_budget(recipe)
@@ -29,13 +29,13 @@ def validate(recipe: Recipe) -> None:
 
 
 def _check_choices(recipe: Recipe) -> None:
-    """Values that a knob does not have."""
+    """Values that an option does not have."""
     types = hints()
-    for knob in fields(recipe):
-        choices = choices_of(types[knob.name])
-        value = getattr(recipe, knob.name)
+    for option in fields(recipe):
+        choices = choices_of(types[option.name])
+        value = getattr(recipe, option.name)
         if choices and value not in choices:
-            raise RecipeError(f"{flag_of(knob)} {value}: choose one of {', '.join(map(str, choices))}.")
+            raise RecipeError(f"{flag_of(option)} {value}: choose one of {', '.join(map(str, choices))}.")
 
 
 def _check_budget(recipe: Recipe) -> None:
@@ -77,19 +77,21 @@ def _check_methods(recipe: Recipe) -> None:
 
 
 def _check_plan(recipe: Recipe) -> None:
-    """A plan and a form settled by hand."""
+    """A plan and a scheme settled by hand."""
     if not recipe.planned:
         return
     asked = next(
         (f"--{name}" for name in ("bits", "size") if getattr(recipe, name) is not None),
         "--allocation knapsack",
     )
-    for knob in fields(recipe):
-        tried = knob.name == "code_pattern" or (knob.name == "atoms_per_nonzero" and recipe.quant == "none")
-        if knob.name in ONE_FORM and not tried and recipe.changed(knob):
+    for option in fields(recipe):
+        tried = option.name == "code_pattern" or (
+            option.name == "atoms_per_nonzero" and recipe.quant == "none"
+        )
+        if option.name in ONE_SCHEME and not tried and recipe.changed(option):
             raise RecipeError(
-                f"{flag_of(knob)} settles the one form of all matrices, and with {asked} a plan chooses a form for "
-                "each: leave one of them out."
+                f"{flag_of(option)} settles the one scheme of all matrices, and with {asked} a plan chooses one "
+                "for each: leave one of them out."
             )
 
 

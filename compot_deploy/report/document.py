@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from compot_deploy.accuracy.losses import Loss
 from compot_deploy.accuracy.outcome import AccuracyReport
-from compot_deploy.core.diagnostics import Finding, errors
+from compot_deploy.core.diagnostics import Diagnostic, errors
 from compot_deploy.report.facts import Frontier, LayerFigures, Origin
 
 SCHEMA_VERSION: Final = 1
@@ -24,7 +24,7 @@ SCHEMA_MINOR: Final = 2
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of an artifact beside what the same model would take without factorisation.
+    """Bytes of an artifact beside what the same model would take without factorization.
 
     Attributes:
         artifact: the whole folder or file, tokenizer and all.
@@ -55,13 +55,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Alternative:
-    """The same model compressed in another way, judged beside this one.
+    """The same model compressed in another way, evaluated beside this one.
 
     Attributes:
         name: how: ``plain``, ``gptq int4/g32``.
         bytes: of its weights, tables included.
         bits: per weight of its linears.
-        factorized: how many linears are factorised.
+        factorized: how many linears are factorized.
         linears: how many there are.
         loss: original → alternative, in torch.
     """
@@ -86,17 +86,17 @@ class Report:
         created: UTC, ISO 8601.
         sizes: in bytes.
         accuracy: losses, texts and the gate.
-        findings: of the structural lint.
-        facts: what the run did other than asked: fallbacks, layers that stayed dense, fewer samples.
-        recipe: every knob of the run; plain JSON values.
+        diagnostics: of the structural lint.
+        notes: what the run did other than asked: fallbacks, layers that stayed dense, fewer samples.
+        recipe: every option of the run; plain JSON values.
         versions: of the libraries that took part.
         schema_version: layout of this report.
         schema_minor: fields that were added to it since.
         layers: one entry per matrix, in block order.
         frontier: what a plan could have chosen; None where nothing was planned.
         origin: calibration and provenance.
-        alternatives: the same model compressed otherwise, judged beside this one: other methods at the same bytes, or
-            the same factors through GPTQ, where another quantizer was chosen.
+        alternatives: the same model compressed otherwise, evaluated beside this one: other methods at the same bytes,
+            or the same factors through GPTQ, where another quantizer was chosen.
     """
 
     model: str
@@ -106,8 +106,8 @@ class Report:
     created: str
     sizes: Sizes
     accuracy: AccuracyReport
-    findings: tuple[Finding, ...] = ()
-    facts: tuple[str, ...] = ()
+    diagnostics: tuple[Diagnostic, ...] = ()
+    notes: tuple[str, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
@@ -120,13 +120,13 @@ class Report:
     @property
     def passed(self) -> bool:
         """Whether the gate passed and the lint found no error."""
-        return self.accuracy.gate.passed and not errors(self.findings)
+        return self.accuracy.gate.passed and not errors(self.diagnostics)
 
 
 def verdict(report: Report) -> str:
     """The outcome in one sentence, failures named."""
     failed = [criterion.sentence for criterion in report.accuracy.gate.criteria if not criterion.passed]
-    failed += [f"{finding.where}: {finding.sentence}" for finding in errors(report.findings)]
+    failed += [f"{diagnostic.where}: {diagnostic.sentence}" for diagnostic in errors(report.diagnostics)]
     if not failed:
         known = "" if report.accuracy.total is not None else ", export only"
         return f"PASSED{known}: all {len(report.accuracy.gate.criteria)} criteria of the gate hold."

@@ -18,7 +18,7 @@ class LayerFigures:
         block: number of the transformer block; None for embeddings and heads.
         role: the path inside the block, ``self_attn.q_proj``; the whole path outside of blocks.
         kind: ``dense``, ``quantized`` or ``factorized``.
-        choice: the form in words.
+        choice: the scheme in words.
         inputs: m.
         outputs: n.
         bytes: in the file; a shared dictionary counts with the first matrix that uses it.
@@ -27,7 +27,7 @@ class LayerFigures:
             figure of all of them together.
         error: relative whitened error ``‖X(W − Ŵ)‖ / ‖X W‖`` on calibration text; None where not measured.
         unquantized_error: the same of the factors before quantization; None where they never existed.
-        effect: what a unit of squared error of this matrix alone costs the model, in nats per token; None
+        sensitivity: what a unit of squared error of this matrix alone costs the model, in nats per token; None
             where no plan measured it.
         reason: why the matrix stays plain; empty if it does not, or if nobody asked for more.
     """
@@ -44,7 +44,7 @@ class LayerFigures:
     bits: float
     error: float | None = None
     unquantized_error: float | None = None
-    effect: float | None = None
+    sensitivity: float | None = None
     reason: str = ""
 
 
@@ -72,7 +72,7 @@ class Frontier:
         budget: bytes that the linears could take.
         weights: of all linears.
         chosen: the plan that was carried out.
-        all_forms: best plans over all forms, by size.
+        all_schemes: best plans over all schemes, by size.
         plain: best plans over plain grids alone; empty where a matrix has no plain candidate.
     """
 
@@ -80,7 +80,7 @@ class Frontier:
     budget: int
     weights: int
     chosen: FrontierPoint
-    all_forms: tuple[FrontierPoint, ...]
+    all_schemes: tuple[FrontierPoint, ...]
     plain: tuple[FrontierPoint, ...]
 
 

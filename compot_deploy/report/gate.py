@@ -38,7 +38,7 @@ else:  # pragma: no cover - Python 3.10 only
     import tomli as tomllib
 
 LOSS_LIMITS: Final = ("max_perplexity_ratio", "max_kl", "min_top1", "min_cosine", "max_export_nmse")
-"""Keys that replace a knob of the recipe."""
+"""Keys that replace an option of the recipe."""
 
 BYTE_LIMITS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
     {
@@ -62,7 +62,7 @@ class GateFile:
     """What a gate file asks for.
 
     Attributes:
-        losses: limits on losses, by knob of the recipe.
+        losses: limits on losses, by option of the recipe.
         sizes: limits on bytes, by key.
         growth: fraction by which a figure may grow over the baseline: ``kl``, ``bytes`` and the other names of
             `GROWING`.
@@ -152,7 +152,7 @@ def read_baseline(path: Path) -> Report:
 
 
 @dataclass(frozen=True)
-class Demands:
+class GateRequirements:
     """What a check holds a folder against besides its recipe.
 
     Attributes:
@@ -280,7 +280,7 @@ def _cosine_distance(report: Report) -> float:
 
 
 def _above_noise(value: float, noise: float | None) -> float:
-    """A loss below the noise floor is arithmetic: it may come and go."""
+    """A loss below the numerical noise is arithmetic: it may come and go."""
     return value if noise is None or not math.isfinite(noise) else max(value, noise)
 
 

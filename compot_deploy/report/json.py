@@ -1,6 +1,7 @@
 """The report as JSON and back, for machines.
 
-The fields are those of the dataclasses; on the way back every one of them is checked.
+The fields are those of the dataclasses, spelled as `compot_deploy.core.json_files.key_of` says; on the way back every
+one of them is checked.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from compot_deploy.accuracy.metrics import METRICS_VERSION
+from compot_deploy.core.json_files import key_of
 from compot_deploy.errors import InputError
 from compot_deploy.report.document import SCHEMA_VERSION, Report
 
@@ -58,7 +60,11 @@ def from_json(text: str, origin: str = "report.json") -> Report:
 
 def _encode(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {entry.name: _encode(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+        kind = type(value)
+        return {
+            key_of(kind, entry.name): _encode(getattr(value, entry.name))
+            for entry in dataclasses.fields(value)
+        }
     if isinstance(value, Mapping):
         return {str(key): _encode(entry) for key, entry in value.items()}
     if isinstance(value, tuple | list):
@@ -80,9 +86,10 @@ def _decode(kind: type[T], value: Any, where: str) -> T:
     hints = get_type_hints(kind)
     found: dict[str, Any] = {}
     for entry in dataclasses.fields(kind):  # type: ignore[arg-type]
-        place = f"{where}: {entry.name}" if ": " not in where else f"{where}.{entry.name}"
-        if entry.name in value:
-            found[entry.name] = _decode_value(hints[entry.name], value[entry.name], place)
+        key = key_of(kind, entry.name)
+        place = f"{where}: {key}" if ": " not in where else f"{where}.{key}"
+        if key in value:
+            found[entry.name] = _decode_value(hints[entry.name], value[key], place)
         elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
             raise InputError(f"{place} is missing.")
     return kind(**found)

@@ -10,19 +10,19 @@ from compot_deploy.report.figures import printable
 
 
 def to_junit(report: Report) -> str:
-    """JUnit XML: one test case per criterion of the gate and per finding of the lint.
+    """JUnit XML: one test case per criterion of the gate and per diagnostic of the lint.
 
-    A failed criterion and a finding of severity ``error`` are failures; warnings and notes pass, and say in
+    A failed criterion and a diagnostic of severity ``error`` are failures; warnings and notes pass, and say in
     their output what they found.
     """
     suites = ElementTree.Element("testsuites", name="compot-deploy")
     failures = sum(not criterion.passed for criterion in report.accuracy.gate.criteria)
-    failures += len(errors(report.findings))
+    failures += len(errors(report.diagnostics))
     suite = ElementTree.SubElement(
         suites,
         "testsuite",
         name=printable(f"compot-deploy: {report.artifact}"),
-        tests=str(len(report.accuracy.gate.criteria) + len(report.findings)),
+        tests=str(len(report.accuracy.gate.criteria) + len(report.diagnostics)),
         failures=str(failures),
         errors="0",
         skipped="0",
@@ -45,15 +45,15 @@ def to_junit(report: Report) -> str:
         detail.text = printable(criterion.sentence)
         if not criterion.passed:
             detail.attrib.update(type="gate", message=printable(criterion.sentence))
-    for finding in report.findings:
+    for diagnostic in report.diagnostics:
         case = ElementTree.SubElement(
-            suite, "testcase", classname="compot_deploy.lint", name=printable(finding.where), time="0"
+            suite, "testcase", classname="compot_deploy.lint", name=printable(diagnostic.where), time="0"
         )
-        failed = finding.severity == "error"
+        failed = diagnostic.severity == "error"
         detail = ElementTree.SubElement(case, "failure" if failed else "system-out")
-        detail.text = printable(f"{finding.severity}: {finding.sentence}")
+        detail.text = printable(f"{diagnostic.severity}: {diagnostic.sentence}")
         if failed:
-            detail.attrib.update(type="lint", message=printable(finding.sentence))
+            detail.attrib.update(type="lint", message=printable(diagnostic.sentence))
     ElementTree.indent(suites)
     return (
         '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suites, encoding="unicode") + "\n"

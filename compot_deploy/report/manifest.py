@@ -17,17 +17,17 @@ _BLOCK: Final = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 def layers_of(manifest: Manifest) -> tuple[LayerFigures, ...]:
-    """One entry per matrix: form, bytes, bits, and the errors that the run recorded.
+    """One entry per matrix: scheme, bytes, bits, and the errors that the run recorded.
 
     Raises:
-        InputError: the manifest's facts are not what a run records.
+        InputError: the manifest's metadata is not what a run records.
     """
-    facts = manifest.facts
+    metadata = manifest.metadata
     errors = {
-        _text(entry, "name"): entry for entry in _list(facts.get("linears") or [], "facts.linears", dict)
+        _text(entry, "name"): entry for entry in _list(metadata.get("linears") or [], "facts.linears", dict)
     }
-    effects = facts.get("effects") or {}
-    if not isinstance(effects, Mapping):
+    sensitivities = metadata.get("effects") or {}
+    if not isinstance(sensitivities, Mapping):
         raise _wrong("facts.effects", "an object")
     shared = _bits_of_groups(manifest.matrices)
     layers = []
@@ -47,13 +47,13 @@ def layers_of(manifest: Manifest) -> tuple[LayerFigures, ...]:
                 plain_int4_bytes=record.plain_int4_bytes,
                 bits=shared[record.name],
                 error=_number(error.get("error"), f"the error of {record.name}"),
-                # A matrix that stays plain was never factorised, so there is nothing before quantization.
+                # A matrix that stays plain was never factorized, so there is nothing before quantization.
                 unquantized_error=_number(
                     error.get("unquantized_error"), f"the unquantized error of {record.name}"
                 )
                 if record.kind == "factorized"
                 else None,
-                effect=_number(effects.get(record.name), f"the effect of {record.name}"),
+                sensitivity=_number(sensitivities.get(record.name), f"the sensitivity of {record.name}"),
                 reason=record.why_dense or "",
             )
         )
@@ -67,7 +67,7 @@ def place(name: str) -> tuple[int | None, str]:
 
 
 def describe_choice(record: MatrixRecord) -> str:
-    """The form of a matrix in words: ``int4/g32``, ``k 96, s 48: int4·int4``."""
+    """The scheme of a matrix in words: ``int4/g32``, ``k 96, s 48: int4·int4``."""
     if record.plain is not None:
         return _leaf(record.plain)
     parts = []
@@ -109,9 +109,9 @@ def frontier_of(manifest: Manifest) -> Frontier | None:
     """What the plan could have chosen; None where nothing was planned.
 
     Raises:
-        InputError: the manifest's facts are not what a run records.
+        InputError: the manifest's metadata is not what a run records.
     """
-    value = manifest.facts.get("frontier")
+    value = manifest.metadata.get("frontier")
     if value is None:
         return None
     try:
@@ -120,7 +120,7 @@ def frontier_of(manifest: Manifest) -> Frontier | None:
             budget=int(value["budget"]),
             weights=int(value["weights"]),
             chosen=FrontierPoint(**value["chosen"]),
-            all_forms=tuple(FrontierPoint(**point) for point in value["all_forms"]),
+            all_schemes=tuple(FrontierPoint(**point) for point in value["all_forms"]),
             plain=tuple(FrontierPoint(**point) for point in value["plain"]),
         )
     except (TypeError, KeyError, ValueError):
@@ -129,13 +129,13 @@ def frontier_of(manifest: Manifest) -> Frontier | None:
 
 def origin_of(manifest: Manifest) -> Origin:
     """Calibration and provenance."""
-    facts = manifest.facts
+    metadata = manifest.metadata
     return Origin(
-        source=_optional(facts.get("source"), str),
-        calibration=_optional(facts.get("calibration"), str),
+        source=_optional(metadata.get("source"), str),
+        calibration=_optional(metadata.get("calibration"), str),
         calibration_digest=manifest.calibration,
-        calibration_windows=_optional(facts.get("calibration_windows"), int),
-        calibration_tokens=_optional(facts.get("calibration_tokens"), int),
+        calibration_windows=_optional(metadata.get("calibration_windows"), int),
+        calibration_tokens=_optional(metadata.get("calibration_tokens"), int),
         seed=manifest.seed,
     )
 

@@ -62,9 +62,9 @@ def model_card(report: Report, manifest: Manifest) -> str:
 
 ## Where it is from
 
-* Calibration: {manifest.facts.get("calibration")}, tokens sha256 `{manifest.calibration}`, seed {manifest.seed}.
-* Original weights and configuration: sha256 `{manifest.facts.get("source")}`.
-* Every knob: `compot/recipe.toml`. Every file with its sha256, every matrix with its bits: `compot/manifest.json`.
+* Calibration: {manifest.metadata.get("calibration")}, tokens sha256 `{manifest.calibration}`, seed {manifest.seed}.
+* Original weights and configuration: sha256 `{manifest.metadata.get("source")}`.
+* Every option: `compot/recipe.toml`. Every file with its sha256, every matrix with its bits: `compot/manifest.json`.
 * All figures: `compot/report.json`. Check it again with `compot-deploy check this-folder`.
 """
     return "\n".join(header) + "\n" + body

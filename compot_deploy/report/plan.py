@@ -12,11 +12,11 @@ from compot_deploy.core.grid import Grid
 from compot_deploy.core.storage import InMemory
 from compot_deploy.errors import MissingDependencyError
 from compot_deploy.planning.carry_out import name_of
-from compot_deploy.planning.curves import Curve
 from compot_deploy.planning.draft import Draft
 from compot_deploy.planning.knapsack import Plan, frontier, smallest_bytes
 from compot_deploy.planning.measure import counted, notes_on
-from compot_deploy.planning.schemes import Plain, describe, form_to_data
+from compot_deploy.planning.rate_points import RatePoints
+from compot_deploy.planning.schemes import Plain, describe, scheme_to_data
 from compot_deploy.report.facts import Frontier, FrontierPoint
 from compot_deploy.report.inspection import Overview
 
@@ -31,7 +31,7 @@ class Planned:
 
     Attributes:
         model: what it is for, as the user called it.
-        draft: curves, effects and plans.
+        draft: rate–distortion points, sensitivities and plans.
     """
 
     model: str
@@ -55,7 +55,7 @@ class Planned:
         total = 0
         for entry in self.plan.chosen:
             sizes = [self.draft.sizes[name] for name in entry.names]
-            total += entry.candidate.form.bytes(sizes[0][0], sum(columns for _, columns in sizes), loaded)
+            total += entry.candidate.scheme.bytes(sizes[0][0], sum(columns for _, columns in sizes), loaded)
         return total
 
     @property
@@ -74,13 +74,13 @@ def overview(planned: Planned) -> Overview:
         total_plain += plain
         errors = " ".join(f"{error**0.5:.3f}" for error in entry.candidate.errors)
         loss = sum(
-            draft.effects[name] * error
+            draft.sensitivities[name] * error
             for name, error in zip(entry.names, entry.candidate.errors, strict=True)
         )
         rows.append(
             (
                 _label(entry.names),
-                describe(entry.candidate.form),
+                describe(entry.candidate.scheme),
                 errors,
                 f"{loss:.2g}",
                 f"{entry.candidate.bytes:,}",
@@ -105,7 +105,7 @@ def overview(planned: Planned) -> Overview:
             f"{name[0].upper()}{name[1:]} within the same budget takes {other.bytes:,} bytes and has a predicted "
             f"loss of {other.loss:.3g}; it is measured on the model beside the plan before one is exported."
         )
-    lines += [f"{note[0].upper()}{note[1:]}." for note in (*notes_on(draft.curves), *plan.notes)]
+    lines += [f"{note[0].upper()}{note[1:]}." for note in (*notes_on(draft.rate_points), *plan.notes)]
     return Overview(
         title=f"Plan for {planned.model}",
         columns=("linears", "choice", "error", "loss", "bytes", "plain int4"),
@@ -125,20 +125,20 @@ def as_json(planned: Planned) -> str:
         "predicted_artifact_bytes": planned.artifact_bytes,
         "tensor_memory_bytes": planned.tensor_memory_bytes,
         "predicted_loss": plan.loss,
-        "notes": [*notes_on(draft.curves), *plan.notes],
-        "forms": dict(zip(("measured", "listed"), counted(draft.curves), strict=True)),
+        "notes": [*notes_on(draft.rate_points), *plan.notes],
+        "forms": dict(zip(("measured", "listed"), counted(draft.rate_points), strict=True)),
         "chosen": [
             {
                 "linears": list(entry.names),
-                "form": form_to_data(entry.candidate.form),
+                "form": scheme_to_data(entry.candidate.scheme),
                 "bytes": entry.candidate.bytes,
                 "squared_errors": list(entry.candidate.errors),
             }
             for entry in plan.chosen
         ],
-        "effects": dict(draft.effects),
+        "effects": dict(draft.sensitivities),
         "frontier": [
-            {"bytes": one.bytes, "predicted_loss": one.loss} for one in _frontier(planned, draft.curves)
+            {"bytes": one.bytes, "predicted_loss": one.loss} for one in _frontier(planned, draft.rate_points)
         ],
     }
     return json.dumps(value)
@@ -157,11 +157,11 @@ def plot(planned: Planned, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    plain = [curve.only(lambda form: isinstance(form, Plain)) for curve in planned.draft.curves]
+    plain = [one.only(lambda scheme: isinstance(scheme, Plain)) for one in planned.draft.rate_points]
     figure, axes = pyplot.subplots(figsize=(7, 4.5), dpi=150)
-    for label, curves in (("all forms", planned.draft.curves), ("plain grids alone", plain)):
-        if all(all(curve.alone) for curve in curves):
-            points = [one for one in _frontier(planned, curves) if one.loss > 0.0]
+    for label, rate_points in (("all schemes", planned.draft.rate_points), ("plain grids alone", plain)):
+        if all(all(one.per_matrix) for one in rate_points):
+            points = [one for one in _frontier(planned, rate_points) if one.loss > 0.0]
             bits = [one.bytes * 8 / planned.weights for one in points]
             axes.plot(bits, [one.loss for one in points], ".-", label=label)
     chosen = planned.plan.bytes * 8 / planned.weights
@@ -185,7 +185,7 @@ def frontier_of(draft: Draft, taken: Plan, counts: str) -> Frontier:
     """The figures of the plot, for a report: predicted loss against bytes, and the plan that was taken.
 
     Args:
-        draft: curves and effects.
+        draft: rate–distortion points and sensitivities.
         taken: the plan that was carried out.
         counts: ``file`` or ``memory``, what the bytes are.
     """
@@ -194,27 +194,27 @@ def frontier_of(draft: Draft, taken: Plan, counts: str) -> Frontier:
     def point(plan: Plan) -> FrontierPoint:
         return FrontierPoint(plan.bytes, plan.bytes * 8 / planned.weights, plan.loss)
 
-    def points(curves: Sequence[Curve]) -> tuple[FrontierPoint, ...]:
-        if not all(all(curve.alone) for curve in curves):
+    def points(rate_points: Sequence[RatePoints]) -> tuple[FrontierPoint, ...]:
+        if not all(all(one.per_matrix) for one in rate_points):
             return ()
-        return tuple(point(plan) for plan in _frontier(planned, curves, REPORT_POINTS))
+        return tuple(point(plan) for plan in _frontier(planned, rate_points, REPORT_POINTS))
 
     return Frontier(
         counts=counts,
         budget=draft.plans[0].budget,
         weights=planned.weights,
         chosen=point(taken),
-        all_forms=points(draft.curves),
-        plain=points([curve.only(lambda form: isinstance(form, Plain)) for curve in draft.curves]),
+        all_schemes=points(draft.rate_points),
+        plain=points([one.only(lambda scheme: isinstance(scheme, Plain)) for one in draft.rate_points]),
     )
 
 
-def _frontier(planned: Planned, curves: Sequence[Curve], count: int = _POINTS) -> tuple[Plan, ...]:
+def _frontier(planned: Planned, rate_points: Sequence[RatePoints], count: int = _POINTS) -> tuple[Plan, ...]:
     """Plans from the smallest size to twice the chosen one."""
-    low = smallest_bytes(curves)
+    low = smallest_bytes(rate_points)
     high = max(2 * planned.plan.bytes, low + 1)
     budgets = [low + (high - low) * step // (count - 1) for step in range(count)]
-    return frontier(curves, planned.draft.effects, budgets)
+    return frontier(rate_points, planned.draft.sensitivities, budgets)
 
 
 def _label(names: Sequence[str]) -> str:

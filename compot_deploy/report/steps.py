@@ -33,7 +33,7 @@ def all_losses(report: Report) -> tuple[Step, ...]:
     """Every loss that a report has: the split of the method loss, and alternatives, only where they exist."""
     accuracy = report.accuracy
     split = (
-        Step("factorization", "factorisation", "original → factors, not quantized", accuracy.factorization),
+        Step("factorization", "factorization", "original → factors, not quantized", accuracy.factorization),
         Step("quantization", "quantization", "factors → quantized factors", accuracy.quantization),
     )
     meaning = "original → compressed otherwise, in torch"
@@ -45,10 +45,15 @@ def all_losses(report: Report) -> tuple[Step, ...]:
         *(split if accuracy.factorization is not None else ()),
         Step("method", "method", "original → compressed, in torch", accuracy.method),
         *beside,
-        Step("export_exact", "export, exact", "compressed → file, computed exactly", accuracy.export_exact),
-        Step("export_shipped", "export, shipped", "compressed → file as it ships", accuracy.export_shipped),
-        Step("total", "total", "original → file as it ships", accuracy.total),
-        Step("noise", "noise floor", "torch against itself, token by token", accuracy.noise),
+        Step(
+            "export_exact",
+            "export, float32",
+            "compressed → file, computed in float32: the reference",
+            accuracy.export_reference,
+        ),
+        Step("export_shipped", "export, deployed", "compressed → file as deployed", accuracy.export_deployed),
+        Step("total", "total", "original → file as deployed", accuracy.total),
+        Step("noise", "numerical noise", "torch against itself, token by token", accuracy.noise),
     )
 
 

@@ -10,7 +10,7 @@ from compot_deploy.accuracy.metrics import Estimate
 from compot_deploy.errors import InputError
 from compot_deploy.report.document import Report
 from compot_deploy.report.figures import ABSENT, estimate, percent, readable_bytes
-from compot_deploy.report.gate import Demands
+from compot_deploy.report.gate import GateRequirements
 from compot_deploy.report.markdown import table_markdown, to_markdown
 from compot_deploy.report.tables import Table
 
@@ -24,12 +24,12 @@ _MOST_BYTES: Final = 900_000
 """GitHub shows at most 1 MiB of a step."""
 
 
-def to_summary(report: Report, demands: Demands) -> str:
+def to_summary(report: Report, requirements: GateRequirements) -> str:
     """Markdown: what a reviewer wants to know, most important first."""
     state = "✅ passed" if report.passed else "❌ failed"
     blocks = [f"## compot-deploy: {_inline(report.artifact)} {state}"]
-    if demands.baseline is not None:
-        blocks.append(table_markdown(baseline_table(report, demands.baseline)))
+    if requirements.baseline is not None:
+        blocks.append(table_markdown(baseline_table(report, requirements.baseline)))
     head = "\n\n".join(blocks) + "\n\n"
     text = head + to_markdown(report)
     if len(text.encode()) > _MOST_BYTES:
@@ -48,7 +48,7 @@ def baseline_table(report: Report, baseline: Report) -> Table:
         if before is not None and now is not None and before > 0:
             change = f"{(now / before - 1) * 100:+.2f} %"
         rows.append((name, show(baseline), show(report), change))
-    notes = (f"The baseline is {baseline.artifact}, judged {baseline.created}.",)
+    notes = (f"The baseline is {baseline.artifact}, evaluated {baseline.created}.",)
     return Table("Against the baseline", ("", "baseline", "this", "change"), tuple(rows), notes)
 
 

@@ -50,7 +50,7 @@ def tables(report: Report) -> tuple[Table, ...]:
         size_table(report),
         loss_table(report),
         choice_table(report),
-        finding_table(report),
+        diagnostic_table(report),
         text_table(report),
     )
     return tuple(table for table in candidates if table.rows)
@@ -92,28 +92,28 @@ def size_table(report: Report) -> Table:
         for name, count in group
         if count is not None and weights is not None
     )
-    return Table("Size", ("", "size", "bytes", "artifact's weights / this"), rows, report.facts)
+    return Table("Size", ("", "size", "bytes", "artifact's weights / this"), rows, report.notes)
 
 
 def loss_table(report: Report) -> Table:
-    """The three losses side by side, the export twice, and the noise floor."""
+    """The three losses side by side, the export twice, and the numerical noise."""
     accuracy = report.accuracy
     columns = all_losses(report)
     figures = [None if step.loss is None else _figures(step.loss) for step in columns]
-    names = tuple(_figures(accuracy.export_exact))
+    names = tuple(_figures(accuracy.export_reference))
     lines = [(name, *(ABSENT if column is None else column[name] for column in figures)) for name in names]
     rows = tuple(line for line in lines if set(line[1:]) != {ABSENT})  # what the task has no figure for
-    facts = accuracy.evaluation
+    evaluation = accuracy.evaluation
     notes = [
-        f"{facts.positions:,} positions in {facts.windows} windows of {facts.source}; "
+        f"{evaluation.positions:,} positions in {evaluation.windows} windows of {evaluation.source}; "
         f"metrics version {accuracy.metrics_version}.",
-        f"The noise floor is {accuracy.noise.reference} against {accuracy.noise.candidate}.",
-        *(f"{note}." for note in facts.notes),
+        f"The numerical noise is {accuracy.noise.reference} against {accuracy.noise.candidate}.",
+        *(f"{note}." for note in evaluation.notes),
     ]
     if accuracy.reference_absent is not None:
         notes.append(f"No method and total loss: {accuracy.reference_absent}.")
     elif accuracy.factorization is not None:
-        notes.append("The method loss is split: factorisation alone, then what quantization adds to it.")
+        notes.append("The method loss is split: factorization alone, then what quantization adds to it.")
     notes += [alternative_note(report, other) for other in report.alternatives]
     return Table("Accuracy", ("", *(step.name for step in columns)), rows, tuple(notes))
 
@@ -122,7 +122,7 @@ def alternative_note(report: Report, other: Alternative) -> str:
     """What an alternative is, beside the report's own model."""
     return (
         f"{other.name} is the same model at {other.bits:.3f} bits per weight, {other.factorized} of {other.linears} "
-        f"linears factorised, in {other.bytes:,} bytes of weights; this one has {report.sizes.weights:,}."
+        f"linears factorized, in {other.bytes:,} bytes of weights; this one has {report.sizes.weights:,}."
     )
 
 
@@ -146,25 +146,25 @@ def choice_table(report: Report) -> Table:
                 ratio(size, sum(layer.plain_int4_bytes for layer in layers)),
             )
         )
-    columns = ("form", "matrices", "size", "bits per weight", "mean error", "of plain int4")
+    columns = ("scheme", "matrices", "size", "bits per weight", "mean error", "of plain int4")
     notes = ("Error is relative, of a matrix's output on calibration text; scales count as bits.",)
     return Table("Matrices", columns, tuple(rows), notes if rows else ())
 
 
 def kind_of(layer: LayerFigures) -> str:
-    """The form of a matrix without its sizes: what matrices are grouped by."""
+    """The scheme of a matrix without its sizes: what matrices are grouped by."""
     if layer.kind == "factorized":
         return "dictionary and codes"
     return layer.choice
 
 
-def finding_table(report: Report) -> Table:
+def diagnostic_table(report: Report) -> Table:
     """What the structural lint found."""
     rows = tuple(
-        (finding.severity, printable(finding.where), printable(finding.sentence))
-        for finding in report.findings
+        (diagnostic.severity, printable(diagnostic.where), printable(diagnostic.sentence))
+        for diagnostic in report.diagnostics
     )
-    return Table("Structure", ("severity", "where", "finding"), rows)
+    return Table("Structure", ("severity", "where", "diagnostic"), rows)
 
 
 def text_table(report: Report) -> Table:
@@ -186,10 +186,10 @@ def speakers(text: Continuation, file: str) -> dict[str, list[str]]:
     voices: dict[str, list[str]] = {}
     for who, said in (
         ("original", text.reference),
-        ("factorised", text.factorized),
+        ("factorized", text.factorized),
         ("compressed", text.compressed),
-        (f"{file}, exact", text.exact),
-        (f"{file}, as shipped", text.exported),
+        (f"{file}, float32", text.exact),
+        (f"{file}, deployed", text.exported),
     ):
         if said is not None:
             voices.setdefault(said, []).append(who)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from compot_deploy.core.grid import DENSE, Codebook, Grid, Pattern
 from compot_deploy.core.matrix import Dense, Factorized, Matrix, leaves
-from compot_deploy.core.packed import LeafForm
+from compot_deploy.core.packed import LeafScheme
 from compot_deploy.errors import ArtifactError, RecipeError
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.outline import Outline
@@ -46,33 +46,33 @@ class Entry:
 
     Attributes:
         name: module path.
-        forms: of its leaves: one, or dictionary, codes, dictionary, codes …
+        schemes: of its leaves: one, or dictionary, codes, dictionary, codes …
         owner: module path of the matrix that stores the dictionaries (or, for a plain matrix, everything).
-        dictionary: `Pair.dictionary_name`, for factorized matrices.
+        dictionary: `FactorPair.dictionary_name`, for factorized matrices.
     """
 
     name: str
-    forms: tuple[LeafForm, ...]
+    schemes: tuple[LeafScheme, ...]
     owner: str | None = None
     dictionary: str | None = None
 
     @property
     def factorized(self) -> bool:
         """Whether there are dictionaries."""
-        return len(self.forms) > 1
+        return len(self.schemes) > 1
 
     @property
     def shape(self) -> tuple[int, int]:
         """(in, out)."""
-        return self.forms[0].inputs, self.forms[-1].outputs
+        return self.schemes[0].inputs, self.schemes[-1].outputs
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
         """Name, shape and type of every tensor that this matrix itself stores."""
-        for number, form in enumerate(self.forms):
+        for number, scheme in enumerate(self.schemes):
             if self.owner is not None and (not self.factorized or number % 2 == 0):
                 continue
-            for tensor, (shape, dtype) in form.tensors.items():
-                yield f"{self.name}.{leaf_name(number, len(self.forms))}.{tensor}", shape, dtype
+            for tensor, (shape, dtype) in scheme.tensors.items():
+                yield f"{self.name}.{leaf_name(number, len(self.schemes))}.{tensor}", shape, dtype
 
 
 def leaf_name(number: int, count: int) -> str:
@@ -92,15 +92,15 @@ def entry_of(name: str, matrix: Matrix, owners: dict[str, str]) -> Entry:
     """
     if not isinstance(matrix, Factorized):
         (leaf,) = leaves(matrix)
-        return Entry(name, (LeafForm.of(leaf),))
+        return Entry(name, (LeafScheme.of(leaf),))
     (dictionary,) = {pair.dictionary_name for pair in matrix.pairs}
-    forms = tuple(
-        LeafForm.of(leaf, pattern)
+    schemes = tuple(
+        LeafScheme.of(leaf, pattern)
         for pair in matrix.pairs
         for leaf, pattern in ((pair.dictionary, DENSE), (pair.codes, pair.pattern))
     )
     owner = owners.setdefault(dictionary, name)
-    return Entry(name, forms, None if owner == name else owner, dictionary)
+    return Entry(name, schemes, None if owner == name else owner, dictionary)
 
 
 def shares_packed_table(model: CompressedModel) -> bool:
@@ -115,7 +115,7 @@ def tied_head(model: CompressedModel, entries: Sequence[Entry]) -> Entry:
     """The entry of a head that uses the packed table of the embedding."""
     assert model.head is not None
     (table,) = (entry for entry in entries if entry.name == model.embedding)
-    return Entry(model.head, table.forms, owner=table.name)
+    return Entry(model.head, table.schemes, owner=table.name)
 
 
 def loose_tensors(model: CompressedModel, outline: Outline) -> Iterator[tuple[str, Tensor]]:
@@ -173,15 +173,15 @@ def _entry_to_json(entry: Entry) -> dict[str, Any]:
         found["owner"] = entry.owner
     if entry.dictionary is not None:
         found["dictionary"] = entry.dictionary
-    found["leaves"] = [_form_to_json(form) for form in entry.forms]
+    found["leaves"] = [_scheme_to_json(scheme) for scheme in entry.schemes]
     return found
 
 
-def _form_to_json(form: LeafForm) -> dict[str, Any]:
-    values = str(form.grid) if form.grid else str(form.float_type).removeprefix("torch.")
-    found: dict[str, Any] = {"shape": [form.inputs, form.outputs], "values": values}
-    if not form.pattern.is_dense:
-        found["pattern"] = str(form.pattern)
+def _scheme_to_json(scheme: LeafScheme) -> dict[str, Any]:
+    values = str(scheme.grid) if scheme.grid else str(scheme.float_type).removeprefix("torch.")
+    found: dict[str, Any] = {"shape": [scheme.inputs, scheme.outputs], "values": values}
+    if not scheme.pattern.is_dense:
+        found["pattern"] = str(scheme.pattern)
     return found
 
 
@@ -191,25 +191,25 @@ def _entry_from_json(raw: object, where: str) -> Entry:
         raise ArtifactError(f"{where} lists a matrix with the name {name!r}. Export the model again.")
     if not isinstance(count, list) or not (len(count) == 1 or (count and len(count) % 2 == 0)):
         raise ArtifactError(f"{where}: {name} has no list of leaves. Export the model again.")
-    forms = tuple(_form_from_json(leaf, f"{where}: {name}") for leaf in count)
-    for dictionary, codes in zip(forms[::2], forms[1::2], strict=False):
+    schemes = tuple(_scheme_from_json(leaf, f"{where}: {name}") for leaf in count)
+    for dictionary, codes in zip(schemes[::2], schemes[1::2], strict=False):
         if dictionary.outputs != codes.inputs:
             raise ArtifactError(
                 f"{where}: {name} has a dictionary of {dictionary.outputs} atoms and codes of {codes.inputs}. "
                 "Export the model again."
             )
-        if (dictionary.inputs, codes.outputs) != (forms[0].inputs, forms[1].outputs):
+        if (dictionary.inputs, codes.outputs) != (schemes[0].inputs, schemes[1].outputs):
             raise ArtifactError(f"{where}: the pairs of {name} disagree about its shape. Export it again.")
     owner, dictionary_name = _get(raw, "owner"), _get(raw, "dictionary")
     for value in (owner, dictionary_name):
         if value is not None and not isinstance(value, str):
             raise ArtifactError(f"{where}: {name} refers to {value!r}, not to a name. Export it again.")
-    if len(forms) > 1 and dictionary_name is None:
+    if len(schemes) > 1 and dictionary_name is None:
         dictionary_name = owner or name
-    return Entry(name, forms, owner, dictionary_name if len(forms) > 1 else None)
+    return Entry(name, schemes, owner, dictionary_name if len(schemes) > 1 else None)
 
 
-def _form_from_json(raw: object, where: str) -> LeafForm:
+def _scheme_from_json(raw: object, where: str) -> LeafScheme:
     shape, values, pattern = _get(raw, "shape"), _get(raw, "values"), _get(raw, "pattern")
     if (
         not isinstance(shape, list)
@@ -220,7 +220,7 @@ def _form_from_json(raw: object, where: str) -> LeafForm:
         raise ArtifactError(f"{where} has the size {shape!r}, not two positive numbers. Export it again.")
     grid, float_type = _values_from_json(values, where)
     found = DENSE if pattern is None else _pattern_from_json(pattern, where)
-    return LeafForm(shape[0], shape[1], grid, found, float_type)
+    return LeafScheme(shape[0], shape[1], grid, found, float_type)
 
 
 def _values_from_json(values: object, where: str) -> tuple[Grid | None, torch.dtype]:
@@ -265,7 +265,7 @@ def _check_owner(entry: Entry, before: Mapping[str, Entry], where: str) -> None:
             f"{where}: {entry.name} shares what {entry.owner} stores, which is not listed before it as an owner. "
             "Export the model again."
         )
-    shared = owner.forms[::2] == entry.forms[::2] if entry.factorized else owner.forms == entry.forms
+    shared = owner.schemes[::2] == entry.schemes[::2] if entry.factorized else owner.schemes == entry.schemes
     if not shared or owner.factorized != entry.factorized:
         raise ArtifactError(
             f"{where}: {entry.name} shares what {entry.owner} stores, but their sizes differ. Export it again."

@@ -129,7 +129,7 @@ def _relative(model: Any, entries: Sequence[Entry]) -> list[Entry]:
                     "model again."
                 )
     return [
-        Entry(renamed[e.name], e.forms, renamed[e.owner] if e.owner else None, e.dictionary)
+        Entry(renamed[e.name], e.schemes, renamed[e.owner] if e.owner else None, e.dictionary)
         for e in entries
         if e.name in renamed
     ]
@@ -159,10 +159,10 @@ def _replace(
     if isinstance(old, nn.Embedding):
         if entry.factorized or entry.owner is not None:
             raise ArtifactError(f"config.json lists {entry.name} with factors, and it is an embedding.")
-        new = CompotEmbedding(entry.forms[0], old.padding_idx, old.weight.dtype, row_scale(old))
+        new = CompotEmbedding(entry.schemes[0], old.padding_idx, old.weight.dtype, row_scale(old))
     else:
         owner = made[entry.owner] if entry.owner else None
-        new = CompotLinear(entry.forms, bias=old.bias is not None, owner=owner)
+        new = CompotLinear(entry.schemes, bias=old.bias is not None, owner=owner)
         if old.bias is not None:
             new.bias = old.bias
     model.set_submodule(entry.name, new)

@@ -1,4 +1,4 @@
-"""Compressed matrices as torch modules: what a transformers model is built of after factorisation.
+"""Compressed matrices as torch modules: what a transformers model is built of after factorization.
 
 A `CompotLinear` is an ``nn.Linear`` to everybody who looks (peft wraps it, hooks find it), but its weight is
 one leaf or pairs of leaves, packed (see `compot_deploy.core.packed`) and dequantized when they are used. Each leaf
@@ -18,8 +18,8 @@ from torch.nn import functional
 from typing_extensions import assert_never
 
 from compot_deploy.core.grid import DENSE, Pattern
-from compot_deploy.core.matrix import Dense, Factorized, Leaf, Matrix, Pair, Quantized
-from compot_deploy.core.packed import LeafForm, dequantize_rows, pack, unpack
+from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Leaf, Matrix, Quantized
+from compot_deploy.core.packed import LeafScheme, dequantize_rows, pack, unpack
 from compot_deploy.errors import ArtifactError, InputError
 
 
@@ -30,13 +30,13 @@ class LeafModule(nn.Module):
     `fill`.
 
     Attributes:
-        form: shape, grid and pattern.
+        scheme: shape, grid and pattern.
     """
 
-    def __init__(self, form: LeafForm) -> None:
+    def __init__(self, scheme: LeafScheme) -> None:
         super().__init__()
-        self.form = form
-        for name, (shape, dtype) in form.tensors.items():
+        self.scheme = scheme
+        for name, (shape, dtype) in scheme.tensors.items():
             tensor = torch.zeros(shape, dtype=dtype)
             if name == "weight":
                 self.weight = nn.Parameter(tensor)
@@ -50,22 +50,22 @@ class LeafModule(nn.Module):
         self._kept = self.rows()
 
     def fill(self, leaf: Leaf) -> None:
-        """Take the numbers of a leaf of this form."""
-        form = self.form
-        if LeafForm.of(leaf, form.pattern) != form:
-            raise ValueError(f"A leaf of {leaf.shape} does not fit the form {form}.")
+        """Take the numbers of a leaf of this scheme."""
+        scheme = self.scheme
+        if LeafScheme.of(leaf, scheme.pattern) != scheme:
+            raise ValueError(f"A leaf of {leaf.shape} does not fit the scheme {scheme}.")
         self._kept = None
         with torch.no_grad():
-            for name, tensor in pack(leaf, form.pattern).items():
+            for name, tensor in pack(leaf, scheme.pattern).items():
                 getattr(self, name).copy_(tensor)
 
     def leaf(self) -> Leaf:
         """The leaf, bit for bit."""
-        return unpack(self._tensors(), self.form)
+        return unpack(self._tensors(), self.scheme)
 
     def rows(self) -> Float[Tensor, "outputs inputs"]:
         """The values, transposed as ``nn.Linear`` keeps them; float32 for integers."""
-        return dequantize_rows(self._tensors(), self.form) if self._kept is None else self._kept
+        return dequantize_rows(self._tensors(), self.scheme) if self._kept is None else self._kept
 
     def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         """``x @ weight``, in the type of x."""
@@ -73,20 +73,20 @@ class LeafModule(nn.Module):
 
     def extra_repr(self) -> str:
         """For printing."""
-        form = self.form
-        pattern = "" if form.pattern.is_dense else f", {form.pattern}"
-        return f"{form.inputs}, {form.outputs}, {form.grid or 'float'}{pattern}"
+        scheme = self.scheme
+        pattern = "" if scheme.pattern.is_dense else f", {scheme.pattern}"
+        return f"{scheme.inputs}, {scheme.outputs}, {scheme.grid or 'float'}{pattern}"
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in self.form.tensors}
+        return {name: getattr(self, name) for name in self.scheme.tensors}
 
     def _apply(self, fn: Any, recurse: bool = True) -> LeafModule:
         super()._apply(fn, recurse)
         self._kept = None
-        form = self.form
-        if form.grid is None:  # model.half()
-            dtype = getattr(self, "values" if form.sparse else "weight").dtype
-            self.form = LeafForm(form.inputs, form.outputs, None, form.pattern, dtype)
+        scheme = self.scheme
+        if scheme.grid is None:  # model.half()
+            dtype = getattr(self, "values" if scheme.sparse else "weight").dtype
+            self.scheme = LeafScheme(scheme.inputs, scheme.outputs, None, scheme.pattern, dtype)
         return self
 
 
@@ -115,30 +115,34 @@ class CompotLinear(nn.Linear):
     plain one.
 
     Args:
-        forms: of the leaves: one for a plain matrix, otherwise dictionary, codes, dictionary, codes …
+        schemes: of the leaves: one for a plain matrix, otherwise dictionary, codes, dictionary, codes …
         bias: whether there is one.
         owner: the linear (or embedding) whose leaves are shared: the dictionaries of a factorized matrix, all
             of a plain one.
     """
 
     def __init__(
-        self, forms: Sequence[LeafForm], *, bias: bool, owner: CompotLinear | CompotEmbedding | None = None
+        self,
+        schemes: Sequence[LeafScheme],
+        *,
+        bias: bool,
+        owner: CompotLinear | CompotEmbedding | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        self.factorized = len(forms) > 1
-        self.in_features, self.out_features = forms[0].inputs, forms[-1].outputs
+        self.factorized = len(schemes) > 1
+        self.in_features, self.out_features = schemes[0].inputs, schemes[-1].outputs
         self.register_parameter("bias", nn.Parameter(torch.zeros(self.out_features)) if bias else None)
         # Lists hide modules from torch: a leaf is registered where it is owned, and nowhere else.
         self._chain: list[list[LeafModule]] = []
         if not self.factorized:
-            leaf = LeafModule(forms[0]) if owner is None else owner.leaves[0]
+            leaf = LeafModule(schemes[0]) if owner is None else owner.leaves[0]
             if owner is None:
                 self.add_module("matrix", leaf)
             self._chain = [[leaf]]
-        for number in range(len(forms) // 2):
-            codes = LeafModule(forms[2 * number + 1])
+        for number in range(len(schemes) // 2):
+            codes = LeafModule(schemes[2 * number + 1])
             if owner is None:
-                dictionary = LeafModule(forms[2 * number])
+                dictionary = LeafModule(schemes[2 * number])
                 self.add_module(f"dictionary{number}", dictionary)
             else:
                 assert isinstance(owner, CompotLinear)
@@ -162,7 +166,7 @@ class CompotLinear(nn.Linear):
             bias: shape (out,).
             owner: see the class.
         """
-        made = cls(forms_of(matrix), bias=bias is not None, owner=owner)
+        made = cls(schemes_of(matrix), bias=bias is not None, owner=owner)
         made.fill(matrix)
         if bias is not None:
             made.bias = nn.Parameter(bias.detach().clone())
@@ -197,13 +201,13 @@ class CompotLinear(nn.Linear):
         """The matrix, bit for bit.
 
         Args:
-            dictionary_name: for `Pair.dictionary_name`.
+            dictionary_name: for `FactorPair.dictionary_name`.
         """
         if not self.factorized:
             return self._chain[0][0].leaf()
         return Factorized(
             tuple(
-                Pair(dictionary.leaf(), codes.leaf(), dictionary_name, codes.form.pattern)
+                FactorPair(dictionary.leaf(), codes.leaf(), dictionary_name, codes.scheme.pattern)
                 for dictionary, codes in self._chain
             )
         )
@@ -230,7 +234,7 @@ class CompotEmbedding(nn.Embedding):
     """A token table (hidden, vocabulary), packed; only the rows that are asked for are dequantized.
 
     Args:
-        form: of the table; it cannot be sparse.
+        scheme: of the table; it cannot be sparse.
         padding_idx: as in ``nn.Embedding``; kept for whoever asks.
         dtype: of what comes out.
         scale: rows are multiplied with it, as in Gemma; None leaves them.
@@ -238,16 +242,16 @@ class CompotEmbedding(nn.Embedding):
 
     def __init__(
         self,
-        form: LeafForm,
+        scheme: LeafScheme,
         padding_idx: int | None = None,
         dtype: torch.dtype = torch.float32,
         scale: float | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim = form.outputs, form.inputs
+        self.num_embeddings, self.embedding_dim = scheme.outputs, scheme.inputs
         self.padding_idx = padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
-        self.matrix = LeafModule(form)
+        self.matrix = LeafModule(scheme)
         self.scale = scale
         # Holds no number, only follows the model's type and device.
         self._like: Tensor
@@ -266,11 +270,11 @@ class CompotEmbedding(nn.Embedding):
 
     def forward(self, input: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch hidden"]:
         """Rows of the table."""
-        form = self.matrix.form
+        scheme = self.matrix.scheme
         flat = input.reshape(-1)
-        rows = {name: getattr(self.matrix, name)[flat] for name in form.tensors}
-        values = dequantize_rows(rows, form)
-        found = values.to(self._like.dtype).view(*input.shape, form.inputs)
+        rows = {name: getattr(self.matrix, name)[flat] for name in scheme.tensors}
+        values = dequantize_rows(rows, scheme)
+        found = values.to(self._like.dtype).view(*input.shape, scheme.inputs)
         # Rounded to the type of the model first, as transformers does.
         return found if self.scale is None else found * torch.tensor(self.scale, dtype=found.dtype)
 
@@ -279,20 +283,22 @@ class CompotEmbedding(nn.Embedding):
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
 
-def forms_of(matrix: Matrix) -> tuple[LeafForm, ...]:
-    """Forms of the leaves of a matrix, patterns included."""
+def schemes_of(matrix: Matrix) -> tuple[LeafScheme, ...]:
+    """Schemes of the leaves of a matrix, patterns included."""
     match matrix:
         case Dense() | Quantized():
-            return (LeafForm.of(matrix),)
+            return (LeafScheme.of(matrix),)
         case Factorized():
             return tuple(
-                LeafForm.of(leaf, pattern) for pair in matrix.pairs for leaf, pattern in _with_patterns(pair)
+                LeafScheme.of(leaf, pattern)
+                for pair in matrix.pairs
+                for leaf, pattern in _with_patterns(pair)
             )
         case _:
             assert_never(matrix)
 
 
-def _with_patterns(pair: Pair) -> tuple[tuple[Leaf, Pattern], ...]:
+def _with_patterns(pair: FactorPair) -> tuple[tuple[Leaf, Pattern], ...]:
     return ((pair.dictionary, DENSE), (pair.codes, pair.pattern))
 
 

@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp: dense for every build of it, factorised and sparse for `compot_deploy.llama`.
+"""GGUF files for llama.cpp: dense for every build of it, factorized and sparse for `compot_deploy.llama`.
 
 Three layouts, from widest to smallest:
 
@@ -9,5 +9,5 @@ Three layouts, from widest to smallest:
 The last two carry ``general.architecture = "compot"``, because other readers of the base architecture would
 fill the missing matrices with random numbers; under an unknown name they all refuse. Rows of a GGUF tensor
 are outputs, so integers (in, out) are transposed on the way; for ``llama`` the outputs of q and k are also
-reordered to neighbouring rotary pairs, which for a factorised matrix concerns the codes alone.
+reordered to neighbouring rotary pairs, which for a factorized matrix concerns the codes alone.
 """

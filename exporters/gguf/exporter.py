@@ -7,7 +7,7 @@
 
 The exporter stores factors exactly in the layouts ``factorized`` and ``sparse``. The layout ``dense`` multiplies
 them out and stores the product in a type of llama.cpp's, which rounds: what such a file holds is what is read
-back from it, and what it is judged by.
+back from it, and what it is evaluated by.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast, get_args
 
-from compot_deploy.core.diagnostics import Finding
+from compot_deploy.core.diagnostics import Diagnostic
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.json_files import read_object
 from compot_deploy.core.matrix import Matrix
@@ -49,19 +49,19 @@ class GgufExporter:
 
     name: str = "gguf"
 
-    def options(self, knobs: Mapping[str, Any]) -> GgufOptions:
-        """Options from a recipe's knobs (``gguf_layout``, ``gguf_type``); others are ignored.
+    def options(self, recipe_options: Mapping[str, Any]) -> GgufOptions:
+        """Options from a recipe's options (``gguf_layout``, ``gguf_type``); others are ignored.
 
-        What is known of a run besides its knobs may be among them: ``importance``, a mapping of linears to the
+        What is known of a run besides its options may be among them: ``importance``, a mapping of linears to the
         diagonals of their Grams, and ``provenance``, texts by name.
 
         Raises:
             RecipeError: a layout or type that does not exist, or a type for a layout that carries integers over.
         """
-        layout = knobs.get("gguf_layout") or "dense"
+        layout = recipe_options.get("gguf_layout") or "dense"
         if layout not in get_args(Layout):
             raise RecipeError(f"--gguf-layout {layout}: choose one of {', '.join(get_args(Layout))}.")
-        kind = str(knobs.get("gguf_type") or "auto")
+        kind = str(recipe_options.get("gguf_type") or "auto")
         if kind != "auto" and layout != "dense":
             raise RecipeError(
                 f"--gguf-type {kind} is for the layout dense; {layout} carries the integers over as they are: "
@@ -70,8 +70,8 @@ class GgufExporter:
         return GgufOptions(
             layout=cast(Layout, layout),
             type=kind,
-            importance=knobs.get("importance"),
-            provenance=knobs.get("provenance") or {},
+            importance=recipe_options.get("importance"),
+            provenance=recipe_options.get("provenance") or {},
         )
 
     def supports(self, source: ModelSource) -> str | None:
@@ -110,9 +110,9 @@ class GgufExporter:
         """Write every file but the manifest into an existing folder; returns what differs from what was asked."""
         written = write(model, folder / FILE, options)
         copy_present(model.source, folder, _COPIED)
-        return written.facts
+        return written.notes
 
-    def rehearse(self, model: CompressedModel, folder: Path, options: GgufOptions) -> int:
+    def dry_run(self, model: CompressedModel, folder: Path, options: GgufOptions) -> int:
         """Write as `write` does, for matrices of stand-ins; returns the bytes that the file lacks."""
         copy_present(model.source, folder, _COPIED)
         return write_header(model, folder / FILE, options)
@@ -138,10 +138,10 @@ class GgufExporter:
             source=str(folder),
         )
 
-    def lint(self, folder: Path) -> tuple[Finding, ...]:
-        """What is wrong about the structure of the file; a damaged one is a single finding."""
+    def lint(self, folder: Path) -> tuple[Diagnostic, ...]:
+        """What is wrong about the structure of the file; a damaged one is a single diagnostic."""
         try:
             read_header(folder / FILE)
         except ArtifactError as error:
-            return (Finding("error", FILE, str(error)),)
+            return (Diagnostic("error", FILE, str(error)),)
         return ()

@@ -1,4 +1,4 @@
-"""What a factorised GGUF file says about its matrices, checked against its tensors, and its leaves read back."""
+"""What a factorized GGUF file says about its matrices, checked against its tensors, and its leaves read back."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Layout: TypeAlias = Literal["dense", "factorized", "sparse"]
 LAYOUTS: Final[tuple[Layout, ...]] = ("dense", "factorized", "sparse")
 LAYOUT_VERSION: Final = 1
 ARCHITECTURE: Final = "compot"
-"""``general.architecture`` of factorised files; stock tools know no such name and refuse."""
+"""``general.architecture`` of factorized files; stock tools know no such name and refuse."""
 
 
 def read_layout(file: GgufFile) -> Layout:
     """The layout of a checked header.
 
     Raises:
-        ArtifactError: a factorised file of an unknown layout or version.
+        ArtifactError: a factorized file of an unknown layout or version.
     """
     if file.text("general.architecture") != ARCHITECTURE:
         return "dense"
@@ -59,8 +59,8 @@ class LeafEntry:
 
 
 @dataclass(frozen=True)
-class PairEntry:
-    """Tensor names of one pair, and what `weights.Pair` needs besides."""
+class FactorPairEntry:
+    """Tensor names of one factor pair, and what `compot_deploy.core.matrix.FactorPair` needs besides."""
 
     dictionary: str
     codes: str
@@ -70,7 +70,7 @@ class PairEntry:
 
 @dataclass(frozen=True)
 class FactorizedIndex:
-    """What a factorised file says about its matrices.
+    """What a factorized file says about its matrices.
 
     Attributes:
         leaves: by tensor name.
@@ -78,11 +78,11 @@ class FactorizedIndex:
     """
 
     leaves: Mapping[str, LeafEntry]
-    matrices: Mapping[str, tuple[PairEntry, ...]]
+    matrices: Mapping[str, tuple[FactorPairEntry, ...]]
 
 
 def read_index(file: GgufFile) -> FactorizedIndex:
-    """The description of the matrices of a factorised file, checked against its tensors.
+    """The description of the matrices of a factorized file, checked against its tensors.
 
     Raises:
         ArtifactError: it is not there, is malformed, or contradicts a tensor.
@@ -95,7 +95,7 @@ def read_index(file: GgufFile) -> FactorizedIndex:
         if name not in file.tensors:
             raise ArtifactError(f"{where}: {name} is described, but there is no such tensor.")
         leaves[name] = _leaf_entry(file, name, entry)
-    matrices: dict[str, tuple[PairEntry, ...]] = {}
+    matrices: dict[str, tuple[FactorPairEntry, ...]] = {}
     for stem, entries in matrices_json.items():
         if not isinstance(entries, list) or not entries:
             raise ArtifactError(f"{where}: the pairs of {stem} are not a list.")
@@ -223,7 +223,7 @@ def _pattern(where: str, text: Any) -> Pattern:
     return known[text]
 
 
-def _pair_entry(where: str, stem: str, entry: Any) -> PairEntry:
+def _pair_entry(where: str, stem: str, entry: Any) -> FactorPairEntry:
     texts: list[str] = []
     for key in ("dictionary", "codes", "name"):
         value = entry.get(key) if isinstance(entry, dict) else None
@@ -233,4 +233,4 @@ def _pair_entry(where: str, stem: str, entry: Any) -> PairEntry:
     kept, of = _whole(where, entry, "kept"), _whole(where, entry, "of")
     if kept > of:
         raise ArtifactError(f"{where}: {stem} keeps {kept} of {of} atoms.")
-    return PairEntry(texts[0], texts[1], texts[2], Pattern(kept, of))
+    return FactorPairEntry(texts[0], texts[1], texts[2], Pattern(kept, of))

@@ -35,7 +35,7 @@ class UnsupportedLlamaError(CompotDeployError):
 
     def __init__(self, found: str, reason: str) -> None:
         super().__init__(
-            f"{PACKAGE} {found} cannot run factorised files: {reason}. "
+            f"{PACKAGE} {found} cannot run factorized files: {reason}. "
             f"Versions that work: {', '.join(TESTED)}. Install one with: pip install {PACKAGE}=={TESTED[-1]}"
         )
 
@@ -291,7 +291,7 @@ def check_layout() -> Operations:
         added, scaled = library.ggml_add(context, a, a), library.ggml_mul(context, a, a)
         first, node = a.contents, product.contents
         words = bytes(custom.contents.op_params)
-        facts = {
+        checks = {
             "type": first.type == TYPE_F32 and node.type == TYPE_F32,
             "ne": list(first.ne) == [96, 7, 1, 1] and list(node.ne) == [7, 5, 1, 1],
             "nb": list(first.nb) == [4, 384, 2688, 2688],
@@ -308,7 +308,7 @@ def check_layout() -> Operations:
                 and int.from_bytes(words[16:24], "little") == marker + 1
             ),
         }
-        wrong = [name for name, fits in facts.items() if not fits]
+        wrong = [name for name, fits in checks.items() if not fits]
         if wrong:
             raise refuse(f"ggml_tensor has another layout ({', '.join(wrong)})")
         return Operations(

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from compot_deploy.core.grid import DENSE, Grid
-from compot_deploy.core.matrix import Dense, Factorized, Leaf, Matrix, Pair, Quantized
+from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Leaf, Matrix, Quantized
 from compot_deploy.errors import ArtifactError
 from compot_deploy.exporters.gguf import quantize as gguf_quantize
 from compot_deploy.exporters.gguf.index import (
     FactorizedIndex,
+    FactorPairEntry,
     Layout,
     LeafEntry,
-    PairEntry,
     read_index,
     read_integers,
     read_layout,
@@ -132,11 +132,11 @@ class _Reader:
             )
         return module
 
-    def _factorized(self, module: str, pairs: tuple[PairEntry, ...]) -> Factorized:
+    def _factorized(self, module: str, pairs: tuple[FactorPairEntry, ...]) -> Factorized:
         order = self.names.order(module)
         return Factorized(
             tuple(
-                Pair(
+                FactorPair(
                     self._leaf(self.index.leaves[pair.dictionary], None),
                     self._leaf(self.index.leaves[pair.codes], order),
                     pair.name,

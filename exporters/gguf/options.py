@@ -21,7 +21,7 @@ class GgufOptions:
         type: ggml type of the linears in a dense file. ``auto`` carries integers over exactly (Q4_0 up to 4
             bits, Q8_0 above) and takes Q8_0 for factors that are multiplied out. Other layouts ignore it.
         table_type: ggml type of a floating-point embedding or head. None: `type` when that is a floating
-            type or Q8_0, F16 with ``auto``, otherwise Q8_0. In factorised files None keeps what it is.
+            type or Q8_0, F16 with ``auto``, otherwise Q8_0. In factorized files None keeps what it is.
         importance: linear to the diagonal of its Gram, shape (in,); weights the rounding of a dense file.
         name: ``general.name``; None takes the folder name of the source.
         provenance: written as ``compot.<key>``: recipe, calibration hash, versions.

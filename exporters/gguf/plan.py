@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from compot_deploy.core.grid import DENSE, Pattern
-from compot_deploy.core.matrix import Dense, Factorized, Leaf, Matrix, Pair, Quantized
+from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Leaf, Matrix, Quantized
 from compot_deploy.errors import RecipeError, UnsupportedModelError
 from compot_deploy.exporters.gguf import blocks as gguf_blocks
 from compot_deploy.exporters.gguf import metadata as gguf_metadata
@@ -35,7 +35,7 @@ class TensorPlan:
         self.model, self.options = model, options
         self._products = Products(model, options)
         self.entries: list[Entry] = []
-        self.facts: list[str] = []
+        self.notes: list[str] = []
         self.matrix_bytes: dict[str, int] = {}
         self._leaves: dict[str, dict[str, Any]] = {}
         self._pairs: dict[str, list[dict[str, Any]]] = {}
@@ -54,10 +54,10 @@ class TensorPlan:
             if name.endswith("rotary_emb.inv_freq"):
                 continue
             self._tensor(name, names.tensor(name), names.order(name.rpartition(".")[0]))
-        self.facts += self._products.remarks()
+        self.notes += self._products.remarks()
 
     def keys(self) -> dict[str, gguf_metadata.Value]:
-        """The description of factorised matrices; nothing for a dense file."""
+        """The description of factorized matrices; nothing for a dense file."""
         if self.options.layout == "dense":
             return {}
         return {
@@ -75,7 +75,7 @@ class TensorPlan:
         elif isinstance(matrix, Factorized):
             if table:
                 raise UnsupportedModelError(
-                    f"{name}: a factorised embedding or head cannot be stored in this layout."
+                    f"{name}: a factorized embedding or head cannot be stored in this layout."
                 )
             self._factorized(name, stem, matrix, order)
         else:
@@ -123,7 +123,7 @@ class TensorPlan:
         order: np.ndarray | None,
         table: bool = False,
     ) -> None:
-        """A leaf of a factorised or sparse file, exactly as it is."""
+        """A leaf of a factorized or sparse file, exactly as it is."""
         inputs, outputs = leaf.shape
         entry: dict[str, Any] = {"inputs": inputs, "outputs": outputs}
         if isinstance(leaf, Dense):
@@ -156,7 +156,7 @@ class TensorPlan:
         (inputs, outputs), grid = leaf.shape, leaf.grid
         form = gguf_planes.PlaneFormat.of(inputs, grid, pattern)
         if not pattern.is_dense and form.pattern.is_dense:
-            self.facts.append(f"{tensor}: codes of pattern {pattern} are stored dense, zeros included.")
+            self.notes.append(f"{tensor}: codes of pattern {pattern} are stored dense, zeros included.")
         self._leaves[tensor]["pattern"] = str(form.pattern)
         described = f"{'columns' if form.narrow else 'planes'} {grid} {form.pattern}"
         self.entries.append(
@@ -178,7 +178,7 @@ class TensorPlan:
         kind = gguf_blocks.block_type(grid)
         padded = gguf_blocks.padded(inputs)
         if padded != inputs:
-            self.facts.append(f"{tensor}: rows of {inputs} are padded to {padded} with zeros.")
+            self.notes.append(f"{tensor}: rows of {inputs} are padded to {padded} with zeros.")
         nbytes = outputs * padded // gguf_blocks.BLOCK * gguf_blocks.BLOCK_BYTES[kind]
         self.entries.append(
             Entry(
@@ -196,7 +196,7 @@ class TensorPlan:
     ) -> None:
         inputs, outputs = shape
         kind = gguf_quantize.fitting_type(wanted, inputs)
-        self.facts.append(f"{tensor}: floating point converted to {kind}.")
+        self.notes.append(f"{tensor}: floating point converted to {kind}.")
         self._leaves[tensor] = {"inputs": inputs, "outputs": outputs}
         self.entries.append(
             Entry(
@@ -231,7 +231,7 @@ class TensorPlan:
         self.entries.append(Entry(tensor, kind, shape, size * math.prod(shape), kind, rows))
 
 
-def _pair_of(model: CompressedModel, name: str, position: int) -> Pair:
+def _pair_of(model: CompressedModel, name: str, position: int) -> FactorPair:
     matrix = model.matrices[name]
     assert isinstance(matrix, Factorized)
     return matrix.pairs[position]

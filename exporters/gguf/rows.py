@@ -77,7 +77,7 @@ def block_rows(leaf: Leaf, kind: str, padded: int, order: np.ndarray | None) -> 
 
 
 def leaf_getter(model: CompressedModel, name: str) -> Callable[[], Leaf]:
-    """Reads a matrix that is not factorised when its turn comes."""
+    """Reads a matrix that is not factorized when its turn comes."""
 
     def get() -> Leaf:
         matrix = model.matrices[name]

@@ -15,7 +15,7 @@ from compot_deploy.exporters.gguf.index import Layout
 
 @dataclass(frozen=True)
 class GgufStorage:
-    """True bytes of a leaf in a factorised layout, and which grids it stores exactly. Implements `weights.Storage`.
+    """True bytes of a leaf in a factorized layout, and which grids it stores exactly. Implements `weights.Storage`.
 
     Attributes:
         layout: ``factorized`` or ``sparse``.

@@ -45,11 +45,11 @@ class TokenizerKeys:
 
     Attributes:
         keys: full key names and values.
-        facts: differences between the two tokenizers that no key expresses.
+        notes: differences between the two tokenizers that no key expresses.
     """
 
     keys: Mapping[str, Value]
-    facts: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def tokenizer_keys(source: str | Path, config: Mapping[str, Any]) -> TokenizerKeys:
@@ -82,8 +82,8 @@ def tokenizer_keys(source: str | Path, config: Mapping[str, Any]) -> TokenizerKe
             f"A {model.get('type')} tokenizer cannot be written for this architecture; a BPE one can."
         )
     keys: dict[str, Value] = {}
-    facts: list[str] = []
-    tokens, types = _vocabulary(state, int(config["vocab_size"]), facts)
+    notes: list[str] = []
+    tokens, types = _vocabulary(state, int(config["vocab_size"]), notes)
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
     if not merges:
         raise UnsupportedModelError("A tokenizer without merges cannot be written: GGUF has no empty arrays.")
@@ -98,12 +98,12 @@ def tokenizer_keys(source: str | Path, config: Mapping[str, Any]) -> TokenizerKe
         keys["tokenizer.ggml.pre"] = pre
         keys["tokenizer.ggml.merges"] = merges
         if bool(model.get("ignore_merges")) != (pre in _IGNORES_MERGES):
-            facts.append(
+            notes.append(
                 f"ignore_merges is {bool(model.get('ignore_merges'))} in the tokenizer, "
                 f"llama.cpp's {pre} has it {pre in _IGNORES_MERGES}: a rare word may split differently."
             )
         if state.get("normalizer"):
-            facts.append(
+            notes.append(
                 f"llama.cpp skips the normalizer {state['normalizer'].get('type')}: "
                 f"text in another Unicode form gets other tokens."
             )
@@ -115,7 +115,7 @@ def tokenizer_keys(source: str | Path, config: Mapping[str, Any]) -> TokenizerKe
         template = template.get("default")
     if isinstance(template, str) and template:
         keys["tokenizer.chat_template"] = template
-    return TokenizerKeys(keys, tuple(facts))
+    return TokenizerKeys(keys, tuple(notes))
 
 
 def detect_pre_tokenizer(state: Mapping[str, Any]) -> str:
@@ -151,7 +151,7 @@ def detect_pre_tokenizer(state: Mapping[str, Any]) -> str:
     )
 
 
-def _vocabulary(state: Mapping[str, Any], size: int, facts: list[str]) -> tuple[list[str], list[int]]:
+def _vocabulary(state: Mapping[str, Any], size: int, notes: list[str]) -> tuple[list[str], list[int]]:
     """Text and type of every id; ids without a token are filled, as the embedding has a row for them."""
     model = state["model"]
     added = {int(entry["id"]): entry for entry in state.get("added_tokens", [])}
@@ -164,12 +164,12 @@ def _vocabulary(state: Mapping[str, Any], size: int, facts: list[str]) -> tuple[
         )
     if beyond:
         # transformers adds special tokens of its own to some tokenizers; the model cannot read them either.
-        facts.append(
+        notes.append(
             f"{len(beyond)} added tokens without an embedding row are left out: {known[beyond[0]]!r}."
         )
         known = {index: text for index, text in known.items() if index < size}
     if len(known) < size:
-        facts.append(f"{size - len(known)} of {size} embedding rows have no token and are named [PADn].")
+        notes.append(f"{size - len(known)} of {size} embedding rows have no token and are named [PADn].")
     tokens: list[str] = []
     types: list[int] = []
     for index in range(size):

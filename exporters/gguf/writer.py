@@ -31,21 +31,21 @@ class GgufResult:
         nbytes: its size.
         matrix_bytes: bytes of each matrix, a shared dictionary counted with its first user.
         kinds: how each GGUF tensor was stored, ``Q4_0`` or ``planes int4/g64 2:4`` for example.
-        facts: everything that differs from what was asked: wider types, padding, tokenizer notes.
+        notes: everything that differs from what was asked: wider types, padding, tokenizer notes.
     """
 
     path: Path
     nbytes: int
     matrix_bytes: Mapping[str, int]
     kinds: Mapping[str, str]
-    facts: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def write(model: CompressedModel, path: str | Path, options: GgufOptions | None = None) -> GgufResult:
     """Write a model as one GGUF file, which appears whole or not at all.
 
     Args:
-        model: any mix of dense, quantized and factorised matrices.
+        model: any mix of dense, quantized and factorized matrices.
         path: the file; its folder must exist.
         options: layout and types; None writes the dense layout.
 
@@ -58,9 +58,9 @@ def write(model: CompressedModel, path: str | Path, options: GgufOptions | None 
 
     options = options or GgufOptions()
     path = Path(path)
-    keys, facts = _metadata(model, options)
+    keys, notes = _metadata(model, options)
     plan = TensorPlan(model, options)
-    facts += plan.facts
+    notes += plan.notes
     temporary = path.with_name(f".{path.name}.partial")
     architecture = model.native.ggml_name if options.layout == "dense" else ARCHITECTURE
     writer = GGUFWriter(temporary, architecture)
@@ -83,7 +83,7 @@ def write(model: CompressedModel, path: str | Path, options: GgufOptions | None 
         nbytes=path.stat().st_size,
         matrix_bytes=plan.matrix_bytes,
         kinds={entry.name: entry.described for entry in plan.entries},
-        facts=tuple(facts),
+        notes=tuple(notes),
     )
 
 
@@ -122,10 +122,10 @@ def _metadata(
 ) -> tuple[dict[str, gguf_metadata.Value], list[str]]:
     architecture, config = model.native, model.config
     tokenizer = tokenizer_keys(model.source, config)
-    facts = list(tokenizer.facts)
+    notes = list(tokenizer.notes)
     longest, window = int(config["max_position_embeddings"]), gguf_metadata.sliding_window(config)
     if window is not None and window < longest:
-        facts.append(
+        notes.append(
             f"llama.cpp has no sliding window for {architecture.model_type}: the context of {longest} "
             f"positions is cut to the window of {window}, within which both agree."
         )
@@ -141,7 +141,7 @@ def _metadata(
         keys[f"compot.{key}"] = text
     keys |= gguf_metadata.hyperparameters(architecture, config)
     keys |= tokenizer.keys
-    return keys, facts
+    return keys, notes
 
 
 def _add_key(writer: Any, key: str, value: gguf_metadata.Value) -> None:

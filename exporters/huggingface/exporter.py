@@ -24,7 +24,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from compot_deploy.core.diagnostics import Finding
+from compot_deploy.core.diagnostics import Diagnostic
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.json_files import write_object
 from compot_deploy.core.matrix import Dense, Factorized, Matrix, Quantized
@@ -90,10 +90,10 @@ class HuggingFaceExporter:
 
     name: str = "huggingface"
 
-    def options(self, knobs: Mapping[str, Any]) -> HuggingFaceOptions:
+    def options(self, recipe_options: Mapping[str, Any]) -> HuggingFaceOptions:
         """Bitsandbytes' layout for what it can hold whole: plain linears, tables as they are."""
-        plain = knobs.get("quantizer") == "bnb" and knobs.get("method") == "plain"
-        floating = knobs.get("embeddings") == knobs.get("head") == "none"
+        plain = recipe_options.get("quantizer") == "bnb" and recipe_options.get("method") == "plain"
+        floating = recipe_options.get("embeddings") == recipe_options.get("head") == "none"
         return HuggingFaceOptions(layout="bnb" if plain and floating else "compot")
 
     def supports(self, source: ModelSource) -> str | None:
@@ -143,7 +143,7 @@ class HuggingFaceExporter:
         """Write every file but the manifest into an existing folder."""
         self._write(model, folder, options, Shards(folder, options.shard_bytes))
 
-    def rehearse(self, model: CompressedModel, folder: Path, options: HuggingFaceOptions) -> int:
+    def dry_run(self, model: CompressedModel, folder: Path, options: HuggingFaceOptions) -> int:
         """Write as `write` does, for matrices of stand-ins; returns the bytes that the tensor files lack."""
         shards = Shards(folder, options.shard_bytes, counted=True)
         self._write(model, folder, options, shards)
@@ -214,7 +214,7 @@ class HuggingFaceExporter:
         matrices = FolderMatrices(entries, files, outline, where)
         return outline.compressed(base, matrices, FolderTensors(files), str(folder))
 
-    def lint(self, folder: Path) -> tuple[Finding, ...]:
+    def lint(self, folder: Path) -> tuple[Diagnostic, ...]:
         """What is wrong about the structure of a folder; the first error hides what comes after it."""
         try:
             if is_bnb(folder):
@@ -224,11 +224,11 @@ class HuggingFaceExporter:
             config = read_config(folder)
             check_tensors(folder, from_json(config.get("compot"), "config.json"), "config.json")
         except ArtifactError as error:
-            return (Finding("error", "config.json", str(error)),)
+            return (Diagnostic("error", "config.json", str(error)),)
         code = folder / CODE
         if not code.is_file() or code.read_text(encoding="utf-8") not in KNOWN_CODE:
             return (
-                Finding(
+                Diagnostic(
                     "error",
                     CODE,
                     "This file is code that trust_remote_code would run, and it is not the one that compot-deploy "
@@ -254,8 +254,8 @@ def _stored(entry: Entry, matrix: Matrix) -> Iterator[tuple[str, Tensor]]:
             yield name, torch.empty(shape, dtype=dtype, device="meta")
         return
     own = {name for name, _, _ in entry.tensors()}
-    for number, (leaf, form) in enumerate(zip(chain, entry.forms, strict=True)):
+    for number, (leaf, scheme) in enumerate(zip(chain, entry.schemes, strict=True)):
         prefix = f"{entry.name}.{leaf_name(number, len(chain))}"
-        if f"{prefix}.{next(iter(form.tensors))}" in own:
-            for name, tensor in pack(leaf, form.pattern).items():
+        if f"{prefix}.{next(iter(scheme.tensors))}" in own:
+            for name, tensor in pack(leaf, scheme.pattern).items():
                 yield f"{prefix}.{name}", tensor

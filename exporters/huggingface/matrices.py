@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair
+from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Matrix
 from compot_deploy.core.packed import unpack
 from compot_deploy.errors import ArtifactError
 from compot_deploy.models.outline import Outline
@@ -47,15 +47,15 @@ class FolderMatrices(Mapping[str, Matrix]):
         if entry is None:
             return Dense(self._outline.stored(name, self._read(f"{name}.weight")))
         read = []
-        for number, form in enumerate(entry.forms):
+        for number, scheme in enumerate(entry.schemes):
             shared = entry.owner is not None and number % 2 == 0
-            path = f"{entry.owner if shared else name}.{leaf_name(number, len(entry.forms))}"
-            read.append(unpack({tensor: self._read(f"{path}.{tensor}") for tensor in form.tensors}, form))
+            path = f"{entry.owner if shared else name}.{leaf_name(number, len(entry.schemes))}"
+            read.append(unpack({tensor: self._read(f"{path}.{tensor}") for tensor in scheme.tensors}, scheme))
         if not entry.factorized:
             return read[0]
         return Factorized(
             tuple(
-                Pair(read[at], read[at + 1], entry.dictionary or name, entry.forms[at + 1].pattern)
+                FactorPair(read[at], read[at + 1], entry.dictionary or name, entry.schemes[at + 1].pattern)
                 for at in range(0, len(read), 2)
             )
         )

@@ -68,7 +68,7 @@ def genai_config_json(
         filename: of the graph, relative to the folder.
     """
     shape = decoder_shape(architecture, config)
-    facts = GenaiDecoder(
+    decoder = GenaiDecoder(
         model_type=architecture.genai_type,
         context=context,
         vocabulary=shape.vocabulary,
@@ -79,7 +79,7 @@ def genai_config_json(
         head_size=shape.head_size,
         shares_buffer=True,
     )
-    return genai_json(facts, generation, filename)
+    return genai_json(decoder, generation, filename)
 
 
 @dataclass(frozen=True)
@@ -109,23 +109,23 @@ class GenaiDecoder:
     shares_buffer: bool
 
 
-def genai_json(facts: GenaiDecoder, generation: Mapping[str, Any], filename: str) -> dict[str, Any]:
+def genai_json(decoder: GenaiDecoder, generation: Mapping[str, Any], filename: str) -> dict[str, Any]:
     """genai_config.json of a graph with the usual names; see `genai_config_json`."""
     end = generation.get("eos_token_id")
     first_end = end[0] if isinstance(end, list) and end else end
     padding = generation.get("pad_token_id")
     model: dict[str, Any] = {
-        "type": facts.model_type,
-        "context_length": facts.context,
-        "vocab_size": facts.vocabulary,
+        "type": decoder.model_type,
+        "context_length": decoder.context,
+        "vocab_size": decoder.vocabulary,
         "decoder": {
             "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
             "filename": filename,
-            "head_size": facts.head_size,
-            "hidden_size": facts.hidden,
-            "num_attention_heads": facts.heads,
-            "num_hidden_layers": facts.layers,
-            "num_key_value_heads": facts.key_value_heads,
+            "head_size": decoder.head_size,
+            "hidden_size": decoder.hidden,
+            "num_attention_heads": decoder.heads,
+            "num_hidden_layers": decoder.layers,
+            "num_key_value_heads": decoder.key_value_heads,
             "inputs": {
                 "input_ids": "input_ids",
                 "attention_mask": "attention_mask",
@@ -149,11 +149,11 @@ def genai_json(facts: GenaiDecoder, generation: Mapping[str, Any], filename: str
     search = {
         "do_sample": False,
         "early_stopping": True,
-        "max_length": facts.context,
+        "max_length": decoder.context,
         "min_length": 0,
         "num_beams": 1,
         "num_return_sequences": 1,
-        "past_present_share_buffer": facts.shares_buffer,
+        "past_present_share_buffer": decoder.shares_buffer,
         "repetition_penalty": 1.0,
         "temperature": 1.0,
         "top_k": 50,

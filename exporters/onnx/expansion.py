@@ -18,7 +18,7 @@ import torch
 from onnx import NodeProto
 from torch import Tensor
 
-from compot_deploy.core.diagnostics import Finding
+from compot_deploy.core.diagnostics import Diagnostic
 from compot_deploy.errors import ArtifactError, MissingDependencyError
 from compot_deploy.exporters.onnx.packed_codes import POSITIONS, expansion_table, three_bit_table
 from compot_deploy.exporters.onnx.tensors import GRAPH
@@ -169,21 +169,21 @@ def _executed_nodes(folder: Path, disabled_optimizers: Sequence[str]) -> frozens
     )
 
 
-def lint_folding(folder: Path) -> Iterator[Finding]:
+def lint_folding(folder: Path) -> Iterator[Diagnostic]:
     """An error if onnxruntime does not fold the expansion; a note where it is not installed to tell."""
     try:
         left = unfolded_nodes(folder)
     except MissingDependencyError:
-        yield Finding(
+        yield Diagnostic(
             "note",
             GRAPH,
             "onnxruntime is not installed, so it was not checked that the expansion of packed codes is folded.",
         )
     except ArtifactError as error:
-        yield Finding("error", GRAPH, str(error))
+        yield Diagnostic("error", GRAPH, str(error))
     else:
         if left:
-            yield Finding(
+            yield Diagnostic(
                 "error",
                 f"{GRAPH}: {left[0]}",
                 f"The expansion nodes were not folded, {len(left)} are left after loading: decoding would be "

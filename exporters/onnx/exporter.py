@@ -19,7 +19,7 @@ from typing import Any, cast, get_args
 import onnx
 from onnx import TensorProto
 
-from compot_deploy.core.diagnostics import Finding, errors
+from compot_deploy.core.diagnostics import Diagnostic, errors
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.json_files import read_object, write_object
 from compot_deploy.core.matrix import Matrix
@@ -50,12 +50,12 @@ class OnnxExporter:
 
     name: str = "onnx"
 
-    def options(self, knobs: Mapping[str, Any]) -> OnnxOptions:
-        """Options from a recipe's knobs (``onnx_ops``, ``onnx_codes``); others are ignored."""
-        ops = knobs.get("onnx_ops", "matmulnbits")
+    def options(self, recipe_options: Mapping[str, Any]) -> OnnxOptions:
+        """Options from a recipe's options (``onnx_ops``, ``onnx_codes``); others are ignored."""
+        ops = recipe_options.get("onnx_ops", "matmulnbits")
         if ops not in get_args(OnnxOps):
             raise RecipeError(f"--onnx-ops {ops}: choose one of {', '.join(get_args(OnnxOps))}.")
-        codes = knobs.get("onnx_codes", "dense")
+        codes = recipe_options.get("onnx_codes", "dense")
         if codes not in get_args(OnnxCodes):
             raise RecipeError(f"--onnx-codes {codes}: choose one of {', '.join(get_args(OnnxCodes))}.")
         return OnnxOptions(ops=cast(OnnxOps, ops), codes=cast(OnnxCodes, codes))
@@ -153,7 +153,7 @@ class OnnxExporter:
         if source is not None:
             copy_tokenizer(source, folder)
 
-    def rehearse(self, model: CompressedModel, folder: Path, options: OnnxOptions) -> int:
+    def dry_run(self, model: CompressedModel, folder: Path, options: OnnxOptions) -> int:
         """Write as `write` does, for matrices of stand-ins; returns the bytes that the data file lacks."""
         self.write(model, folder, options)
         graph = onnx.load(folder / GRAPH, load_external_data=False).graph
@@ -196,13 +196,13 @@ class OnnxExporter:
             source=str(folder),
         )
 
-    def lint(self, folder: Path) -> tuple[Finding, ...]:
+    def lint(self, folder: Path) -> tuple[Diagnostic, ...]:
         """What is wrong or remarkable about the structure of a folder.
 
         A folder with packed codes that is otherwise in order is also loaded in onnxruntime, if that is
         installed, to see whether it expands them once and for all: see `unfolded_nodes`.
         """
-        findings = lint_onnx(folder)
-        if errors(findings) or not expansion_nodes(folder):
-            return findings
-        return errors_first((*findings, *lint_folding(folder)))
+        diagnostics = lint_onnx(folder)
+        if errors(diagnostics) or not expansion_nodes(folder):
+            return diagnostics
+        return errors_first((*diagnostics, *lint_folding(folder)))

@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import assert_never
 
 from compot_deploy.core.grid import DENSE, Grid, Pattern
-from compot_deploy.core.matrix import Dense, Factorized, Leaf, Matrix, Pair, Quantized
+from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Leaf, Matrix, Quantized
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters.artifact import digest
 from compot_deploy.exporters.bnb4 import BNB_TYPES, pack_bnb4
@@ -29,7 +29,7 @@ from compot_deploy.exporters.onnx.packed_codes import ThreeBits, TwoOfFour, pack
 from compot_deploy.exporters.onnx.storage import OnnxCodes, OnnxOps, OnnxStorage, unsupported_grid
 
 ACCURACY_LEVEL: Final = 4
-"""int8 activations: what MatMulNBits has its fast kernels for, and what is shipped. Level 0 computes in
+"""int8 activations: what MatMulNBits has its fast kernels for, and what is deployed. Level 0 computes in
 float32, 3 to 300 times slower, and is the oracle."""
 
 
@@ -99,8 +99,8 @@ class GraphBuilder(Nodes):
         path = node_path(module)
         match matrix:
             case Dense() | Quantized():
-                facts = {Part.MATRIX: module, Part.ROLE: Part.PLAIN}
-                value = self.product(f"{module}.weight", path, matrix, source, facts)
+                metadata = {Part.MATRIX: module, Part.ROLE: Part.PLAIN}
+                value = self.product(f"{module}.weight", path, matrix, source, metadata)
             case Factorized():
                 value = self._pair(module, 0, matrix.pairs[0], source)
                 for position, pair in enumerate(matrix.pairs[1:], start=1):
@@ -112,8 +112,8 @@ class GraphBuilder(Nodes):
             value = self.node("Add", [value, self.float_tensor(f"{module}.bias", bias)], f"{path}/bias/Add")
         return value
 
-    def _pair(self, module: str, position: int, pair: Pair, source: str) -> str:
-        facts = {
+    def _pair(self, module: str, position: int, pair: FactorPair, source: str) -> str:
+        metadata = {
             Part.MATRIX: module,
             Part.ROLE: Part.CODES,
             Part.PAIR: str(position),
@@ -123,18 +123,18 @@ class GraphBuilder(Nodes):
         word = _numbered("codes", position)
         hidden = self._dictionary(position, pair, source)
         path = f"{node_path(module)}/{word}"
-        return self.product(f"{module}.{word}", path, pair.codes, hidden, facts, pair.pattern)
+        return self.product(f"{module}.{word}", path, pair.codes, hidden, metadata, pair.pattern)
 
-    def _dictionary(self, position: int, pair: Pair, source: str) -> str:
+    def _dictionary(self, position: int, pair: FactorPair, source: str) -> str:
         """The product with a dictionary, which is computed once however many linears share it."""
         key = (pair.dictionary_name, position)
         fingerprint = digest(pair.dictionary)
         shared = self.dictionaries.get(key)
         if shared is None:
             word = _numbered("dictionary", position)
-            facts = {Part.ROLE: Part.DICTIONARY_ROLE, Part.DICTIONARY: pair.dictionary_name}
+            metadata = {Part.ROLE: Part.DICTIONARY_ROLE, Part.DICTIONARY: pair.dictionary_name}
             path = f"{node_path(pair.dictionary_name)}/{word}"
-            value = self.product(f"{pair.dictionary_name}.{word}", path, pair.dictionary, source, facts)
+            value = self.product(f"{pair.dictionary_name}.{word}", path, pair.dictionary, source, metadata)
             shared = self.dictionaries[key] = _Shared(source, value, fingerprint)
         if shared.source != source:
             raise ValueError(
@@ -151,16 +151,16 @@ class GraphBuilder(Nodes):
         path: str,
         leaf: Leaf,
         source: str,
-        facts: Mapping[str, str],
+        metadata: Mapping[str, str],
         pattern: Pattern = DENSE,
     ) -> str:
         """``source @ leaf``, as one operator or, for `ops` qdq, two."""
         match leaf:
             case Dense():
                 weight = self.as_float(self.stored_float(name, leaf.weight), f"{path}/weight/Cast")
-                return self.node("MatMul", [source, weight], f"{path}/MatMul", facts=facts)
+                return self.node("MatMul", [source, weight], f"{path}/MatMul", metadata=metadata)
             case Quantized():
-                return self._quantized_product(name, path, leaf, source, facts, pattern)
+                return self._quantized_product(name, path, leaf, source, metadata, pattern)
             case _:
                 assert_never(leaf)
 
@@ -170,26 +170,28 @@ class GraphBuilder(Nodes):
         path: str,
         leaf: Quantized,
         source: str,
-        facts: Mapping[str, str],
+        metadata: Mapping[str, str],
         pattern: Pattern,
     ) -> str:
         grid = leaf.grid
         _require(unsupported_grid(grid, self.ops, codes=self.codes), name)
         if self.ops == "qdq":
-            return self._blocked(name, path, source, leaf, facts)
+            return self._blocked(name, path, source, leaf, metadata)
         if grid.codebook != "integer":
-            return self.bnb4(name, path, source, leaf, facts)
+            return self.bnb4(name, path, source, leaf, metadata)
         if grid.bits == 3 or OnnxStorage(self.ops, codes=self.codes).packs(grid, pattern):
             blob, scales = self.expanded(name, path, leaf)
             return self.nbits(
-                path, source, blob, scales, NBitsLayout(*leaf.shape, Grid(4, grid.group)), facts
+                path, source, blob, scales, NBitsLayout(*leaf.shape, Grid(4, grid.group)), metadata
             )
         packed = pack_nbits(leaf)
         blob = self.tensor(f"{name}.integers", packed.blob, TensorProto.UINT8, packed.blob.shape)
         scales = self.scales(name, path, packed.scales)
-        return self.nbits(path, source, blob, scales, NBitsLayout(*leaf.shape, grid), facts)
+        return self.nbits(path, source, blob, scales, NBitsLayout(*leaf.shape, grid), metadata)
 
-    def _blocked(self, name: str, path: str, source: str, leaf: Quantized, facts: Mapping[str, str]) -> str:
+    def _blocked(
+        self, name: str, path: str, source: str, leaf: Quantized, metadata: Mapping[str, str]
+    ) -> str:
         """A blocked DequantizeLinear, and the product with what it gives."""
         blocked = pack_blocked(leaf)
         kind = TensorProto.INT4 if leaf.grid.bits == 4 else TensorProto.INT8
@@ -202,7 +204,7 @@ class GraphBuilder(Nodes):
             axis=0,
             block_size=leaf.grid.group,
         )
-        return self.node("MatMul", [source, weight], f"{path}/MatMul", facts=facts)
+        return self.node("MatMul", [source, weight], f"{path}/MatMul", metadata=metadata)
 
     def expanded(self, name: str, path: str, leaf: Quantized) -> tuple[str, str]:
         """Integers and scales of packed codes, as MatMulNBits reads them; `expansion_of` finds them again."""
@@ -233,7 +235,7 @@ class GraphBuilder(Nodes):
         return blob, scales
 
     def nbits(
-        self, path: str, source: str, blob: str, scales: str, layout: NBitsLayout, facts: Mapping[str, str]
+        self, path: str, source: str, blob: str, scales: str, layout: NBitsLayout, metadata: Mapping[str, str]
     ) -> str:
         """One MatMulNBits; never with a g_idx, which 2 bits silently get wrong and 8 bits refuse."""
         return self.node(
@@ -241,7 +243,7 @@ class GraphBuilder(Nodes):
             [source, blob, scales],
             f"{path}/MatMul",
             domain=MICROSOFT,
-            facts=facts,
+            metadata=metadata,
             K=layout.inputs,
             N=layout.outputs,
             bits=layout.grid.bits,
@@ -249,7 +251,7 @@ class GraphBuilder(Nodes):
             accuracy_level=self.accuracy_level,
         )
 
-    def bnb4(self, name: str, path: str, source: str, leaf: Quantized, facts: Mapping[str, str]) -> str:
+    def bnb4(self, name: str, path: str, source: str, leaf: Quantized, metadata: Mapping[str, str]) -> str:
         """One MatMulBnb4, which computes in float32 always."""
         packed = pack_bnb4(leaf)
         codes = packed.blob.flatten()
@@ -260,7 +262,7 @@ class GraphBuilder(Nodes):
             [source, blob, self.scales(name, path, scales)],
             f"{path}/MatMul",
             domain=MICROSOFT,
-            facts=facts,
+            metadata=metadata,
             K=leaf.shape[0],
             N=leaf.shape[1],
             block_size=leaf.grid.group,
@@ -282,25 +284,25 @@ class GraphBuilder(Nodes):
             The embedded tokens, and the table as `tied_head` wants it.
         """
         path = node_path(name)
-        facts = {Part.MATRIX: name, Part.ROLE: Part.EMBEDDING}
+        metadata = {Part.MATRIX: name, Part.ROLE: Part.EMBEDDING}
         match matrix:
             case Dense():
                 stored = self.stored_float(f"{name}.weight", matrix.weight.T)
                 # A tied head needs the whole table as float32; an embedding alone only the rows it gathers.
                 table = self.as_float(stored, f"{path}/weight/Cast") if tied else stored
-                value = self.node("Gather", [table, tokens], f"{path}/Gather", facts=facts, axis=0)
+                value = self.node("Gather", [table, tokens], f"{path}/Gather", metadata=metadata, axis=0)
                 if table == stored and self.tensors[stored].data_type != TensorProto.FLOAT:
                     value = self.node("Cast", [value], f"{path}/Cast", to=TensorProto.FLOAT)
                 return value, TokenTable(matrix.shape, table)
             case Quantized():
-                return self._quantized_embedding(name, matrix, tokens, facts, tied)
+                return self._quantized_embedding(name, matrix, tokens, metadata, tied)
             case Factorized():
                 raise RecipeError(f"{name}: a factorized token embedding cannot be stored in ONNX.")
             case _:
                 assert_never(matrix)
 
     def _quantized_embedding(
-        self, name: str, matrix: Quantized, tokens: str, facts: Mapping[str, str], tied: bool
+        self, name: str, matrix: Quantized, tokens: str, metadata: Mapping[str, str], tied: bool
     ) -> tuple[str, TokenTable]:
         grid, (hidden, _), path = matrix.grid, matrix.shape, node_path(name)
         _require(unsupported_grid(grid, self.ops, embedding=True), name)
@@ -313,7 +315,7 @@ class GraphBuilder(Nodes):
             [table, tokens, scales],
             f"{path}/Gather",
             domain=MICROSOFT,
-            facts={**facts, Part.INPUTS: str(hidden)},
+            metadata={**metadata, Part.INPUTS: str(hidden)},
             bits=grid.bits,
             block_size=grid.group,
             gather_axis=0,
@@ -331,15 +333,15 @@ class GraphBuilder(Nodes):
     def tied_head(self, head: str, embedding: str, table: TokenTable, source: str) -> str:
         """``source @ table``, with the table of the token embedding."""
         path = node_path(head)
-        facts = {Part.MATRIX: embedding, Part.ROLE: Part.TIED_HEAD}
+        metadata = {Part.MATRIX: embedding, Part.ROLE: Part.TIED_HEAD}
         if table.scales is None or table.grid is None:
             return self.node(
                 "FusedMatMul",
                 [source, table.values],
                 f"{path}/MatMul",
                 domain=MICROSOFT,
-                facts=facts,
+                metadata=metadata,
                 transB=1,
             )
         layout = NBitsLayout(*table.shape, table.grid)
-        return self.nbits(path, source, table.values, table.scales, layout, facts)
+        return self.nbits(path, source, table.values, table.scales, layout, metadata)

@@ -14,7 +14,7 @@ from onnx import NodeProto, TensorProto
 from torch import Tensor
 
 from compot_deploy.core.grid import Codebook, Grid, Pattern
-from compot_deploy.core.matrix import Dense, Factorized, Leaf, Matrix, Pair, Quantized
+from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Leaf, Matrix, Quantized
 from compot_deploy.errors import ArtifactError
 from compot_deploy.exporters.bnb4 import BNB_TYPES, Bnb4, unpack_bnb4
 from compot_deploy.exporters.onnx.expansion import THREE_BITS_TABLE, Expansion, expansion_of
@@ -43,9 +43,9 @@ class OnnxMatrices(Mapping[str, Matrix]):
         self._producer = {output: node for node in model.graph.node for output in node.output if output}
         self._nodes: dict[str, list[NodeProto]] = {}
         for node in model.graph.node:
-            facts = _facts(node)
-            if facts.get(Part.ROLE) in (Part.PLAIN, Part.CODES, Part.EMBEDDING):
-                self._nodes.setdefault(facts.get(Part.MATRIX, ""), []).append(node)
+            metadata = _metadata(node)
+            if metadata.get(Part.ROLE) in (Part.PLAIN, Part.CODES, Part.EMBEDDING):
+                self._nodes.setdefault(metadata.get(Part.MATRIX, ""), []).append(node)
         if not self._nodes:
             raise ArtifactError(f"{path} has no matrices that compot-deploy wrote.")
         self.traced = any(entry.key == TRACED for entry in model.metadata_props)
@@ -81,23 +81,23 @@ class OnnxMatrices(Mapping[str, Matrix]):
 
     def __getitem__(self, name: str) -> Matrix:
         nodes = self._nodes[name]
-        role = _facts(nodes[0]).get(Part.ROLE)
+        role = _metadata(nodes[0]).get(Part.ROLE)
         if role == Part.EMBEDDING:
             return self._table(nodes[0])
         if role == Part.PLAIN:
             return self._leaf(nodes[0])
         return Factorized(tuple(self._pair(node) for node in nodes))
 
-    def _pair(self, node: NodeProto) -> Pair:
-        facts = _facts(node)
+    def _pair(self, node: NodeProto) -> FactorPair:
+        metadata = _metadata(node)
         source = self._producer.get(node.input[0])
-        if source is None or _facts(source).get(Part.ROLE) != Part.DICTIONARY_ROLE:
+        if source is None or _metadata(source).get(Part.ROLE) != Part.DICTIONARY_ROLE:
             raise ArtifactError(f"The node {node.name} holds codes, but no dictionary feeds it.")
-        kept, _, of = facts[Part.PATTERN].partition(":")
-        return Pair(
+        kept, _, of = metadata[Part.PATTERN].partition(":")
+        return FactorPair(
             dictionary=self._leaf(source),
             codes=self._leaf(node),
-            dictionary_name=facts[Part.DICTIONARY],
+            dictionary_name=metadata[Part.DICTIONARY],
             pattern=Pattern(int(kept), int(of)),
         )
 
@@ -141,7 +141,7 @@ class OnnxMatrices(Mapping[str, Matrix]):
         if node.op_type == "Gather":
             return Dense(self._behind_cast(node.input[0]).T)
         grid = Grid(_attribute(node, "bits"), _attribute(node, "block_size"))
-        return self._nbits(node.input[0], node.input[2], int(_facts(node)[Part.INPUTS]), grid)
+        return self._nbits(node.input[0], node.input[2], int(_metadata(node)[Part.INPUTS]), grid)
 
     def _nbits(self, integers: str, scales: str, rows: int, grid: Grid) -> Quantized:
         stored = self._behind_cast(scales)
@@ -181,7 +181,7 @@ class _Tensors(Mapping[str, Tensor]):
         return name in self._names
 
 
-def _facts(node: NodeProto) -> dict[str, str]:
+def _metadata(node: NodeProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in node.metadata_props}
 
 

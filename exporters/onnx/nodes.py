@@ -152,7 +152,7 @@ class Nodes:
         *,
         domain: str = "",
         outputs: Sequence[str] | None = None,
-        facts: Mapping[str, str] | None = None,
+        metadata: Mapping[str, str] | None = None,
         **attributes: Any,
     ) -> str:
         """Add a node; returns its first output."""
@@ -164,7 +164,7 @@ class Nodes:
             domain=domain,
             **attributes,
         )
-        for key, value in (facts or {}).items():
+        for key, value in (metadata or {}).items():
             entry = made.metadata_props.add()
             entry.key, entry.value = key, value
         self.nodes.append(made)

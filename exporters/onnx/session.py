@@ -1,4 +1,4 @@
-"""An ONNX folder in ONNX Runtime: as it is shipped, or with its products computed at another accuracy."""
+"""An ONNX folder in ONNX Runtime: as it is deployed, or with its products computed at another accuracy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def with_accuracy_level(path: Path, level: int) -> LeveledGraph:
     """The graph at `path` with the accuracy level of every MatMulNBits replaced; nothing is written.
 
     Level 0 computes in float32 with the exact integers and scales: the oracle that tells whether a file holds
-    what it should. The file itself is shipped at level 4.
+    what it should. The file itself is deployed at level 4.
 
     Args:
         path: ``onnx/model.onnx`` of a folder.
@@ -74,7 +74,7 @@ def open_session(folder: Path, accuracy_level: int | None = None, threads: int =
 
     Args:
         folder: an ONNX folder.
-        accuracy_level: None loads the file as shipped; 0 runs the same integers and scales in float32, the
+        accuracy_level: None loads the file as deployed; 0 runs the same integers and scales in float32, the
             oracle for what the file holds.
         threads: of one operator; 0 leaves it to onnxruntime.
 

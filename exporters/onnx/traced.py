@@ -95,9 +95,9 @@ def _write_files(traced: Trace, config: Mapping[str, Any], source: Path | None, 
     if traced.interface.task == "generation":
         generation = generation_config_json(values, read_optional(source, "generation_config.json"))
         write_object(folder / "generation_config.json", generation)
-        facts = _genai_decoder(settings, traced.interface)
-        if facts is not None:
-            write_object(folder / "genai_config.json", genai_json(facts, generation, GRAPH))
+        decoder = _genai_decoder(settings, traced.interface)
+        if decoder is not None:
+            write_object(folder / "genai_config.json", genai_json(decoder, generation, GRAPH))
     if source is not None:
         copy_tokenizer(source, folder)
         copy_sentence_files(source, folder)

@@ -174,8 +174,8 @@ class _Placeholders(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def _product(self, values: Tensor, weight: Tensor, outputs: int, *, turned: bool) -> Tensor:
-        facts = {"parameter": self._names[id(weight)], "turned": int(turned)}
-        return _symbol("Linear", values, (*values.shape[:-1], outputs), facts)
+        attributes = {"parameter": self._names[id(weight)], "turned": int(turned)}
+        return _symbol("Linear", values, (*values.shape[:-1], outputs), attributes)
 
 
 def _bound(args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, ...]:
@@ -187,12 +187,12 @@ def _plus(value: Tensor, bias: Tensor | None) -> Tensor:
     return value if bias is None else value + bias
 
 
-def _symbol(operator: str, values: Tensor, shape: Sequence[Any], facts: Mapping[str, Any]) -> Tensor:
+def _symbol(operator: str, values: Tensor, shape: Sequence[Any], attributes: Mapping[str, Any]) -> Tensor:
     """The output of a node that computes nothing yet."""
     return torch.onnx.ops.symbolic(
         f"{PLACEHOLDER_DOMAIN}::{operator}",
         (values,),
-        dict(facts),
+        dict(attributes),
         dtype=torch.float32,
         shape=tuple(shape),
         version=1,

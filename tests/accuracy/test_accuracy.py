@@ -12,7 +12,7 @@ from toy_models import VOCABULARY, ToyRunner, save_toy_onnx, toy_weights
 
 from compot_deploy.accuracy import lockstep
 from compot_deploy.accuracy.evaluate import Evaluation, check
-from compot_deploy.accuracy.gate import Criterion, Gate, judge
+from compot_deploy.accuracy.gate import Criterion, Gate, apply_gate
 from compot_deploy.accuracy.metrics import Comparison, compare, concatenate, predict, summarize
 from compot_deploy.accuracy.onnx_runner import OnnxRunner
 from compot_deploy.accuracy.outcome import AccuracyReport, Continuation
@@ -72,7 +72,7 @@ def close(one: Comparison, other: Comparison, rel: float = 1e-9) -> bool:
 def test_identical_models_lose_nothing() -> None:
     report = run(toy(), toy(), toy(), toy())
     assert report.gate.passed
-    for loss in (report.method, report.export_exact, report.export_shipped, report.total):
+    for loss in (report.method, report.export_reference, report.export_deployed, report.total):
         assert loss is not None
         assert loss.comparison.divergence.mean.value == 0 and loss.comparison.nmse == 0
         assert loss.comparison.perplexity_ratio.value == 1 and loss.comparison.top1_agreement.value == 1
@@ -87,8 +87,8 @@ def test_each_loss_is_the_one_between_its_two_models() -> None:
     assert report.method is not None and report.total is not None
     # float32 matrix products of different shapes differ in the last bits
     assert close(report.method.comparison, brute_force(reference, compressed, windows), 1e-4)
-    assert close(report.export_exact.comparison, brute_force(compressed, exact, windows), 1e-4)
-    assert close(report.export_shipped.comparison, brute_force(compressed, exported, windows), 1e-4)
+    assert close(report.export_reference.comparison, brute_force(compressed, exact, windows), 1e-4)
+    assert close(report.export_deployed.comparison, brute_force(compressed, exported, windows), 1e-4)
     assert close(report.total.comparison, brute_force(reference, exported, windows), 1e-4)
     positions = 3 * 19 + 2 * 8 + 29
     assert report.method.comparison.positions == positions == report.evaluation.positions
@@ -99,7 +99,7 @@ def test_damage_by_the_method_is_not_blamed_on_the_export() -> None:
     assert report.method is not None and report.total is not None
     assert report.method.comparison.nmse > 1e-3
     assert report.total.comparison == report.method.comparison
-    assert report.export_exact.comparison.nmse == 0 and report.export_shipped.comparison.nmse == 0
+    assert report.export_reference.comparison.nmse == 0 and report.export_deployed.comparison.nmse == 0
     assert report.gate.passed
 
 
@@ -107,20 +107,20 @@ def test_damage_by_the_export_is_not_blamed_on_the_method() -> None:
     report = run(toy(), toy(), toy(0.2), toy(0.2))
     assert report.method is not None and report.total is not None
     assert report.method.comparison.nmse == 0
-    assert report.export_exact.comparison.nmse > 1e-3
-    assert report.total.comparison == report.export_shipped.comparison
+    assert report.export_reference.comparison.nmse > 1e-3
+    assert report.total.comparison == report.export_deployed.comparison
     failed = [criterion.name for criterion in report.gate.criteria if not criterion.passed]
     assert failed == ["max_export_nmse"] and not report.gate.passed
 
 
-def test_a_real_export_is_judged_at_level_0_and_shown_as_shipped(tmp_path: Path) -> None:
+def test_a_real_export_is_evaluated_at_level_0_and_shown_as_deployed(tmp_path: Path) -> None:
     embedding, output = toy_weights()
     folder = save_toy_onnx(tmp_path / "toy", embedding, output)
     compressed = ToyRunner(embedding, output.dequantize())
     report = run(None, compressed, OnnxRunner(folder), OnnxRunner(folder, 0))
-    assert report.gate.passed and report.export_exact.comparison.nmse < 1e-10
-    assert report.export_shipped.comparison.nmse > 1e-7
-    assert all(match.equal for match in report.export_exact.greedy)
+    assert report.gate.passed and report.export_reference.comparison.nmse < 1e-10
+    assert report.export_deployed.comparison.nmse > 1e-7
+    assert all(match.equal for match in report.export_reference.greedy)
 
     # One scale of 80 that is half as large again is found, and only in the export.
     scales = output.scales.clone()
@@ -130,12 +130,12 @@ def test_a_real_export_is_judged_at_level_0_and_shown_as_shipped(tmp_path: Path)
     assert not report.gate.passed and report.method is not None and report.method.comparison.nmse == 0
 
 
-def test_the_noise_floor_of_a_transformer_is_rounding(tmp_path: Path) -> None:
+def test_the_numerical_noise_of_a_transformer_is_rounding(tmp_path: Path) -> None:
     tiny.model("llama").save_pretrained(tmp_path)
     runner = torch_runner(open_source(tmp_path))
     windows = [torch.randint(320, (length,)) for length in (40, 40, 24)]
-    judged = Evaluation(make_windows(windows, "random", 320), ((1, 2),), decode, 4)
-    report = check(runner, runner, runner, runner, judged, Gate())
+    evaluated = Evaluation(make_windows(windows, "random", 320), ((1, 2),), decode, 4)
+    report = check(runner, runner, runner, runner, evaluated, Gate())
     noise = report.noise.comparison
     assert noise.positions == 2 * 31 + 23 and 0 < noise.nmse < 1e-10 and noise.divergence.maximum < 1e-9
     assert report.total is not None and report.total.comparison.nmse == 0
@@ -153,7 +153,7 @@ def test_chunks_and_batches_are_irrelevant(
     monkeypatch.setattr(lockstep, "LOGITS_AT_ONCE", logits_at_once)
     monkeypatch.setattr(lockstep, "ROWS_AT_ONCE", rows_at_once)
     pieces = check(*models, evaluation(batch=batch), Gate())
-    for name in ("method", "export_exact", "export_shipped", "total"):
+    for name in ("method", "export_reference", "export_deployed", "total"):
         assert close(getattr(pieces, name).comparison, getattr(whole, name).comparison, 1e-4)
     assert pieces.continuations == whole.continuations
 
@@ -184,13 +184,13 @@ def test_one_runner_in_two_roles_runs_once() -> None:
     compressed = toy()
     report = check(None, compressed, exported, exported, evaluation(), Gate())
     assert exported.calls == 4
-    assert report.export_exact.comparison == report.export_shipped.comparison
+    assert report.export_reference.comparison == report.export_deployed.comparison
 
 
 # A reference that is not there
 
 
-def test_without_a_reference_the_export_loss_is_still_judged() -> None:
+def test_without_a_reference_the_export_loss_is_still_evaluated() -> None:
     report = run(None, toy(0.1), toy(0.1), toy(0.1))
     assert report.method is None and report.total is None and report.gate.passed
     assert report.reference_absent == "the original model was not given"
@@ -223,7 +223,7 @@ def lossy() -> AccuracyReport:
 
 
 def verdict(report: AccuracyReport, gate: Gate) -> tuple[bool, list[Criterion]]:
-    result = judge(gate, report.export_exact, report.export_shipped, report.method, report.total)
+    result = apply_gate(gate, report.export_reference, report.export_deployed, report.method, report.total)
     return result.passed, list(result.criteria)
 
 
@@ -292,14 +292,14 @@ def test_a_nan_in_any_model_fails_the_gate(role: int) -> None:
     failed = [criterion for criterion in report.gate.criteria if not criterion.passed]
     assert [criterion.name for criterion in failed] == ["nonfinite_logits"]
     assert failed[0].value == 4  # one in each of four batches
-    assert report.export_exact.comparison.nmse == 0  # counted, not spread
+    assert report.export_reference.comparison.nmse == 0  # counted, not spread
 
 
 def test_what_could_not_be_measured_fails() -> None:
     report = run(toy(), toy(), toy(), toy())
-    nothing = replace(report.export_exact.comparison, nmse=math.nan)
-    result = judge(
-        Gate(), replace(report.export_exact, comparison=nothing), report.export_shipped, None, None
+    nothing = replace(report.export_reference.comparison, nmse=math.nan)
+    result = apply_gate(
+        Gate(), replace(report.export_reference, comparison=nothing), report.export_deployed, None, None
     )
     assert not result.passed
 
@@ -334,18 +334,19 @@ class Script(ToyRunner):
 
 
 def test_greedy_texts_are_compared_up_to_their_end() -> None:
-    judged = replace(evaluation(new_tokens=6), end_tokens=frozenset({9}))
+    evaluated = replace(evaluation(new_tokens=6), end_tokens=frozenset({9}))
     report = check(
         Script([1, 2, 3, 4, 5, 6]),
         Script([1, 2, 3, 9, 5, 6]),
         Script([1, 2, 9, 8, 8, 8]),
         Script([1, 2, 3, 9, 7, 7]),
-        judged,
+        evaluated,
         Gate(),
     )
     assert report.method is not None and report.total is not None
     matches = [
-        loss.greedy[0] for loss in (report.method, report.export_exact, report.export_shipped, report.total)
+        loss.greedy[0]
+        for loss in (report.method, report.export_reference, report.export_deployed, report.total)
     ]
     assert [(m.common_prefix, m.length, m.equal) for m in matches] == [
         (3, 6, False),

@@ -17,7 +17,7 @@ from compot_deploy.accuracy.runner import Runner
 from compot_deploy.accuracy.runners import RUNNERS
 from compot_deploy.accuracy.torch_runner import TorchRunner, compressed_runner, torch_runner
 from compot_deploy.core.grid import Grid
-from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
+from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Matrix, Quantized
 from compot_deploy.errors import ArtifactError, InputError, MissingDependencyError
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.hints import ARCHITECTURES
@@ -89,7 +89,7 @@ def random_matrix(rows: int, columns: int, kind: int) -> Matrix:
 
     if kind == 1:
         return leaf(rows, columns)
-    return Factorized((Pair(leaf(rows, 16), leaf(16, columns), "shared"),))
+    return Factorized((FactorPair(leaf(rows, 16), leaf(16, columns), "shared"),))
 
 
 def matrices_of(model: Any) -> dict[str, Matrix]:

@@ -1,4 +1,4 @@
-"""Laws of judging models that read whole texts: a copy is no loss, damage is seen, padding never counts."""
+"""Laws of evaluating models that read whole texts: a copy is no loss, damage is seen, padding never counts."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def figures(task: Task, change: Change) -> Comparison:
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.kind)
 def test_a_model_is_no_loss_to_its_copy(task: Task) -> None:
     report = checked(task, factorized=Toy(task))
-    losses = [report.method, report.export_exact, report.export_shipped, report.total]
+    losses = [report.method, report.export_reference, report.export_deployed, report.total]
     losses += [report.factorization, report.quantization]
     for loss in losses:
         assert loss is not None
@@ -146,7 +146,7 @@ def test_a_value_that_is_no_number_fails_the_gate(task: Task) -> None:
 
     report = checked(task, one_nan)
     assert not report.gate.passed
-    assert report.export_exact.comparison.nonfinite_candidate > 0
+    assert report.export_reference.comparison.nonfinite_candidate > 0
     assert next(one.name for one in report.gate.criteria if not one.passed) == "nonfinite_logits"
 
 
@@ -209,7 +209,7 @@ def test_a_figure_that_a_task_does_not_have_lets_no_limit_pass() -> None:
     assert not checked(MASKED, gate=Gate(min_cosine=-1.0)).gate.passed
 
 
-def test_without_the_original_only_the_export_is_judged() -> None:
+def test_without_the_original_only_the_export_is_evaluated() -> None:
     report = checked(VECTORS, reference=None, reference_absent="it has moved", factorized=Toy(VECTORS))
     assert report.method is None and report.total is None and report.factorization is None
     assert report.reference_absent == report.split_absent == "it has moved"
@@ -223,7 +223,7 @@ def test_outputs_of_different_shapes_are_not_compared() -> None:
         checked(VECTORS, lambda output, batch: output[..., :6])
 
 
-def test_a_model_that_lets_texts_see_each_other_has_a_noise_floor() -> None:
+def test_a_model_that_lets_texts_see_each_other_has_numerical_noise() -> None:
     """The same model twice: texts side by side, and one at a time."""
 
     def leaks(output: Tensor, batch: Batch) -> Tensor:
@@ -254,7 +254,7 @@ def test_every_model_reads_every_text_once() -> None:
 
 @pytest.mark.parametrize("kind", any_models.READERS)
 def test_a_model_of_transformers_reads_texts_side_by_side_as_one_by_one(kind: str, tmp_path: Path) -> None:
-    """Masks and padding reach the model: without them the noise floor would be as large as the outputs."""
+    """Masks and padding reach the model: without them the numerical noise would be as large as the outputs."""
     source = open_source(any_models.save(tmp_path / "model", kind))
     runner = TorchTexts(whole_model(source), source.task)
     report = check_texts(source.task, runner, runner, runner, runner, evaluation(), Gate())

@@ -57,7 +57,7 @@ PROMPTS = ("Return a", "def test_", "The argument must be a string", "Ungewöhnl
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model that ships, factorised, int4."""
+    """The model that ships, factorized, int4."""
     out = tmp_path_factory.mktemp("browser") / "small"
     assert (
         cli.main(["--quant", "int4", "--out", str(out), *QUICK, "--max-perplexity-ratio", "1e9"]) == EXIT_OK

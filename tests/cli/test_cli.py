@@ -27,7 +27,7 @@ from compot_deploy.errors import (
     EXIT_UNSUPPORTED_MODEL,
 )
 from compot_deploy.exporters.artifact import verify
-from compot_deploy.recipe import default_of, knobs
+from compot_deploy.recipe import default_of, recipe_options
 from compot_deploy.report.json import from_json
 from compot_deploy.report.model_card import model_card
 
@@ -67,8 +67,8 @@ def test_a_model_becomes_a_complete_folder(finished: Path) -> None:
     assert any(record.kind == "factorized" for record in manifest.matrices)
     report = from_json((finished / "compot" / "report.json").read_text())
     assert report.passed
-    assert report.accuracy.export_exact.comparison.nmse < 1e-9
-    assert all(match.equal for match in report.accuracy.export_exact.greedy)
+    assert report.accuracy.export_reference.comparison.nmse < 1e-9
+    assert all(match.equal for match in report.accuracy.export_reference.greedy)
 
 
 def test_a_batch_may_be_read_in_pieces(finished: Path) -> None:
@@ -79,13 +79,13 @@ def test_a_batch_may_be_read_in_pieces(finished: Path) -> None:
     torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
 
 
-def test_a_ratio_spread_by_singular_values_says_what_ruled_a_plan_out(finished: Path) -> None:
-    facts = json.loads((finished / "compot" / "report.json").read_text())["facts"]
-    (said,) = [fact for fact in facts if "--allocation spectral" in fact]
-    assert said.startswith("--rounds settles the form")
+def test_a_ratio_allocated_by_singular_values_says_what_ruled_a_plan_out(finished: Path) -> None:
+    notes = json.loads((finished / "compot" / "report.json").read_text())["facts"]
+    (said,) = [note for note in notes if "--allocation spectral" in note]
+    assert said.startswith("--rounds settles the scheme")
 
 
-def test_the_card_names_the_budget_and_what_was_factorised(finished: Path) -> None:
+def test_the_card_names_the_budget_and_what_was_factorized(finished: Path) -> None:
     card = (finished / "README.md").read_text()
     assert "--ratio 0.2" in card and "tags: [compot, quantized, factorized]" in card
     manifest = verify(finished)
@@ -103,7 +103,7 @@ def test_a_ratio_alone_is_planned_within_its_bytes(text: Path, tmp_path: Path) -
     command = [str(source), "--calibration", str(text), "--out", str(out), *quick, *NO_LIMIT]
     assert cli.main([*command, "--ratio", "0.3"]) == EXIT_OK
     report = from_json((out / "compot" / "report.json").read_text())
-    assert any("the plan spends" in fact for fact in report.facts) and report.frontier is not None
+    assert any("the plan spends" in note for note in report.notes) and report.frontier is not None
     linears = [record for record in verify(out).matrices if ".layers." in record.name]
     assert sum(record.bytes for record in linears) <= 0.7 * sum(record.plain_int4_bytes for record in linears)
     assert {record.kind for record in linears} <= {"factorized", "quantized"}
@@ -291,7 +291,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("command", [[], ["plan"]], ids=["deploy", "plan"])
-def test_help_names_every_knob_and_exit_code(
+def test_help_names_every_option_and_exit_code(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "1000")  # a line that is not broken is a line that can be searched
@@ -299,12 +299,12 @@ def test_help_names_every_knob_and_exit_code(
         cli.main([*command, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     missing = []
-    for knob in knobs():
-        flag = "MODEL" if knob.name == "model" else f"--{knob.name.replace('_', '-')}"
-        value = default_of(knob)
+    for option in recipe_options():
+        flag = "MODEL" if option.name == "model" else f"--{option.name.replace('_', '-')}"
+        value = default_of(option)
         # The entry itself, not a mention in the usage or in the help of another: flag, values, then its sentence.
         entry = re.search(
-            rf"(?<![\w-]){flag}( [A-Z]+| {{[^}}]*}})? {re.escape(' '.join(knob.metadata['help'].split()))}(.*)",
+            rf"(?<![\w-]){flag}( [A-Z]+| {{[^}}]*}})? {re.escape(' '.join(option.metadata['help'].split()))}(.*)",
             shown,
         )
         if entry is None or (value not in (None, False) and not entry[2].startswith(" (default: ")):
@@ -341,7 +341,7 @@ def test_every_way_exports_exactly_what_it_computed(
     command = [str(model), "--calibration", str(text), "--out", str(out), *QUICK, *NO_LIMIT, *arguments]
     assert cli.main(command) == EXIT_OK
     report = from_json((out / "compot" / "report.json").read_text())
-    assert report.accuracy.export_exact.comparison.nmse < 1e-9
+    assert report.accuracy.export_reference.comparison.nmse < 1e-9
     assert any(record.kind == "factorized" for record in verify(out).matrices)
 
 
@@ -351,4 +351,4 @@ def test_every_architecture_goes_all_the_way(kind: str, text: Path, tmp_path: Pa
     command = [str(source), "--calibration", str(text), "--out", str(tmp_path / "out"), *QUICK, *NO_LIMIT]
     assert cli.main(command) == EXIT_OK
     report = from_json((tmp_path / "out" / "compot" / "report.json").read_text())
-    assert report.accuracy.export_exact.comparison.nmse < 1e-9
+    assert report.accuracy.export_reference.comparison.nmse < 1e-9

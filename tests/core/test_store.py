@@ -8,7 +8,7 @@ import torch
 from matrices import same_matrix
 
 from compot_deploy.core.grid import Grid, Pattern
-from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
+from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Matrix, Quantized
 from compot_deploy.core.store import StoredMatrices, load_matrices, save_matrices
 
 
@@ -27,11 +27,11 @@ def _matrices() -> dict[str, Matrix]:
     return {
         "dense": Dense(torch.randn(64, 48)),
         "quantized": _quantized(60, 48, Grid(2, 32)),
-        "q": Factorized((Pair(shared, _quantized(32, 40, codes), "qk", Pattern(16, 32)),)),
+        "q": Factorized((FactorPair(shared, _quantized(32, 40, codes), "qk", Pattern(16, 32)),)),
         "k": Factorized(
             (
-                Pair(shared, _quantized(32, 20, codes), "qk", Pattern(2, 4)),
-                Pair(strong, _quantized(8, 20, Grid(8, 16)), "k"),
+                FactorPair(shared, _quantized(32, 20, codes), "qk", Pattern(2, 4)),
+                FactorPair(strong, _quantized(8, 20, Grid(8, 16)), "k"),
             )
         ),
     }

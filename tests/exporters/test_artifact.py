@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from compot_deploy.core.grid import Grid, Pattern
-from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
+from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Matrix, Quantized
 from compot_deploy.core.storage import matrix_bytes
 from compot_deploy.errors import ArtifactError, InputError
 from compot_deploy.exporters.artifact import (
@@ -55,8 +55,12 @@ def sample_model() -> CompressedModel:
     shared = quantized(32, 16)
     matrices: dict[str, Matrix] = {
         "model.embed_tokens": quantized(32, 40, 8),
-        "model.layers.0.self_attn.q_proj": Factorized((Pair(shared, quantized(16, 32), "attention_input"),)),
-        "model.layers.0.self_attn.k_proj": Factorized((Pair(shared, quantized(16, 24), "attention_input"),)),
+        "model.layers.0.self_attn.q_proj": Factorized(
+            (FactorPair(shared, quantized(16, 32), "attention_input"),)
+        ),
+        "model.layers.0.self_attn.k_proj": Factorized(
+            (FactorPair(shared, quantized(16, 24), "attention_input"),)
+        ),
         "model.layers.0.mlp.down_proj": Dense(torch.randn(48, 32)),
     }
     return CompressedModel(
@@ -80,7 +84,7 @@ def artifact(tmp_path: Path) -> Path:
         calibration="ab" * 32,
         seed=7,
         why_dense={"model.layers.0.mlp.down_proj": "k would be 12, less than a group of 32"},
-        facts={"ridge": [1e-6]},
+        metadata={"ridge": [1e-6]},
     )
     write_manifest(folder, describe(sample_model(), "onnx", PackedStorage(), provenance))
     return folder

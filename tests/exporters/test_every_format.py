@@ -105,7 +105,9 @@ def test_every_matrix_and_tensor_comes_back(case: Case, name: str) -> None:
         given.task,
     )
     assert [
-        finding for finding in EXPORTERS[name].lint(case.exported(name)) if finding.severity == "error"
+        diagnostic
+        for diagnostic in EXPORTERS[name].lint(case.exported(name))
+        if diagnostic.severity == "error"
     ] == []
 
 

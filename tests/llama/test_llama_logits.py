@@ -215,7 +215,7 @@ def test_the_plugin_equals_torch_with_rounded_activations(
     with LlamaModel(path, exact=True, execution="plugin") as llama:
         batch = llama.logits(TOKENS[0].tolist())
         single = llama.logits(TOKENS[0, :3].tolist())
-        assert llama.factorised_runs > 0
+        assert llama.factorized_runs > 0
     for tokens, got in ((TOKENS[:, :3], single), (TOKENS, batch)):
         taken = flips_between(reference, rounder, tokens, got)
         assert sum(taken.values()) <= 2 + len(got) // 10, taken
@@ -251,7 +251,7 @@ def test_factors_run_unrounded_generate_what_torch_does(
             logits.append(llama.logits(TOKENS[0].tolist()))
             made = llama.generate(TOKENS[0, :8].tolist(), max_tokens=24, stop=False)
             assert list(made.tokens) == text
-            assert llama.factorised_runs > 0
+            assert llama.factorized_runs > 0
     assert np.abs(logits[0] - plain).max() < EXACT and np.array_equal(logits[0], logits[1])
 
 

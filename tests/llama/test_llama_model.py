@@ -74,7 +74,7 @@ def test_batches_and_single_steps_agree(folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("name", ["factorized", "sparse"])
-def test_stock_llama_cpp_refuses_a_factorised_file(folders: dict[str, Path], name: str) -> None:
+def test_stock_llama_cpp_refuses_a_factorized_file(folders: dict[str, Path], name: str) -> None:
     _, path = exported(folders["llama"], name)
     library = library_module.load_library()
     library.clear_log()
@@ -83,7 +83,7 @@ def test_stock_llama_cpp_refuses_a_factorised_file(folders: dict[str, Path], nam
 
 
 @pytest.mark.parametrize("name", ["factorized", "sparse"])
-def test_transformers_refuses_a_factorised_file(folders: dict[str, Path], name: str) -> None:
+def test_transformers_refuses_a_factorized_file(folders: dict[str, Path], name: str) -> None:
     from transformers import AutoModelForCausalLM
 
     _, path = exported(folders["llama"], name)
@@ -258,7 +258,7 @@ def test_without_a_compiler_the_factors_are_expanded(
 
 
 @needs_plugin
-def test_nothing_of_torch_is_imported_to_run_a_factorised_file(folders: dict[str, Path]) -> None:
+def test_nothing_of_torch_is_imported_to_run_a_factorized_file(folders: dict[str, Path]) -> None:
     """Its code alone would take more memory than small models."""
     _, path = exported(folders["llama"], "sparse")
     code = (

@@ -24,10 +24,10 @@ from compot_deploy.numerics.arrange import _best_swaps, arrange
 from compot_deploy.numerics.coding import threshold
 from compot_deploy.numerics.compot import compot
 from compot_deploy.numerics.factors import Alternation
-from compot_deploy.numerics.joint import Level, joint
+from compot_deploy.numerics.joint import Tier, joint
 from compot_deploy.numerics.whiten import whiten
-from compot_deploy.planning.curves import Candidate, Curve
 from compot_deploy.planning.knapsack import knapsack
+from compot_deploy.planning.rate_points import Candidate, RatePoints
 from compot_deploy.planning.schemes import Joint, Plain
 from compot_deploy.planning.settings import resolve
 from compot_deploy.recipe import Recipe
@@ -67,7 +67,7 @@ def test_the_order_that_is_found_never_keeps_less(
 def test_swaps_that_pay_on_some_outputs_only_are_not_taken(
     pattern: Pattern, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Swaps are looked for on a part of the outputs and judged on all; here the part often misleads."""
+    """Swaps are looked for on a part of the outputs and evaluated on all; here the part often misleads."""
     monkeypatch.setattr(arranging, "_ARRANGED_OUTPUTS", 2)
     proposed = worse = 0
     for seed in range(20):
@@ -140,7 +140,7 @@ def test_arranging_atoms_never_raises_the_objective(pattern: Pattern, seed: int)
 
 
 @pytest.mark.parametrize(
-    ("knobs", "patterns"),
+    ("recipe_options", "patterns"),
     [
         ({"format": ("gguf",), "gguf_layout": "sparse", "code_pattern": "2:4"}, (Pattern(2, 4),)),
         ({"format": ("gguf",), "gguf_layout": "sparse", "code_pattern": "4:8"}, (Pattern(4, 8),)),
@@ -151,10 +151,10 @@ def test_arranging_atoms_never_raises_the_objective(pattern: Pattern, seed: int)
     ],
 )
 def test_patterns_are_tried_where_the_format_stores_them_in_fewer_bytes(
-    tmp_path: Path, knobs: dict[str, Any], patterns: tuple[Pattern, ...]
+    tmp_path: Path, recipe_options: dict[str, Any], patterns: tuple[Pattern, ...]
 ) -> None:
     model = tiny.save(tmp_path / "model", num_hidden_layers=1)
-    recipe = Recipe(model=str(model), bits=2.0, **knobs)
+    recipe = Recipe(model=str(model), bits=2.0, **recipe_options)
     search = resolve(recipe, open_source(str(model))).search
     assert search.patterns == patterns
     exporter = EXPORTERS[recipe.format[0]]
@@ -162,43 +162,43 @@ def test_patterns_are_tried_where_the_format_stores_them_in_fewer_bytes(
 
 
 @pytest.mark.parametrize(
-    ("knobs", "tried"),
+    ("recipe_options", "tried"),
     [
         ({"format": ("gguf",), "gguf_layout": "sparse"}, {2: True, 3: True, 4: False}),
         ({"format": ("onnx",), "onnx_codes": "packed"}, {2: False, 3: True, 4: False}),
     ],
 )
 def test_groups_of_256_are_tried_at_few_bits_where_the_format_takes_them(
-    tmp_path: Path, knobs: dict[str, Any], tried: dict[int, bool]
+    tmp_path: Path, recipe_options: dict[str, Any], tried: dict[int, bool]
 ) -> None:
     model = tiny.save(tmp_path / "model", num_hidden_layers=1)
-    search = resolve(Recipe(model=str(model), bits=2.0, **knobs), open_source(str(model))).search
+    search = resolve(Recipe(model=str(model), bits=2.0, **recipe_options), open_source(str(model))).search
     assert {bits: 256 in search.grids.groups[bits] for bits in tried} == tried
 
 
 @pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(4, 8)])
 def test_the_knapsack_pays_for_patterns_what_gguf_planes_take(pattern: Pattern) -> None:
-    """Of two forms that differ in the pattern alone, each costs its payload, and a budget between them decides."""
+    """Of two schemes that differ in the pattern alone, each costs its payload, and a budget between them decides."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(128, 192, generator=generator).double()
     whitening = whiten(torch.eye(128).double())
     storage = GgufStorage("sparse")
     candidates = []
     for one in (pattern, Pattern()):
-        form = Joint((Level(64, Grid(4, 64), Grid(4, 64), one),))
-        made = joint(weight, whitening, form.levels, rounds=1)
+        scheme = Joint((Tier(64, Grid(4, 64), Grid(4, 64), one),))
+        made = joint(weight, whitening, scheme.tiers, rounds=1)
         payload = 0
         for leaf, kind in ((made.dictionaries[0], Pattern()), (made.codes[0], one)):
             assert isinstance(leaf, Quantized)
             plane = gguf_planes.PlaneFormat.of(leaf.shape[0], leaf.grid, kind)
             payload += gguf_planes.pack(leaf.integers.numpy(), leaf.scales.numpy(), plane).nbytes
-        assert payload == form.bytes(128, 192, storage)
-        candidates.append(Candidate(form, payload, (made.error**2,)))
+        assert payload == scheme.bytes(128, 192, storage)
+        candidates.append(Candidate(scheme, payload, (made.error**2,)))
     sparse, dense = candidates
     per_entry = {2: 3.0, 4: 3.5}[pattern.kept] + 16 / 64
     assert sparse.bytes == dense.bytes - 64 * 192 * (4.25 - per_entry) / 8
     coarse = Candidate(Plain(Grid(2, 64)), 1000, (0.9,))
-    curves = [Curve(("w",), ((coarse, sparse, dense),))]
-    assert knapsack(curves, dense.bytes).chosen[0].candidate == dense
-    assert knapsack(curves, dense.bytes - 1).chosen[0].candidate == sparse
-    assert knapsack(curves, sparse.bytes - 1).chosen[0].candidate == coarse
+    rate_points = [RatePoints(("w",), ((coarse, sparse, dense),))]
+    assert knapsack(rate_points, dense.bytes).chosen[0].candidate == dense
+    assert knapsack(rate_points, dense.bytes - 1).chosen[0].candidate == sparse
+    assert knapsack(rate_points, sparse.bytes - 1).chosen[0].candidate == coarse

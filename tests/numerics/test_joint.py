@@ -14,7 +14,7 @@ from compot_deploy.core.storage import PaperStorage, matrix_bytes
 from compot_deploy.errors import InputError, RecipeError
 from compot_deploy.numerics import joint as joint_module
 from compot_deploy.numerics.compot import compot
-from compot_deploy.numerics.joint import Level, joint, split
+from compot_deploy.numerics.joint import Tier, joint, split
 from compot_deploy.numerics.quantize_factors import quantize_factors
 from compot_deploy.numerics.whiten import Whitening, whiten
 from compot_deploy.planning.schemes import Joint
@@ -33,26 +33,26 @@ def problem(seed: int = 0, outputs: int = OUTPUTS) -> tuple[torch.Tensor, Whiten
     return weight, whiten(tokens.T @ tokens)
 
 
-def dense_levels() -> tuple[Level, ...]:
+def dense_tiers() -> tuple[Tier, ...]:
     return (
-        Level(8, Grid(8, 16), Grid(8, 16)),
-        Level(16, Grid(4, 16), Grid(4, 16)),
-        Level(8, Grid(4, 16), Grid(2, 16)),
+        Tier(8, Grid(8, 16), Grid(8, 16)),
+        Tier(16, Grid(4, 16), Grid(4, 16)),
+        Tier(8, Grid(4, 16), Grid(2, 16)),
     )
 
 
 HALF = Pattern(8, 16)
 
 
-def sparse_levels(pattern: Pattern = HALF) -> tuple[Level, ...]:
-    return (Level(8, Grid(8, 16), Grid(8, 16)), Level(16, Grid(4, 16), Grid(4, 16), pattern))
+def sparse_tiers(pattern: Pattern = HALF) -> tuple[Tier, ...]:
+    return (Tier(8, Grid(8, 16), Grid(8, 16)), Tier(16, Grid(4, 16), Grid(4, 16), pattern))
 
 
-@pytest.mark.parametrize("levels", [dense_levels(), sparse_levels(), sparse_levels(Pattern(2, 4))])
+@pytest.mark.parametrize("tiers", [dense_tiers(), sparse_tiers(), sparse_tiers(Pattern(2, 4))])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_kept_objective_never_rises_and_is_the_error(levels: tuple[Level, ...], seed: int) -> None:
+def test_the_kept_objective_never_rises_and_is_the_error(tiers: tuple[Tier, ...], seed: int) -> None:
     weight, whitening = problem(seed)
-    result = joint(weight, whitening, levels, rounds=5)
+    result = joint(weight, whitening, tiers, rounds=5)
     assert len(result.objective) == 5
     assert list(result.objective) == sorted(result.objective, reverse=True)
     measured = whitening.error(weight, result.dequantize())
@@ -62,14 +62,14 @@ def test_the_kept_objective_never_rises_and_is_the_error(levels: tuple[Level, ..
 
 def test_more_rounds_help() -> None:
     weight, whitening = problem()
-    one = joint(weight, whitening, dense_levels(), rounds=1).error
-    assert joint(weight, whitening, dense_levels(), rounds=4).error < 0.99 * one
+    one = joint(weight, whitening, dense_tiers(), rounds=1).error
+    assert joint(weight, whitening, dense_tiers(), rounds=4).error < 0.99 * one
 
 
 def test_a_round_that_is_worse_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds are spoilt from the second on: the result is that of the first, bit for bit."""
     weight, whitening = problem()
-    first = joint(weight, whitening, sparse_levels(), rounds=1)
+    first = joint(weight, whitening, sparse_tiers(), rounds=1)
     quantize, calls = joint_module._quantize_dictionary, [0]
 
     def spoilt(*arguments: Any) -> Any:
@@ -80,7 +80,7 @@ def test_a_round_that_is_worse_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> N
         return dictionaries, codes
 
     monkeypatch.setattr(joint_module, "_quantize_dictionary", spoilt)
-    result = joint(weight, whitening, sparse_levels(), rounds=3)
+    result = joint(weight, whitening, sparse_tiers(), rounds=3)
     assert calls == [3]
     assert result.objective == (first.objective[0],) * 3
     assert result.error == first.error
@@ -93,23 +93,23 @@ def test_a_round_that_is_worse_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("pattern", [Pattern(8, 16), Pattern(2, 4), Pattern(4, 8)])
 def test_codes_outside_the_pattern_are_zero(pattern: Pattern) -> None:
     weight, whitening = problem()
-    codes = joint(weight, whitening, sparse_levels(pattern), rounds=3).codes[1]
+    codes = joint(weight, whitening, sparse_tiers(pattern), rounds=3).codes[1]
     assert isinstance(codes, Quantized)
     groups = codes.integers.reshape(-1, pattern.of, OUTPUTS)
     assert int((groups != 0).sum(1).max()) <= pattern.kept
 
 
-@pytest.mark.parametrize("levels", [(Level(16, Grid(2, 16), None),), (Level(16, Grid(2, 16), None, HALF),)])
-def test_codes_are_the_best_for_the_quantized_dictionary(levels: tuple[Level, ...]) -> None:
+@pytest.mark.parametrize("tiers", [(Tier(16, Grid(2, 16), None),), (Tier(16, Grid(2, 16), None, HALF),)])
+def test_codes_are_the_best_for_the_quantized_dictionary(tiers: tuple[Tier, ...]) -> None:
     """Where nothing rounds them: ``ÂᵀG(W − ÂS) = 0`` on the support."""
     weight, whitening = problem()
-    result = joint(weight, whitening, levels)
+    result = joint(weight, whitening, tiers)
     dictionary = result.dictionaries[0].dequantize().double()
     codes = result.codes[0].dequantize().double()
     gradient = dictionary.T @ whitening.gram @ (weight - dictionary @ codes)
     start = dictionary.T @ whitening.gram @ weight
     support = codes != 0
-    kept = levels[0].pattern
+    kept = tiers[0].pattern
     assert int(support.sum()) == codes.numel() * kept.kept / kept.of
     assert float(gradient[support].norm()) < 1e-4 * float(start.norm())
 
@@ -117,8 +117,8 @@ def test_codes_are_the_best_for_the_quantized_dictionary(levels: tuple[Level, ..
 def test_the_dictionary_is_the_best_for_the_integer_codes() -> None:
     """Where nothing rounds it: ``A = WŜᵀ(ŜŜᵀ)⁻¹`` with the codes of the round before, but for scale and order."""
     weight, whitening = problem()
-    levels = (Level(16, None, Grid(2, 16)),)
-    before, after = (joint(weight, whitening, levels, rounds=rounds) for rounds in (1, 2))
+    tiers = (Tier(16, None, Grid(2, 16)),)
+    before, after = (joint(weight, whitening, tiers, rounds=rounds) for rounds in (1, 2))
     assert after.objective[1] < after.objective[0]
     codes = before.codes[0].dequantize().double()
     expected = torch.linalg.lstsq(codes.T, weight.T).solution.T
@@ -127,10 +127,10 @@ def test_the_dictionary_is_the_best_for_the_integer_codes() -> None:
     assert float(likeness.amax(1).min()) > 1 - 1e-6
 
 
-def lost_by(levels: tuple[Level, ...]) -> float:
+def lost_by(tiers: tuple[Tier, ...]) -> float:
     """What quantized codes lose of what the best ones reach, over a few dictionaries of atoms that are alike."""
     total = 0.0
-    atoms = sum(level.atoms for level in levels)
+    atoms = sum(tier.atoms for tier in tiers)
     for seed in range(4):
         weight, whitening = problem(seed)
         generator = torch.Generator().manual_seed(seed)
@@ -141,42 +141,42 @@ def lost_by(levels: tuple[Level, ...]) -> float:
         )
         best = torch.linalg.solve(seen.gram, seen.correlation)
         codes = joint_module._Codes(best, torch.ones_like(best, dtype=torch.bool))
-        made = joint_module._quantize_codes(seen, levels, codes, 1)
+        made = joint_module._quantize_codes(seen, tiers, codes, 1)
         stacked = joint_module._stack(made)
         total += (seen.lost(stacked) - seen.lost(best)) / (seen.energy - seen.lost(best))
     return total
 
 
-COARSE_AND_FINE = (Level(12, None, Grid(2, 4)), Level(12, None, Grid(4, 4)))
+COARSE_AND_FINE = (Tier(12, None, Grid(2, 4)), Tier(12, None, Grid(4, 4)))
 
 
 def test_codes_are_rounded_for_the_gram_that_they_see(monkeypatch: pytest.MonkeyPatch) -> None:
-    levels = (Level(24, None, Grid(4, 8)),)
-    with_gram = lost_by(levels)
+    tiers = (Tier(24, None, Grid(4, 8)),)
+    with_gram = lost_by(tiers)
     round_with = joint_module.gptq
 
     def blind(codes: Any, gram: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         return round_with(codes, torch.eye(len(gram), dtype=gram.dtype), *arguments, **options)
 
     monkeypatch.setattr(joint_module, "gptq", blind)
-    assert with_gram < 0.8 * lost_by(levels)
+    assert with_gram < 0.8 * lost_by(tiers)
 
 
-def test_a_level_is_fitted_to_what_the_ones_before_it_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tier_is_fitted_to_what_the_ones_before_it_lose(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joint_module, "descend", lambda leaf, *arguments, **options: leaf)
     fitted = lost_by(COARSE_AND_FINE)
     monkeypatch.setattr(joint_module, "refit_codes", lambda gram, wanted, codes, *arguments, **options: codes)
     assert fitted < 0.8 * lost_by(COARSE_AND_FINE)
 
 
-def test_a_level_is_rounded_knowing_what_those_behind_it_will_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tier_is_rounded_knowing_what_those_behind_it_will_mend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joint_module, "descend", lambda leaf, *arguments, **options: leaf)
     knowing = lost_by(COARSE_AND_FINE)
     monkeypatch.setattr(joint_module, "_schur", lambda gram, place: gram[place, place])
     assert knowing < 0.8 * lost_by(COARSE_AND_FINE)
 
 
-def test_a_last_turn_over_all_levels_gains(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_last_turn_over_all_tiers_gains(monkeypatch: pytest.MonkeyPatch) -> None:
     turned = lost_by(COARSE_AND_FINE)
     monkeypatch.setattr(joint_module, "descend", lambda leaf, *arguments, **options: leaf)
     assert turned < 0.99 * lost_by(COARSE_AND_FINE)
@@ -187,7 +187,7 @@ def test_quantizing_jointly_beats_one_after_the_other() -> None:
     grid, pattern = Grid(4, 16), Pattern(8, 16)
     factors = compot(weight, whitening, 16, pattern)
     apart = quantize_factors(factors, weight, whitening, dictionary_grid=grid, code_grid=grid)
-    together = joint(weight, whitening, (Level(16, grid, grid, pattern),), rounds=4)
+    together = joint(weight, whitening, (Tier(16, grid, grid, pattern),), rounds=4)
     assert together.error < apart.error
 
 
@@ -198,16 +198,16 @@ def test_a_head_of_strong_atoms_helps_where_one_direction_dominates() -> None:
     sizes[0] *= 20
     weight = whitening.unapply(left * sizes @ right)
     storage, grid = PaperStorage(), Grid(4, 16)
-    head = (Level(1, Grid(8, 16), Grid(8, 16)), Level(15, grid, grid))
-    without = (Level(18, grid, grid),)
+    head = (Tier(1, Grid(8, 16), Grid(8, 16)), Tier(15, grid, grid))
+    without = (Tier(18, grid, grid),)
     assert Joint(head).bytes(*weight.shape, storage) <= Joint(without).bytes(*weight.shape, storage)
     assert joint(weight, whitening, head).error < 0.7 * joint(weight, whitening, without).error
 
 
 def test_matrices_side_by_side_share_one_dictionary_and_lose_nothing() -> None:
     weight, whitening = problem()
-    levels = sparse_levels()
-    factors = joint(weight, whitening, levels)
+    tiers = sparse_tiers()
+    factors = joint(weight, whitening, tiers)
     widths = {"q": 40, "k": 24, "v": 16}
     parts = split(factors, widths, "attention")
     whole = torch.cat([part.dequantize() for part in parts.values()], dim=1)
@@ -217,7 +217,7 @@ def test_matrices_side_by_side_share_one_dictionary_and_lose_nothing() -> None:
             assert pair.dictionary_name == "attention"
             assert same_matrix(pair.dictionary, first.dictionary)
     sizes = matrix_bytes(parts, PaperStorage())
-    assert sum(sizes.values()) == Joint(levels).bytes(INPUTS, OUTPUTS, PaperStorage())
+    assert sum(sizes.values()) == Joint(tiers).bytes(INPUTS, OUTPUTS, PaperStorage())
     with pytest.raises(ValueError, match="columns"):
         split(factors, {"q": 40}, "attention")
 
@@ -225,24 +225,24 @@ def test_matrices_side_by_side_share_one_dictionary_and_lose_nothing() -> None:
 def test_two_runs_are_equal_and_inputs_stay_as_they_are() -> None:
     weight, whitening = problem()
     before, gram = weight.clone(), whitening.gram.clone()
-    one, two = (split(joint(weight, whitening, dense_levels()), {"w": OUTPUTS}, "w")["w"] for _ in range(2))
+    one, two = (split(joint(weight, whitening, dense_tiers()), {"w": OUTPUTS}, "w")["w"] for _ in range(2))
     assert isinstance(one, Factorized)
     assert same_matrix(one, two)
     assert torch.equal(weight, before)
     assert torch.equal(whitening.gram, gram)
 
 
-def test_a_level_may_stay_in_floating_point() -> None:
+def test_a_tier_may_stay_in_floating_point() -> None:
     weight, whitening = problem()
-    exact = joint(weight, whitening, (Level(INPUTS, None, None),))
+    exact = joint(weight, whitening, (Tier(INPUTS, None, None),))
     assert exact.error < 1e-6
-    half = joint(weight, whitening, (Level(8, None, None), Level(16, Grid(4, 16), Grid(4, 16))))
-    assert half.error < joint(weight, whitening, (Level(24, Grid(4, 16), Grid(4, 16)),)).error
+    half = joint(weight, whitening, (Tier(8, None, None), Tier(16, Grid(4, 16), Grid(4, 16))))
+    assert half.error < joint(weight, whitening, (Tier(24, Grid(4, 16), Grid(4, 16)),)).error
 
 
 def test_a_zero_weight_is_met_exactly() -> None:
     _, whitening = problem()
-    result = joint(torch.zeros(INPUTS, 4, dtype=torch.float64), whitening, sparse_levels())
+    result = joint(torch.zeros(INPUTS, 4, dtype=torch.float64), whitening, sparse_tiers())
     assert result.error == 0.0
     assert not bool(result.dequantize().any())
 
@@ -250,10 +250,10 @@ def test_a_zero_weight_is_met_exactly() -> None:
 def test_refuses_what_cannot_be() -> None:
     weight, whitening = problem()
     with pytest.raises(RecipeError, match="1 to 48"):
-        joint(weight, whitening, (Level(49, None, None),))
+        joint(weight, whitening, (Tier(49, None, None),))
     with pytest.raises(RecipeError, match="come last"):
-        joint(weight, whitening, tuple(reversed(sparse_levels())))
+        joint(weight, whitening, tuple(reversed(sparse_tiers())))
     with pytest.raises(RecipeError, match="groups of 4"):
-        Level(6, None, None, Pattern(2, 4))
+        Tier(6, None, None, Pattern(2, 4))
     with pytest.raises(InputError, match="NaN"):
-        joint(weight * torch.nan, whitening, dense_levels())
+        joint(weight * torch.nan, whitening, dense_tiers())

@@ -52,10 +52,10 @@ def computed_by_onnxruntime(folder: Path, atoms: dict[tuple[str, int], int]) -> 
     producers = {output: node for node in model.graph.node for output in node.output if output}
     found = {}
     for node in model.graph.node:
-        facts = {entry.key: entry.value for entry in node.metadata_props}
-        if facts.get("compot.role") != "codes":
+        metadata = {entry.key: entry.value for entry in node.metadata_props}
+        if metadata.get("compot.role") != "codes":
             continue
-        key = facts["compot.matrix"], int(facts["compot.pair"])
+        key = metadata["compot.matrix"], int(metadata["compot.pair"])
         needed = [node]
         wanted = list(node.input[1:])
         while wanted:
@@ -104,7 +104,7 @@ def in_three_bits(name: str, weight: Tensor) -> Matrix:
 
 
 @pytest.mark.parametrize(
-    ("options", "form"),
+    ("options", "scheme"),
     [
         (OnnxOptions(), sparse),
         (OnnxOptions(ops="qdq"), sparse),
@@ -113,8 +113,8 @@ def in_three_bits(name: str, weight: Tensor) -> Matrix:
     ],
     ids=["nbits", "qdq", "2:4 packed", "3 bits packed"],
 )
-def test_zero_codes_are_zero_in_onnxruntime(tmp_path: Path, options: OnnxOptions, form: Any) -> None:
-    model = compressed_torch(torch_model(MODELS["llama"]), form)
+def test_zero_codes_are_zero_in_onnxruntime(tmp_path: Path, options: OnnxOptions, scheme: Any) -> None:
+    model = compressed_torch(torch_model(MODELS["llama"]), scheme)
     EXPORTERS["onnx"].write(model, tmp_path, options)
     codes = codes_of(model)
     found = computed_by_onnxruntime(tmp_path, {key: leaf.shape[0] for key, leaf in codes.items()})
@@ -126,11 +126,11 @@ def test_zero_codes_are_zero_in_onnxruntime(tmp_path: Path, options: OnnxOptions
         torch.testing.assert_close(found[key], leaf.dequantize(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("form", [sparse, in_three_bits], ids=["4 bits", "3 bits"])
-def test_zero_codes_are_zero_in_transformers(tmp_path: Path, form: Any) -> None:
+@pytest.mark.parametrize("scheme", [sparse, in_three_bits], ids=["4 bits", "3 bits"])
+def test_zero_codes_are_zero_in_transformers(tmp_path: Path, scheme: Any) -> None:
     from transformers import AutoModelForCausalLM
 
-    model = compressed_torch(torch_model(MODELS["llama"]), form)
+    model = compressed_torch(torch_model(MODELS["llama"]), scheme)
     exporter = EXPORTERS["huggingface"]
     exporter.write(model, tmp_path, exporter.options({}))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from places import Exported, Place, few_forms
+from places import Exported, Place, few_schemes
 from texts import write_lines
 
 
 @pytest.fixture
 def few() -> Iterator[None]:
     """So that a plan takes seconds."""
-    with few_forms():
+    with few_schemes():
         yield
 
 

@@ -1,4 +1,4 @@
-"""Laws of the pipeline for models of any kind: text in, judged folders out, as for decoders with a graph of ours."""
+"""Laws of the pipeline for models of any kind: text in, evaluated folders out, as for decoders with a native graph."""
 
 from __future__ import annotations
 
@@ -43,14 +43,16 @@ TABLES = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_becomes_judged_folders_of_both_formats(kind: str, place: Place, exported: Exported) -> None:
+def test_a_model_becomes_evaluated_folders_of_both_formats(
+    kind: str, place: Place, exported: Exported
+) -> None:
     for form in FORMATS:
         out = exported.folder(kind, form)
         assert exported.codes[kind] == 0
         report = from_json((out / REPORT).read_text())
         accuracy = report.accuracy
         assert report.passed and report.format == form
-        assert accuracy.export_exact.comparison.nmse < 1e-9
+        assert accuracy.export_reference.comparison.nmse < 1e-9
         assert accuracy.total is not None and accuracy.method is not None
         total = accuracy.total.comparison
         if kind == "bert":
@@ -73,11 +75,11 @@ def test_a_model_becomes_judged_folders_of_both_formats(kind: str, place: Place,
             assert report.frontier.chosen.bytes == report.sizes.linears
             assert report.sizes.linears is not None and report.sizes.linear_weights is not None
             assert report.sizes.linears * 8 <= 3.4 * report.sizes.linear_weights
-        assert not [finding for finding in report.findings if finding.severity == "error"]
+        assert not [diagnostic for diagnostic in report.diagnostics if diagnostic.severity == "error"]
         linears = [layer for layer in report.layers if layer.block is not None]
         assert report.recipe["model"] == place.model(kind).name
         assert len(linears) == len(open_source(place.model(kind)).layout.names)
-        assert all(layer.effect is not None and layer.error is not None for layer in linears)
+        assert all(layer.sensitivity is not None and layer.error is not None for layer in linears)
     manifests = [verify(exported.folder(kind, form)) for form in FORMATS]
     digests = [{m.name: m.digest for m in one.matrices if m.role == "linear"} for one in manifests]
     assert digests[0] == digests[1], "one compression, two files"
@@ -94,7 +96,7 @@ def test_a_folder_is_checked_again_file_by_file_and_loss_by_loss(
     original = str(place.model(kind))
     found = check(folder, reference=original)
     assert found.passed
-    for name in ("method", "export_exact", "export_shipped", "total"):
+    for name in ("method", "export_reference", "export_deployed", "total"):
         one, other = getattr(found.report.accuracy, name), getattr(before, name)
         assert one.comparison.nmse == pytest.approx(other.comparison.nmse, rel=1e-6, abs=1e-15), name
     again = ["check", str(folder), "--reference", original]
@@ -142,9 +144,9 @@ def test_factors_share_dictionaries_in_models_of_any_kind(kind: str, place: Plac
         out=str(tmp_path / "out"),
     )
     model = EXPORTERS["onnx"].read_model(done.folder)
-    factorised = [matrix for matrix in model.matrices.values() if isinstance(matrix, Factorized)]
-    assert factorised
-    assert done.report.accuracy.export_exact.comparison.nmse < 1e-9
+    factorized = [matrix for matrix in model.matrices.values() if isinstance(matrix, Factorized)]
+    assert factorized
+    assert done.report.accuracy.export_reference.comparison.nmse < 1e-9
     linears, weights = done.report.sizes.linears, done.report.sizes.linear_weights
     assert linears is not None and weights is not None and linears * 8 <= 2.15 * weights
 
@@ -180,7 +182,7 @@ def test_the_plan_of_a_model_says_what_its_loss_is_measured_in(
         out=str(tmp_path / "o"),
     )
     assert drafted.plans[0].bytes <= drafted.plans[0].budget
-    assert any(isinstance(entry.candidate.form, Joint) for entry in drafted.plans[0].chosen)
+    assert any(isinstance(entry.candidate.scheme, Joint) for entry in drafted.plans[0].chosen)
 
 
 @pytest.mark.parametrize(("kind", "form"), [("gpt2", "onnx"), ("bert", "huggingface")])
@@ -207,7 +209,7 @@ def model_bytes(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
-def test_other_methods_are_judged_beside_it_at_the_same_bytes(
+def test_other_methods_are_evaluated_beside_it_at_the_same_bytes(
     kind: str, place: Place, tmp_path: Path
 ) -> None:
     more = ["--bits", "3.4", "--compare", "plain,svd-llm"]
@@ -232,14 +234,14 @@ def test_other_methods_are_judged_beside_it_at_the_same_bytes(
 @pytest.mark.parametrize(
     "kind", ["bert masked", "bert classes", "bert token classes", "distilbert", "gpt2 classes"]
 )
-def test_models_of_every_task_are_judged_in_both_formats(kind: str, place: Place, tmp_path: Path) -> None:
+def test_models_of_every_task_are_evaluated_in_both_formats(kind: str, place: Place, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = ["--format", "onnx", "--format", "huggingface", "--method", "plain"]
     assert main([*place.flags(kind, *flags), "--out", str(out)]) == 0
     for form in FORMATS:
         report = from_json((out / form / REPORT).read_text())
         total = report.accuracy.total
-        assert total is not None and report.accuracy.export_exact.comparison.nmse < 1e-9
+        assert total is not None and report.accuracy.export_reference.comparison.nmse < 1e-9
         criteria = {one.name for one in report.accuracy.gate.criteria}
         if kind == "distilbert":
             assert criteria == {"nonfinite_logits", "max_export_nmse", "min_cosine"}
@@ -253,7 +255,7 @@ def test_models_of_every_task_are_judged_in_both_formats(kind: str, place: Place
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
-def test_texts_that_are_judged_on_are_not_calibrated_on(kind: str, place: Place, tmp_path: Path) -> None:
+def test_texts_that_are_evaluated_on_are_not_calibrated_on(kind: str, place: Place, tmp_path: Path) -> None:
     source = open_source(place.model(kind))
     recipe = Recipe(calibration=str(place.text), model=str(source.folder), samples=1000, length=16)
     calibration = calibration_windows(recipe, source, tmp_path)

@@ -43,7 +43,7 @@ def test_a_damaged_file_is_named(exported: Exported, tmp_path: Path) -> None:
             check(folder)
 
 
-def test_a_check_with_another_original_is_refused_and_without_one_judges_the_file(
+def test_a_check_with_another_original_is_refused_and_without_one_evaluates_the_file(
     place: Place, exported: Exported, tmp_path: Path
 ) -> None:
     folder = exported.folder("bert")
@@ -116,7 +116,7 @@ def test_limits_of_a_check_are_refused_alike(exported: Exported, capsys: pytest.
         ("bert", ["--calibration", "self"], 2, "an encoder writes no text|a encoder writes no text"),
         ("bert", ["--min-cosine", "2"], 2, "between -1 and 1"),
         ("bert", ["--size", "20KB"], 2, "alone need|cannot be met"),
-        ("gpt2", ["--bits", "0.1"], 2, "smallest forms of all of them need"),
+        ("gpt2", ["--bits", "0.1"], 2, "smallest schemes of all of them need"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(

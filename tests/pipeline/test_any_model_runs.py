@@ -80,7 +80,7 @@ def test_a_run_that_was_stopped_anywhere_goes_on_to_the_same_bytes(
         (sensitivity, "products_backwards", 0),
         (carry_out._Blocks, "make", 1),
         (exporter, "write", 0),
-        (export_module, "judge_folder", 0),
+        (export_module, "evaluate_folder", 0),
     ]
     for owner, name, after in stages:
         with pytest.MonkeyPatch.context() as patch:

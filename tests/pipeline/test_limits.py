@@ -38,7 +38,7 @@ def test_a_limit_applies_where_there_is_a_figure_and_is_refused_where_there_is_n
         return
     flag = "--" + limit.replace("_", "-")
     with pytest.raises(
-        RecipeError, match=rf"{flag} does not apply to a model of this kind: it is judged by --m"
+        RecipeError, match=rf"{flag} does not apply to a model of this kind: it is evaluated by --m"
     ):
         gate_of(recipe, task(kind))
 

@@ -9,7 +9,7 @@ import pytest
 
 from compot_deploy.core.grid import Grid
 from compot_deploy.errors import InputError, RecipeError
-from compot_deploy.recipe import Recipe, knobs, override, recipe_from_toml, recipe_to_toml
+from compot_deploy.recipe import Recipe, override, recipe_from_toml, recipe_options, recipe_to_toml
 
 
 def test_a_recipe_written_and_read_is_the_same_recipe(tmp_path: Path) -> None:
@@ -27,8 +27,8 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     assert recipe_from_toml(path, ratio=0.4) == Recipe(ratio=0.4, samples=5)
 
 
-def test_every_knob_says_what_it_is() -> None:
-    assert all(knob.metadata["help"] for knob in knobs())
+def test_every_option_says_what_it_is() -> None:
+    assert all(option.metadata["help"] for option in recipe_options())
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_every_knob_says_what_it_is() -> None:
         ({"format": ()}, "--format"),
     ],
 )
-def test_a_knob_outside_its_range_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
+def test_a_option_outside_its_range_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(RecipeError, match=named):
         Recipe(**changes)
     with pytest.raises(RecipeError, match=named):
@@ -85,7 +85,7 @@ def test_bits_per_factor_override_the_common_precision() -> None:
     assert Recipe(quant="none").code_grid is None
 
 
-_ONE_FORM: list[dict[str, Any]] = [
+_ONE_SCHEME: list[dict[str, Any]] = [
     {"dictionary_bits": 8},
     {"code_bits": 2},
     {"dictionary_group": 64},
@@ -107,26 +107,26 @@ def test_every_budget_is_planned_unless_a_rule_is_named(given: dict[str, Any]) -
         assert Recipe(**given).counting_atoms().planned
 
 
-@pytest.mark.parametrize("settled", [*_ONE_FORM, {"code_pattern": "2:4"}])
-def test_a_form_that_is_settled_by_hand_leaves_a_ratio_to_singular_values(settled: dict[str, Any]) -> None:
+@pytest.mark.parametrize("settled", [*_ONE_SCHEME, {"code_pattern": "2:4"}])
+def test_a_scheme_that_is_settled_by_hand_leaves_a_ratio_to_singular_values(settled: dict[str, Any]) -> None:
     recipe = Recipe(**settled)
     assert not recipe.planned
     assert recipe.allocator == ("spectral by value" if recipe.paper_exact else "spectral")
-    (knob,) = settled
-    assert knob.replace("_", "-") in recipe.why_one_form
+    (option,) = settled
+    assert option.replace("_", "-") in recipe.why_one_scheme
 
 
-@pytest.mark.parametrize("settled", _ONE_FORM, ids=lambda given: next(iter(given)))
+@pytest.mark.parametrize("settled", _ONE_SCHEME, ids=lambda given: next(iter(given)))
 @pytest.mark.parametrize("asked", [{"bits": 2.2}, {"size": "1MB"}, {"allocation": "knapsack"}])
-def test_a_settled_form_beside_a_plan_is_refused_by_both_names(
+def test_a_settled_scheme_beside_a_plan_is_refused_by_both_names(
     settled: dict[str, Any], asked: dict[str, Any]
 ) -> None:
-    (knob,), (budget,) = settled, asked
-    with pytest.raises(RecipeError, match=f"--{knob.replace('_', '-')}.*--{budget}"):
+    (option,), (budget,) = settled, asked
+    with pytest.raises(RecipeError, match=f"--{option.replace('_', '-')}.*--{budget}"):
         Recipe(**settled, **asked)
 
 
-def test_a_pattern_is_one_more_form_for_a_plan_and_without_quantization_so_is_k_over_s() -> None:
+def test_a_pattern_is_one_more_scheme_for_a_plan_and_without_quantization_so_is_k_over_s() -> None:
     assert Recipe(bits=2.2, code_pattern="2:4").planned
     assert Recipe(quant="none", allocation="knapsack", atoms_per_nonzero=3.0).planned
 

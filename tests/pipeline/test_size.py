@@ -1,4 +1,4 @@
-"""Laws of predicted sizes: the rehearsal takes exactly the bytes of the export."""
+"""Laws of predicted sizes: the dry run takes exactly the bytes of the export."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import tiny
 import torch
 
 from compot_deploy.core.grid import Grid, Pattern
-from compot_deploy.core.matrix import Factorized, Leaf, Matrix, Pair, Quantized
+from compot_deploy.core.matrix import Factorized, FactorPair, Leaf, Matrix, Quantized
 from compot_deploy.embedded import MODEL
 from compot_deploy.errors import RecipeError
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.source import ModelSource, open_source
-from compot_deploy.numerics.joint import Level
+from compot_deploy.numerics.joint import Tier
 from compot_deploy.pipeline.compress import compress
 from compot_deploy.pipeline.size import fit_size, model_of_stand_ins, other_bytes
-from compot_deploy.planning.curves import Candidate
 from compot_deploy.planning.knapsack import Chosen, Plan
-from compot_deploy.planning.schemes import Form, Joint, Plain, Separate
+from compot_deploy.planning.rate_points import Candidate
+from compot_deploy.planning.schemes import Joint, Plain, Scheme, Separate
 from compot_deploy.planning.settings import options_of, resolve
 from compot_deploy.recipe import Recipe
 
-HEAD = Level(16, Grid(8, 32), Grid(8, 32))
-SHARED = Joint((HEAD, Level(32, Grid(4, 32), Grid(4, 32), Pattern(2, 4))))
-ALONE = Joint((Level(32, Grid(2, 32), Grid(4, 32)),))
+HEAD = Tier(16, Grid(8, 32), Grid(8, 32))
+SHARED = Joint((HEAD, Tier(32, Grid(4, 32), Grid(4, 32), Pattern(2, 4))))
+PER_MATRIX = Joint((Tier(32, Grid(2, 32), Grid(4, 32)),))
 APART = Separate("compot", 32, Pattern(2, 4), Grid(4, 32), Grid(4, 32), rounds=1)
 
 
@@ -36,13 +36,13 @@ def mixed_plan(source: ModelSource) -> Plan:
     """A bit of everything: q, k, v share a dictionary, o and gate have their own, the rest is plain."""
     chosen = []
 
-    def add(form: Form, *names: str) -> None:
-        chosen.append(Chosen(names, Candidate(form, 0, (0.1,) * len(names))))
+    def add(scheme: Scheme, *names: str) -> None:
+        chosen.append(Chosen(names, Candidate(scheme, 0, (0.1,) * len(names))))
 
     for layer, block in enumerate(source.layout.blocks):
         add(SHARED, *(f"{block}.self_attn.{name}_proj" for name in "qkv"))
         add(APART, f"{block}.self_attn.o_proj")
-        add(ALONE, f"{block}.mlp.gate_proj")
+        add(PER_MATRIX, f"{block}.mlp.gate_proj")
         add(Plain(Grid(8, 64)), f"{block}.mlp.up_proj")
         add(Plain(Grid(2, 32)) if layer % 2 else Plain(None), f"{block}.mlp.down_proj")
     return Plan(tuple(chosen), 0, 0.0)
@@ -71,7 +71,7 @@ def with_values(model: CompressedModel) -> CompressedModel:
                 key = pair.dictionary_name, position
                 dictionaries.setdefault(key, leaf(pair.dictionary))
                 codes = leaf(pair.codes, pair.pattern)
-                pairs.append(Pair(dictionaries[key], codes, pair.dictionary_name, pair.pattern))
+                pairs.append(FactorPair(dictionaries[key], codes, pair.dictionary_name, pair.pattern))
             matrices[name] = Factorized(tuple(pairs))
         else:
             matrices[name] = leaf(matrix)
@@ -84,7 +84,7 @@ ODD = {"hidden_size": 53, "intermediate_size": 77, "vocab_size": 20_001, "tie_wo
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3 of odd sizes", "the model that ships"])
 @pytest.mark.parametrize(
-    "knobs",
+    "recipe_options",
     [
         {"format": ("onnx",)},
         {"format": ("onnx",), "code_pattern": "2:4", "onnx_codes": "packed", "embeddings": "int4"},
@@ -94,18 +94,20 @@ ODD = {"hidden_size": 53, "intermediate_size": 77, "vocab_size": 20_001, "tie_wo
     ],
     ids=["onnx", "packed", "gguf-sparse", "gguf-dense", "huggingface"],
 )
-def test_a_rehearsal_takes_the_bytes_of_the_export(tmp_path: Path, kind: str, knobs: dict[str, Any]) -> None:
+def test_a_dry_run_takes_the_bytes_of_the_export(
+    tmp_path: Path, kind: str, recipe_options: dict[str, Any]
+) -> None:
     name, *odd = kind.split()
     folder = Path(MODEL) if name == "the" else tiny.save(tmp_path / "model", name, **(ODD if odd else {}))
-    settings = resolve(Recipe(model=str(folder), **knobs), open_source(folder))
+    settings = resolve(Recipe(model=str(folder), **recipe_options), open_source(folder))
     exporter, plan = settings.exporter, mixed_plan(settings.source)
     options = options_of(settings.recipe, exporter)
     model = model_of_stand_ins(settings, plan)
     sizes = []
-    for name in ("rehearsed", "real"):
+    for name in ("dry", "real"):
         (tmp_path / name).mkdir()
-        if name == "rehearsed":
-            missing = exporter.rehearse(model, tmp_path / name, options)
+        if name == "dry":
+            missing = exporter.dry_run(model, tmp_path / name, options)
         else:
             missing = 0
             exporter.write(with_values(model), tmp_path / name, options)
@@ -118,9 +120,7 @@ def test_a_rehearsal_takes_the_bytes_of_the_export(tmp_path: Path, kind: str, kn
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "bert classes", "bert masked"])
 @pytest.mark.parametrize("format", ["onnx", "huggingface"])
-def test_a_rehearsal_of_any_model_takes_the_bytes_of_the_export(
-    tmp_path: Path, kind: str, format: str
-) -> None:
+def test_a_dry_run_of_any_model_takes_the_bytes_of_the_export(tmp_path: Path, kind: str, format: str) -> None:
     """Of a checkpoint in 16 bits, in which what stays as it is takes fewer bytes than what was made."""
     folder = any_models.save(tmp_path / "model", kind)
     any_models.model(kind).bfloat16().save_pretrained(folder)
@@ -143,8 +143,8 @@ def test_a_rehearsal_of_any_model_takes_the_bytes_of_the_export(
 
 
 def plan_of(budget: int) -> tuple[Plan, ...]:
-    form = Candidate(Plain(Grid(4, 32)), budget // 64 * 64, (1 / budget,))
-    return (Plan((Chosen(("w",), form),), budget, 1 / budget),)
+    scheme = Candidate(Plain(Grid(4, 32)), budget // 64 * 64, (1 / budget,))
+    return (Plan((Chosen(("w",), scheme),), budget, 1 / budget),)
 
 
 @pytest.mark.parametrize("cost", [1, 2, 4])

@@ -157,7 +157,7 @@ def test_a_larger_budget_never_takes_an_atom_from_any_matrix(precision: Precisio
         plan = spectral(MODEL, ratio=ratio, storage=STORAGE, precision=precision, per_byte=per_byte)
         for matrix in MODEL:
             choice = plan.choices[matrix.name]
-            # The plain form is all of a matrix, more than any number of atoms.
+            # The plain scheme is all of a matrix, more than any number of atoms.
             atoms = choice.atoms if choice.factorized else max(matrix.inputs, matrix.outputs)
             assert atoms >= taken[matrix.name]
             gained += atoms > taken[matrix.name]

@@ -11,16 +11,16 @@ import tiny
 
 from compot_deploy.core.grid import DENSE, Grid, Pattern
 from compot_deploy.models.source import open_source
-from compot_deploy.numerics.joint import Level
+from compot_deploy.numerics.joint import Tier
 from compot_deploy.pipeline.compress import context_of
 from compot_deploy.pipeline.deploy import plan_only
 from compot_deploy.planning import settings as settings_module
 from compot_deploy.planning.by_rule import plan_by_rule
-from compot_deploy.planning.candidates import Search, forms
+from compot_deploy.planning.candidates import Search, schemes
 from compot_deploy.planning.context import collect_grams
 from compot_deploy.planning.draft import Draft
-from compot_deploy.planning.measure import measure_curves
-from compot_deploy.planning.schemes import Form, GridChoice, Joint, Plain, Separate
+from compot_deploy.planning.measure import measure_rate_points
+from compot_deploy.planning.schemes import GridChoice, Joint, Plain, Scheme, Separate
 from compot_deploy.planning.settings import resolve
 from compot_deploy.recipe import Recipe
 
@@ -37,7 +37,7 @@ def _few_grids(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose matrices get smaller by being factorised, but for two of them, and a text."""
+    """A model whose matrices get smaller by being factorized, but for two of them, and a text."""
     root = tmp_path_factory.mktemp("place")
     tiny.save(root / "model", num_hidden_layers=1, hidden_size=128, intermediate_size=192, head_dim=16)
     (root / "text.txt").write_text((tiny.WORDS + "\n") * 100)
@@ -51,22 +51,22 @@ def recipe(place: Path, **changes: Any) -> Recipe:
     )
 
 
-def listed(drafted: Draft) -> Mapping[str, tuple[Form, ...]]:
-    """Every form of every matrix by itself."""
+def listed(drafted: Draft) -> Mapping[str, tuple[Scheme, ...]]:
+    """Every scheme of every matrix by itself."""
     context, found = drafted.context, {}
     for group in context.groups:
         whitening = context.whitening(group)
         for name, weight in context.weights(group.names).items():
-            found[name] = forms(weight, whitening, context.storage, context.search)
+            found[name] = schemes(weight, whitening, context.storage, context.search)
     return found
 
 
 @pytest.mark.parametrize("method", ["compot", "svd-llm"])
-@pytest.mark.parametrize("knobs", [{"bits": 1.5}, {"bits": 3.0}, {"ratio": 0.2}], ids=str)
-def test_every_matrix_that_gets_smaller_by_it_is_factorised(
-    place: Path, method: str, knobs: dict[str, Any]
+@pytest.mark.parametrize("recipe_options", [{"bits": 1.5}, {"bits": 3.0}, {"ratio": 0.2}], ids=str)
+def test_every_matrix_that_gets_smaller_by_it_is_factorized(
+    place: Path, method: str, recipe_options: dict[str, Any]
 ) -> None:
-    drafted = plan_only(recipe(place, method=method, **knobs))
+    drafted = plan_only(recipe(place, method=method, **recipe_options))
     (plan,) = drafted.plans
     storage, sizes = drafted.context.storage, drafted.sizes
     everything = listed(drafted)
@@ -74,37 +74,37 @@ def test_every_matrix_that_gets_smaller_by_it_is_factorised(
     assert set(chosen) == set(drafted.context.names)
     assert plan.bytes <= plan.budget
 
-    def allowed(form: Form) -> bool:
-        return isinstance(form, Joint) and (
-            method == "compot" or all(level.pattern.is_dense for level in form.levels)
+    def allowed(scheme: Scheme) -> bool:
+        return isinstance(scheme, Joint) and (
+            method == "compot" or all(tier.pattern.is_dense for tier in scheme.tiers)
         )
 
-    factorised = 0
+    factorized = 0
     for name, entry in chosen.items():
-        form = entry.candidate.form
+        scheme = entry.candidate.scheme
         plain = INT4.bytes(*sizes[name], storage)
         smaller = [
             one for one in everything[name] if allowed(one) and one.bytes(*sizes[name], storage) < plain
         ]
-        together = sum(INT4.bytes(*sizes[one], storage) for one in entry.names)
+        shared = sum(INT4.bytes(*sizes[one], storage) for one in entry.names)
         if len(entry.names) > 1 or smaller:
-            assert allowed(form), (name, form)
-            assert entry.candidate.bytes < together
-            factorised += 1
+            assert allowed(scheme), (name, scheme)
+            assert entry.candidate.bytes < shared
+            factorized += 1
         else:
-            assert isinstance(form, Plain)
-    assert factorised >= 5
+            assert isinstance(scheme, Plain)
+    assert factorized >= 5
     if method == "svd-llm":
-        assert not any(level.pattern != DENSE for curve in drafted.curves for level in _levels(curve))
+        assert not any(tier.pattern != DENSE for points in drafted.rate_points for tier in _tiers(points))
 
 
-def _levels(curve: Any) -> list[Level]:
-    candidates = [one for entries in (*curve.alone, curve.together) for one in entries]
-    return [level for one in candidates if isinstance(one.form, Joint) for level in one.form.levels]
+def _tiers(points: Any) -> list[Tier]:
+    candidates = [one for entries in (*points.per_matrix, points.shared) for one in entries]
+    return [tier for one in candidates if isinstance(one.scheme, Joint) for tier in one.scheme.tiers]
 
 
 def test_a_matrix_that_does_not_get_smaller_stays_plain_and_the_others_do_not(tmp_path: Path) -> None:
-    """A budget that only the smallest forms keep: k and v of a narrow head are left on a grid."""
+    """A budget that only the smallest schemes keep: k and v of a narrow head are left on a grid."""
     root = tmp_path
     tiny.save(
         root / "model",
@@ -123,27 +123,27 @@ def test_a_matrix_that_does_not_get_smaller_stays_plain_and_the_others_do_not(tm
     storage = drafted.context.storage
     for name in ("model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj"):
         size = drafted.sizes[name]
-        joint = [form for form in everything[name] if isinstance(form, Joint)]
-        curve = next(one for one in drafted.curves if name in one.names)
-        alone = [one.form for one in curve.alone[curve.names.index(name)]]
-        if all(form.bytes(*size, storage) >= INT4.bytes(*size, storage) for form in joint):
-            assert alone and all(isinstance(form, Plain) for form in alone)
+        joint = [scheme for scheme in everything[name] if isinstance(scheme, Joint)]
+        points = next(one for one in drafted.rate_points if name in one.names)
+        per_matrix = [one.scheme for one in points.per_matrix[points.names.index(name)]]
+        if all(scheme.bytes(*size, storage) >= INT4.bytes(*size, storage) for scheme in joint):
+            assert per_matrix and all(isinstance(scheme, Plain) for scheme in per_matrix)
         else:
-            assert alone and all(isinstance(form, Joint) for form in alone)
+            assert per_matrix and all(isinstance(scheme, Joint) for scheme in per_matrix)
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"bits": 3.0}, {"bits": 4.6}, {"ratio": 0.3, "allocation": "knapsack"}], ids=str
+    "recipe_options", [{"bits": 3.0}, {"bits": 4.6}, {"ratio": 0.3, "allocation": "knapsack"}], ids=str
 )
-def test_plain_plans_among_plain_grids_only(place: Path, knobs: dict[str, Any]) -> None:
-    drafted = plan_only(recipe(place, method="plain", **knobs))
+def test_plain_plans_among_plain_grids_only(place: Path, recipe_options: dict[str, Any]) -> None:
+    drafted = plan_only(recipe(place, method="plain", **recipe_options))
     entries = drafted.plans[0].chosen
-    assert all(isinstance(entry.candidate.form, Plain) for entry in entries)
-    assert not any(_levels(curve) or curve.together for curve in drafted.curves)
+    assert all(isinstance(entry.candidate.scheme, Plain) for entry in entries)
+    assert not any(_tiers(points) or points.shared for points in drafted.rate_points)
     assert drafted.plans[0].bytes <= drafted.plans[0].budget
-    # The contenders of a plan that may factorise are plain mixes: the best of them is this one.
-    auto = plan_only(recipe(place, method="auto", **knobs))
-    mixes = [plan for plan in auto.plans if all(isinstance(e.candidate.form, Plain) for e in plan.chosen)]
+    # The contenders of a plan that may factorize are plain mixes: the best of them is this one.
+    auto = plan_only(recipe(place, method="auto", **recipe_options))
+    mixes = [plan for plan in auto.plans if all(isinstance(e.candidate.scheme, Plain) for e in plan.chosen)]
     assert min(plan.loss for plan in mixes) == pytest.approx(drafted.plans[0].loss, rel=1e-9)
 
 
@@ -153,71 +153,77 @@ def test_auto_chooses_among_everything_and_is_the_default(place: Path) -> None:
     auto = {
         method: resolve(recipe(place, bits=2.0, method=method), source).search for method in ("auto", "plain")
     }
-    # An ONNX file stores zeros of codes like other values: forms with sparse codes would gain nothing.
+    # An ONNX file stores zeros of codes like other values: schemes with sparse codes would gain nothing.
     expected = Search(auto["auto"].grids, head=16, unstructured=False, unquantized=True, plain=INT4)
     assert auto["auto"] == expected and auto["auto"].method == expected.method == "auto"
-    for form in (
+    for scheme in (
         INT4,
-        Joint((Level(8, Grid(4, 32), Grid(4, 32)),)),
-        Joint((Level(8, None, None, Pattern(2, 4)),)),
+        Joint((Tier(8, Grid(4, 32), Grid(4, 32)),)),
+        Joint((Tier(8, None, None, Pattern(2, 4)),)),
     ):
-        assert auto["auto"].takes(form, 100, 1)
-        assert auto["plain"].takes(form, 1, 100) is isinstance(form, Plain)
+        assert auto["auto"].takes(scheme, 100, 1)
+        assert auto["plain"].takes(scheme, 1, 100) is isinstance(scheme, Plain)
     drafted = plan_only(recipe(place, bits=2.0))
-    assert any(isinstance(one.form, Plain) for curve in drafted.curves for one in curve.alone[0])
-    assert any(isinstance(one.form, Joint) for curve in drafted.curves for one in curve.alone[0])
+    assert any(
+        isinstance(one.scheme, Plain) for points in drafted.rate_points for one in points.per_matrix[0]
+    )
+    assert any(
+        isinstance(one.scheme, Joint) for points in drafted.rate_points for one in points.per_matrix[0]
+    )
 
 
 @pytest.mark.parametrize(
-    ("method", "form", "size", "taken"),
+    ("method", "scheme", "size", "taken"),
     [
-        ("compot", Joint((Level(8, Grid(4, 32), Grid(4, 32), Pattern(2, 4)),)), 99, True),
-        ("compot", Joint((Level(8, Grid(4, 32), Grid(4, 32)),)), 99, True),
-        ("compot", Joint((Level(8, Grid(4, 32), Grid(4, 32)),)), 100, False),
+        ("compot", Joint((Tier(8, Grid(4, 32), Grid(4, 32), Pattern(2, 4)),)), 99, True),
+        ("compot", Joint((Tier(8, Grid(4, 32), Grid(4, 32)),)), 99, True),
+        ("compot", Joint((Tier(8, Grid(4, 32), Grid(4, 32)),)), 100, False),
         ("compot", INT4, 50, False),
-        ("svd-llm", Joint((Level(8, Grid(4, 32), Grid(4, 32), Pattern(2, 4)),)), 99, False),
-        ("svd-llm", Joint((Level(8, Grid(4, 32), Grid(4, 32)),)), 99, True),
-        ("svd-llm", Joint((Level(8, Grid(4, 32), Grid(4, 32)),)), 100, False),
+        ("svd-llm", Joint((Tier(8, Grid(4, 32), Grid(4, 32), Pattern(2, 4)),)), 99, False),
+        ("svd-llm", Joint((Tier(8, Grid(4, 32), Grid(4, 32)),)), 99, True),
+        ("svd-llm", Joint((Tier(8, Grid(4, 32), Grid(4, 32)),)), 100, False),
         ("plain", Plain(Grid(8, 32)), 999, True),
-        ("plain", Joint((Level(8, Grid(4, 32), Grid(4, 32)),)), 1, False),
+        ("plain", Joint((Tier(8, Grid(4, 32), Grid(4, 32)),)), 1, False),
     ],
 )
-def test_what_a_method_lets_be_chosen(method: str, form: Form, size: int, taken: bool) -> None:
-    assert Search(GridChoice({}), method=method, plain=INT4).takes(form, size, 100) is taken
+def test_what_a_method_lets_be_chosen(method: str, scheme: Scheme, size: int, taken: bool) -> None:
+    assert Search(GridChoice({}), method=method, plain=INT4).takes(scheme, size, 100) is taken
 
 
 @pytest.mark.parametrize("method", ["compot", "svd-llm"])
-def test_without_quantization_a_method_factorises_too(place: Path, method: str) -> None:
+def test_without_quantization_a_method_factorizes_too(place: Path, method: str) -> None:
     drafted = plan_only(recipe(place, method=method, quant="none", ratio=0.4))
-    joint = [entry for entry in drafted.plans[0].chosen if isinstance(entry.candidate.form, Joint)]
+    joint = [entry for entry in drafted.plans[0].chosen if isinstance(entry.candidate.scheme, Joint)]
     assert len(joint) == len(drafted.plans[0].chosen)
-    dense = [level.pattern.is_dense for entry in joint for level in entry.candidate.form.levels]  # type: ignore[union-attr]
+    dense = [tier.pattern.is_dense for entry in joint for tier in entry.candidate.scheme.tiers]  # type: ignore[union-attr]
     assert all(dense) if method == "svd-llm" else not any(dense)
 
 
 @pytest.mark.parametrize("method", ["compot", "svd-llm"])
 @pytest.mark.parametrize("rule", ["spectral", "uniform"])
-def test_a_rule_gives_every_factorised_matrix_atoms_of_one_form(place: Path, method: str, rule: str) -> None:
+def test_a_rule_gives_every_factorized_matrix_atoms_of_one_scheme(
+    place: Path, method: str, rule: str
+) -> None:
     settings = resolve(
         recipe(place, method=method, allocation=rule, ratio=0.3, rounds=3), open_source(place / "model")
     )
     plan = plan_by_rule(settings)
     assert tuple(name for entry in plan.chosen for name in entry.names) == settings.source.layout.names
-    separate = [entry for entry in plan.chosen if isinstance(entry.candidate.form, Separate)]
+    separate = [entry for entry in plan.chosen if isinstance(entry.candidate.scheme, Separate)]
     plain = [entry for entry in plan.chosen if entry not in separate]
     assert separate
-    assert all(entry.candidate.form == INT4 and entry.reason for entry in plain)
+    assert all(entry.candidate.scheme == INT4 and entry.reason for entry in plain)
     for entry in separate:
-        form = entry.candidate.form
-        assert isinstance(form, Separate)
-        assert (form.method, form.rounds, form.dictionary, form.codes) == (
+        scheme = entry.candidate.scheme
+        assert isinstance(scheme, Separate)
+        assert (scheme.method, scheme.rounds, scheme.dictionary, scheme.codes) == (
             method,
             3,
             Grid(4, 32),
             Grid(4, 32),
         )
-        assert form.pattern.is_dense is (method == "svd-llm")
-        assert entry.candidate.bytes == form.bytes(*settings.source.shape(*entry.names), settings.storage)
+        assert scheme.pattern.is_dense is (method == "svd-llm")
+        assert entry.candidate.bytes == scheme.bytes(*settings.source.shape(*entry.names), settings.storage)
     if rule == "spectral":
         allowed = int(0.7 * settings.plain_bytes)
     else:  # each matrix on its own; no other one pays for a matrix that stays plain
@@ -235,13 +241,13 @@ def test_a_rule_gives_every_factorised_matrix_atoms_of_one_form(place: Path, met
 def test_plain_without_a_budget_gives_every_matrix_the_one_grid(place: Path) -> None:
     settings = resolve(recipe(place, method="plain"), open_source(place / "model"))
     plan = plan_by_rule(settings)
-    assert {entry.candidate.form for entry in plan.chosen} == {INT4}
+    assert {entry.candidate.scheme for entry in plan.chosen} == {INT4}
     assert plan.bytes == settings.plain_bytes
-    assert plan.notes == ("nothing was factorised: --method plain",)
+    assert plan.notes == ("nothing was factorized: --method plain",)
 
 
 def test_methods_share_calibration_but_no_measurements(place: Path, tmp_path: Path) -> None:
-    """Curves are named after what they depend on; one method's list is not taken for another's."""
+    """Files of points are named after what they depend on; one method's list is not taken for another's."""
     source = open_source(place / "model")
     for method in ("auto", "compot", "plain"):
         settings = resolve(recipe(place, method=method, bits=2.0), source)
@@ -249,7 +255,7 @@ def test_methods_share_calibration_but_no_measurements(place: Path, tmp_path: Pa
         if method == "auto":
             collect_grams(context)
         assert all(context.has_grams(block) for block in context.blocks)
-        measure_curves(context)
-    names = [path.name.rsplit("-", 1) for path in tmp_path.glob("curve-*.json")]
+        measure_rate_points(context)
+    names = [path.name.rsplit("-", 1) for path in tmp_path.glob("points-*.json")]
     inputs = {name for name, _ in names}
     assert len(names) == len({content for _, content in names}) == 3 * len(inputs)

@@ -21,26 +21,26 @@ from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.artifact import verify
 from compot_deploy.models.source import open_source
-from compot_deploy.numerics.joint import Level
+from compot_deploy.numerics.joint import Tier
 from compot_deploy.numerics.whiten import whiten
 from compot_deploy.pipeline.deploy import deploy, plan_only
 from compot_deploy.planning import carry_out as planning
 from compot_deploy.planning import measure, sensitivity
-from compot_deploy.planning.candidates import Search, forms, realize
+from compot_deploy.planning.candidates import Search, realize, schemes
 from compot_deploy.planning.context import PlanningContext
-from compot_deploy.planning.curves import Candidate, Curve
 from compot_deploy.planning.knapsack import Plan, knapsack, smallest_bytes
+from compot_deploy.planning.rate_points import Candidate, RatePoints
 from compot_deploy.planning.schemes import (
-    Form,
     GridChoice,
     Joint,
     Plain,
+    Scheme,
     Separate,
     describe,
-    form_from_data,
-    form_to_data,
+    scheme_from_data,
+    scheme_to_data,
 )
-from compot_deploy.planning.sensitivity import Effect
+from compot_deploy.planning.sensitivity import ReplacedLoss
 from compot_deploy.quant import Quantizer, gptq, rtn
 from compot_deploy.recipe import Recipe
 from compot_deploy.report import plan as plan_report
@@ -95,7 +95,7 @@ def test_a_budget_below_every_plain_grid_is_kept_and_exported_exactly(shared: Pa
 
 @pytest.fixture(scope="module")
 def measured(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An output path beside which curves and effects are kept: plans of any budget take them from there."""
+    """An output path beside which points and sensitivities are kept: plans of any budget take them from there."""
     out = tmp_path_factory.mktemp("measured") / "out"
     plan_only(Recipe(model=str(model), calibration=str(text), bits=2.0, out=str(out), **SETTINGS))
     return out
@@ -119,17 +119,19 @@ def test_same_inputs_and_seed_give_the_same_plan_bit_for_bit(
 def test_candidates_of_one_matrix_are_in_memory_at_a_time(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When a form is made, no matrix of another one is alive, and no weight of another input."""
+    """When a scheme is made, no matrix of another one is alive, and no weight of another input."""
     made: list[weakref.ref[torch.Tensor]] = []
     weights: list[tuple[frozenset[str], weakref.ref[torch.Tensor]]] = []
     peak = [0]
     make, read = measure.realize, PlanningContext.weights
 
-    def realize_and_look(form: Form, covered: Mapping[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        assert not [one for one in made if one() is not None], form
+    def realize_and_look(
+        scheme: Scheme, covered: Mapping[str, torch.Tensor], *args: Any, **kwargs: Any
+    ) -> Any:
+        assert not [one for one in made if one() is not None], scheme
         others = [names for names, one in weights if one() is not None and not names >= set(covered)]
         assert not others
-        result = make(form, covered, *args, **kwargs)
+        result = make(scheme, covered, *args, **kwargs)
         parts = [leaf for matrix in result.matrices.values() for leaf in leaves(matrix)]
         tensors = [part.integers if isinstance(part, Quantized) else part.weight for part in parts]
         tensors = [tensor for tensor in tensors if not any(tensor is weight for weight in covered.values())]
@@ -157,7 +159,7 @@ def test_what_is_impossible_names_the_smallest_that_is_not(model: Path, text: Pa
         recipe = Recipe(model=str(model), calibration=str(text), bits=bits, out=str(measured), **SETTINGS)
         return plan_only(recipe).plans[0]
 
-    with pytest.raises(RecipeError, match="smallest forms of all of them need") as caught:
+    with pytest.raises(RecipeError, match="smallest schemes of all of them need") as caught:
         plan(0.05)
     (smallest,) = re.findall(r"need (\d+) bytes", str(caught.value))
     checkpoint = open_source(str(model))
@@ -168,7 +170,7 @@ def test_what_is_impossible_names_the_smallest_that_is_not(model: Path, text: Pa
         plan((int(smallest) - 0.5) * 8 / numbers)
 
 
-def test_a_budget_above_everything_keeps_the_dense_form_and_says_so(
+def test_a_budget_above_everything_keeps_the_dense_scheme_and_says_so(
     model: Path, text: Path, measured: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--calibration", str(text), "--out", str(measured), "--bits", "32"]
@@ -181,7 +183,7 @@ def test_a_budget_above_everything_keeps_the_dense_form_and_says_so(
     assert "more than the" in capsys.readouterr().out
 
 
-def test_an_effect_is_what_disturbing_one_linear_alone_costs_per_unit_of_its_error(
+def test_a_sensitivity_is_what_disturbing_one_linear_alone_costs_per_unit_of_its_error(
     model: Path, text: Path, measured: Path
 ) -> None:
     """In nats per token, the original's distribution first, by the coarsest grid: computed here by transformers."""
@@ -191,7 +193,7 @@ def test_an_effect_is_what_disturbing_one_linear_alone_costs_per_unit_of_its_err
         Recipe(model=str(model), calibration=str(text), bits=2.0, out=str(measured), **SETTINGS)
     )
     context = drafted.context
-    alone = sensitivity.effects_one_by_one(context)
+    alone = sensitivity.sensitivities_one_by_one(context)
     reference = AutoModelForCausalLM.from_pretrained(model).float().eval()
 
     def predictions() -> torch.Tensor:
@@ -213,24 +215,26 @@ def test_an_effect_is_what_disturbing_one_linear_alone_costs_per_unit_of_its_err
         module.weight.data = before
         assert cost > 1e-6
         assert alone[name] == pytest.approx(cost / made.errors[name], rel=1e-3)
-    weighted = knapsack(drafted.curves, drafted.plans[0].budget, drafted.effects)
+    weighted = knapsack(drafted.rate_points, drafted.plans[0].budget, drafted.sensitivities)
     assert weighted == drafted.plans[0]
 
 
 def test_a_plan_stands_beside_the_best_mix_and_the_best_single_grid_of_its_budget() -> None:
     coarse, middle, fine = (Plain(Grid(bits, 32)) for bits in (2, 3, 4))
-    joint = Joint((Level(8, Grid(4, 32), Grid(4, 32)),))
+    joint = Joint((Tier(8, Grid(4, 32), Grid(4, 32)),))
 
-    def candidates(entries: Mapping[Form, tuple[int, float]]) -> tuple[Candidate, ...]:
-        return tuple(Candidate(form, size, (error,)) for form, (size, error) in entries.items())
+    def candidates(entries: Mapping[Scheme, tuple[int, float]]) -> tuple[Candidate, ...]:
+        return tuple(Candidate(scheme, size, (error,)) for scheme, (size, error) in entries.items())
 
     def chosen(
-        budget: int, *forms: Mapping[Form, tuple[int, float]], weight: float = 1.0
-    ) -> list[list[Form]]:
-        curves = [Curve((name,), (candidates(one),)) for name, one in zip("ab", forms, strict=True)]
-        plans = planning.choose(curves, {"a": weight, "b": 1.0}, budget)
+        budget: int, *schemes: Mapping[Scheme, tuple[int, float]], weight: float = 1.0
+    ) -> list[list[Scheme]]:
+        rate_points = [
+            RatePoints((name,), (candidates(one),)) for name, one in zip("ab", schemes, strict=True)
+        ]
+        plans = planning.choose(rate_points, {"a": weight, "b": 1.0}, budget)
         assert all(plan.bytes <= budget for plan in plans)
-        return [[entry.candidate.form for entry in plan.chosen] for plan in plans]
+        return [[entry.candidate.scheme for entry in plan.chosen] for plan in plans]
 
     plain_a = {coarse: (10, 0.5), middle: (15, 0.3), fine: (20, 0.05)}
     a, b = plain_a | {joint: (18, 0.04)}, {coarse: (10, 0.1), middle: (15, 0.09), fine: (20, 0.01)}
@@ -239,7 +243,7 @@ def test_a_plan_stands_beside_the_best_mix_and_the_best_single_grid_of_its_budge
     assert chosen(30, plain_a, b) == [[fine, coarse], [middle, middle]]  # the plan is the mix
     assert chosen(20, a, b) == [[coarse, coarse]]
     assert chosen(30, a, b, weight=0.01) == [[coarse, fine], [middle, middle]]
-    # A single grid must be there for every matrix, and a mix needs a plain form of each.
+    # A single grid must be there for every matrix, and a mix needs a plain scheme of each.
     assert chosen(30, a, {coarse: (10, 0.1)}) == [[joint, coarse], [fine, coarse], [coarse, coarse]]
     assert chosen(30, a, {joint: (10, 0.1)}) == [[joint, joint]]
 
@@ -264,51 +268,51 @@ def test_a_ratio_is_a_budget_too_and_what_is_made_is_never_worse_than_plain_grid
     assert plan.budget == int(0.7 * plain)
     assert all(one.bytes <= plan.budget for one in drafted.plans)
     assert all(plan.loss <= other.loss for other in others)
-    singles = [one for one in drafted.plans if len({entry.candidate.form for entry in one.chosen}) == 1]
+    singles = [one for one in drafted.plans if len({entry.candidate.scheme for entry in one.chosen}) == 1]
     assert len(singles) == 1
-    assert all(isinstance(e.candidate.form, Plain) for one in others for e in one.chosen)
+    assert all(isinstance(e.candidate.scheme, Plain) for one in others for e in one.chosen)
     # A budget between two grids leaves room for all three; make them, and look at what is taken.
     monkeypatch.setattr(sensitivity, "_POSITIONS", 64)
     if favourite is None:
-        effects: list[float] = []
-        own = Effect.__call__
+        losses: list[float] = []
+        own = ReplacedLoss.__call__
 
-        def remember(effect: Effect, matrices: Any) -> float:
-            # They come close to each other, so more text is read for the choice than for one linear's effect.
-            assert sum(int(batch.real.sum()) for batch in effect._batches) == min(4 * 64, 6 * 32)
-            effects.append(own(effect, matrices))
-            return effects[-1]
+        def remember(loss: ReplacedLoss, matrices: Any) -> float:
+            # They come close to each other, so more text is read for the choice than for one linear's sensitivity.
+            assert sum(int(batch.real.sum()) for batch in loss._batches) == min(4 * 64, 6 * 32)
+            losses.append(own(loss, matrices))
+            return losses[-1]
 
-        monkeypatch.setattr(Effect, "__call__", remember)
+        monkeypatch.setattr(ReplacedLoss, "__call__", remember)
     elif favourite == 0:  # all cost the same
-        monkeypatch.setattr(Effect, "__call__", lambda *_: 0.1)
-        effects = [0.1] * len(drafted.plans)
+        monkeypatch.setattr(ReplacedLoss, "__call__", lambda *_: 0.1)
+        losses = [0.1] * len(drafted.plans)
     else:
         favourite = min(favourite, len(others))
         calls: list[int] = []
 
-        def prefer(effect: Any, matrices: Any) -> float:
+        def prefer(loss: Any, matrices: Any) -> float:
             calls.append(1)
             return 0.1 if len(calls) - 1 == favourite else 0.2
 
-        monkeypatch.setattr(Effect, "__call__", prefer)
-        effects = [0.1 if number == favourite else 0.2 for number in range(len(drafted.plans))]
+        monkeypatch.setattr(ReplacedLoss, "__call__", prefer)
+        losses = [0.1 if number == favourite else 0.2 for number in range(len(drafted.plans))]
     outcome = planning.carry_out(drafted.context, drafted.plans)
-    assert len(effects) == len(drafted.plans) > 1
-    best = drafted.plans[effects.index(min(effects))]
+    assert len(losses) == len(drafted.plans) > 1
+    best = drafted.plans[losses.index(min(losses))]
     assert outcome.plan == best
     winner = "the plan" if best is plan else f"{planning.name_of(best)}, which is taken"
     assert outcome.notes[-1].endswith(f"better is {winner}")
-    assert all(f"{effect:.4g}" in outcome.notes[-1] for effect in effects)
+    assert all(f"{loss:.4g}" in outcome.notes[-1] for loss in losses)
     assert set(outcome.files) == set(drafted.sizes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [0.3, 1.9])
-def test_a_budget_that_is_too_small_is_refused_before_a_form_is_measured(
+def test_a_budget_that_is_too_small_is_refused_before_a_scheme_is_measured(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: float
 ) -> None:
-    """And with the figure that measured forms would have given; one that is not too small goes on."""
+    """And with the figure that measured schemes would have given; one that is not too small goes on."""
     recipe = Recipe(model=str(model), calibration=str(text), bits=bits, out=str(tmp_path / "out"), **SETTINGS)
     listed: list[str] = []
     listing = measure._listed
@@ -316,17 +320,17 @@ def test_a_budget_that_is_too_small_is_refused_before_a_form_is_measured(
         measure, "_listed", lambda context, *rest: (listed.append("1"), listing(context, *rest))[1]
     )
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "realize", lambda *_, **__: pytest.fail("a form was made"))
+        patch.setattr(measure, "realize", lambda *_, **__: pytest.fail("a scheme was made"))
         if bits < 1.0:
             with pytest.raises(RecipeError, match=r"cannot be met: .* need \d+ bytes") as said:
                 plan_only(recipe)
         else:
-            with pytest.raises(pytest.fail.Exception, match="a form was made"):
+            with pytest.raises(pytest.fail.Exception, match="a scheme was made"):
                 plan_only(recipe)
     assert listed
     if bits < 1.0:
         drafted = plan_only(Recipe(**{**vars(recipe), "bits": 2.6}))
-        assert f"need {smallest_bytes(drafted.curves)} bytes" in str(said.value)
+        assert f"need {smallest_bytes(drafted.rate_points)} bytes" in str(said.value)
 
 
 def test_a_report_has_the_frontier_with_the_chosen_point_and_the_memory_figures(shared: Path) -> None:
@@ -335,9 +339,9 @@ def test_a_report_has_the_frontier_with_the_chosen_point_and_the_memory_figures(
     assert planned is not None and planned.chosen.bytes == report.sizes.linears
     assert planned.chosen.bits == pytest.approx(8 * planned.chosen.bytes / planned.weights)
     assert planned.weights == report.sizes.linear_weights
-    losses = [point.loss for point in planned.all_forms]
+    losses = [point.loss for point in planned.all_schemes]
     assert len(losses) > 5 and losses == sorted(losses, reverse=True)
-    assert any(point.bytes <= planned.chosen.bytes for point in planned.all_forms)
+    assert any(point.bytes <= planned.chosen.bytes for point in planned.all_schemes)
     assert report.accuracy.factorization is None
     assert "never existed without" in (report.accuracy.split_absent or "")
 
@@ -358,24 +362,24 @@ def test_a_report_has_the_frontier_with_the_chosen_point_and_the_memory_figures(
     assert sum(layer.bits * layer.inputs * layer.outputs for layer in linears) == pytest.approx(
         8 * sum(layer.bytes for layer in linears)
     )
-    assert all(layer.effect is not None and layer.error is not None for layer in linears)
+    assert all(layer.sensitivity is not None and layer.error is not None for layer in linears)
 
 
 def test_a_plan_is_the_same_twice_and_more_budget_costs_less(model: Path, text: Path, measured: Path) -> None:
     recipe = Recipe(model=str(model), calibration=str(text), bits=2.0, out=str(measured), **SETTINGS)
     first = plan_only(recipe)
     (work,) = measured.parent.glob(".out.work-*")
-    kept = {path: path.stat().st_mtime_ns for path in work.glob("curve-*.json")}
+    kept = {path: path.stat().st_mtime_ns for path in work.glob("points-*.json")}
     assert kept
     again = plan_only(recipe)
     assert again.plans == first.plans
     wider = plan_only(Recipe(**{**vars(recipe), "bits": 3.0}))
     assert wider.plans[0].loss < first.plans[0].loss
     # every budget uses the same measurements
-    assert {path: path.stat().st_mtime_ns for path in work.glob("curve-*.json")} == kept
+    assert {path: path.stat().st_mtime_ns for path in work.glob("points-*.json")} == kept
     # where there is no plain mix of the size, nothing is compared with it; where there is, it is
     assert len(first.plans) == 1
-    assert all(isinstance(entry.candidate.form, Plain) for entry in wider.plans[-1].chosen)
+    assert all(isinstance(entry.candidate.scheme, Plain) for entry in wider.plans[-1].chosen)
 
 
 @pytest.mark.slow
@@ -400,8 +404,8 @@ def test_the_plan_command_prints_the_plan(
     memory = 0
     for entry in plan["chosen"]:
         sizes = [shapes[name.rpartition(".")[2]] for name in entry["linears"]]
-        form = form_from_data(entry["form"])
-        memory += form.bytes(sizes[0][0], sum(columns for _, columns in sizes), InMemory(storage))
+        scheme = scheme_from_data(entry["form"])
+        memory += scheme.bytes(sizes[0][0], sum(columns for _, columns in sizes), InMemory(storage))
     assert plan["tensor_memory_bytes"] == memory > plan["bytes"]
     assert f"tensors of the linears take {memory:,} bytes" in table
     losses = [point["predicted_loss"] for point in plan["frontier"]]
@@ -410,7 +414,7 @@ def test_the_plan_command_prints_the_plan(
 
 
 @pytest.mark.parametrize(
-    ("knobs", "complaint"),
+    ("recipe_options", "complaint"),
     [
         ({"size": "20KB"}, "alone need"),
         ({"bits": 2.0, "size": "1MB"}, "give one of them"),
@@ -419,19 +423,23 @@ def test_the_plan_command_prints_the_plan(
     ],
 )
 def test_impossible_budgets_say_what_is_possible(
-    model: Path, text: Path, measured: Path, knobs: dict[str, Any], complaint: str
+    model: Path, text: Path, measured: Path, recipe_options: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(RecipeError, match=complaint):
-        plan_only(Recipe(model=str(model), calibration=str(text), out=str(measured), **knobs, **SETTINGS))
+        plan_only(
+            Recipe(model=str(model), calibration=str(text), out=str(measured), **recipe_options, **SETTINGS)
+        )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("knobs", [{}, {"format": ("gguf",), "gguf_layout": "sparse"}], ids=["onnx", "gguf"])
+@pytest.mark.parametrize(
+    "recipe_options", [{}, {"format": ("gguf",), "gguf_layout": "sparse"}], ids=["onnx", "gguf"]
+)
 def test_the_model_s_files_have_the_size_that_was_asked_for_and_predicted(
-    model: Path, text: Path, tmp_path: Path, knobs: dict[str, Any]
+    model: Path, text: Path, tmp_path: Path, recipe_options: dict[str, Any]
 ) -> None:
     out = tmp_path / "sized"
-    common = {"model": str(model), "calibration": str(text), "out": str(out), **knobs, **SETTINGS}
+    common = {"model": str(model), "calibration": str(text), "out": str(out), **recipe_options, **SETTINGS}
     between = plan_report.Planned("tiny", plan_only(Recipe(bits=4.0, **common))).artifact_bytes
     drafted = plan_only(Recipe(size=f"{between}B", **common))
     predicted = json.loads(plan_report.as_json(plan_report.Planned("tiny", drafted)))[
@@ -457,14 +465,14 @@ def test_sizes_are_read_with_their_units() -> None:
     assert Recipe().size_bytes is None
 
 
-def test_forms_survive_json() -> None:
+def test_schemes_survive_json() -> None:
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).double()
     whitening = whiten(torch.eye(64).double())
     search = Search(
         GridChoice({2: (32,), 4: (32, 64), 8: (64,)}), unquantized=True, patterns=(Pattern(2, 4),)
     )
-    tried = forms(weight, whitening, PaperStorage(), search)
-    assert {type(form) for form in tried} == {Plain, Joint}
+    tried = schemes(weight, whitening, PaperStorage(), search)
+    assert {type(scheme) for scheme in tried} == {Plain, Joint}
     tables = [Grid(4, 64, "nf4"), Grid(4, 128, "fp4"), Grid(3, 32), None]
     separate = [
         Separate(method, 24, pattern, dictionary, codes, rounds=7, paper_exact=exact)
@@ -472,10 +480,10 @@ def test_forms_survive_json() -> None:
         for pattern in (Pattern(), Pattern(2, 4), Pattern(12, 24))
         for dictionary, codes in zip(tables, tables[::-1], strict=True)
     ]
-    stored = [json.dumps(form_to_data(form)) for form in (*tried, *map(Plain, tables), *separate)]
-    assert [form_from_data(json.loads(one)) for one in stored] == [*tried, *map(Plain, tables), *separate]
+    stored = [json.dumps(scheme_to_data(scheme)) for scheme in (*tried, *map(Plain, tables), *separate)]
+    assert [scheme_from_data(json.loads(one)) for one in stored] == [*tried, *map(Plain, tables), *separate]
     assert len(set(stored)) == len({*tried, *map(Plain, tables), *separate})
-    assert len({describe(form) for form in (*map(Plain, tables), *separate)}) > 20
+    assert len({describe(scheme) for scheme in (*map(Plain, tables), *separate)}) > 20
 
 
 def test_errors_are_those_of_the_matrices_that_are_made() -> None:
@@ -487,13 +495,13 @@ def test_errors_are_those_of_the_matrices_that_are_made() -> None:
     weights = {name: torch.randn(64, 48, generator=generator) for name in "qk"}
     search = Search(GridChoice({2: (32,), 4: (32, 64), 8: (64,)}))
     whole = torch.cat(list(weights.values()), dim=1)
-    for form in forms(whole, whitening, PaperStorage(), search):
-        made = realize(form, weights, whitening, search)
+    for scheme in schemes(whole, whitening, PaperStorage(), search):
+        made = realize(scheme, weights, whitening, search)
         sizes = matrix_bytes(made.matrices, PaperStorage())
-        if isinstance(form, Joint):
-            assert sum(sizes.values()) == form.bytes(64, 96, PaperStorage())
+        if isinstance(scheme, Joint):
+            assert sum(sizes.values()) == scheme.bytes(64, 96, PaperStorage())
         else:
-            assert sizes["q"] == form.bytes(64, 48, PaperStorage())
+            assert sizes["q"] == scheme.bytes(64, 48, PaperStorage())
         for name, matrix in made.matrices.items():
             assert made.errors[name] == pytest.approx(
                 whitening.error(weights[name], matrix.dequantize()) ** 2
@@ -507,21 +515,21 @@ def test_matrices_of_one_input_side_by_side_are_quantized_as_each_is_alone(quant
     whitening = whiten((inputs.T @ inputs).double())
     weights = {name: torch.randn(64, size, generator=generator) for name, size in (("q", 48), ("k", 16))}
     search = Search(GridChoice({3: (32,)}))
-    for form in (Plain(Grid(3, 32)), Plain(None)):
-        beside = realize(form, weights, whitening, search, quantizer=quantizer)
+    for scheme in (Plain(Grid(3, 32)), Plain(None)):
+        beside = realize(scheme, weights, whitening, search, quantizer=quantizer)
         for name, weight in weights.items():
-            alone = realize(form, {name: weight}, whitening, search, quantizer=quantizer)
+            alone = realize(scheme, {name: weight}, whitening, search, quantizer=quantizer)
             assert torch.equal(beside.matrices[name].dequantize(), alone.matrices[name].dequantize())
             assert beside.errors[name] == pytest.approx(alone.errors[name], rel=1e-12, abs=1e-30)
 
 
-def test_without_quantization_the_paper_s_accounting_plans_floating_forms() -> None:
+def test_without_quantization_the_paper_s_accounting_plans_floating_schemes() -> None:
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).double()
     whitening = whiten(torch.eye(64).double())
     search = Search(GridChoice({}), unquantized=True, floating=(0.5, 0.8))
-    tried = forms(weight, whitening, PaperStorage(), search)
+    tried = schemes(weight, whitening, PaperStorage(), search)
     plain = Plain(None).bytes(64, 96, PaperStorage())
-    sizes = [form.bytes(64, 96, PaperStorage()) / plain for form in tried]
+    sizes = [scheme.bytes(64, 96, PaperStorage()) / plain for scheme in tried]
     assert sizes[0] == 1.0
     assert 0.45 < sizes[1] <= 0.5
     assert 0.75 < sizes[2] <= 0.8

@@ -21,7 +21,11 @@ from compot_deploy.models.tasks import Batch
 from compot_deploy.pipeline.compress import context_of
 from compot_deploy.planning import sensitivity
 from compot_deploy.planning.context import PlanningContext, collect_grams
-from compot_deploy.planning.sensitivity import effects_backwards, effects_one_by_one, measure_effects
+from compot_deploy.planning.sensitivity import (
+    measure_sensitivities,
+    sensitivities_backwards,
+    sensitivities_one_by_one,
+)
 from compot_deploy.planning.settings import resolve
 from compot_deploy.recipe import Recipe
 
@@ -46,12 +50,12 @@ def test_a_backward_pass_predicts_what_each_matrix_costs(tmp_path: Path) -> None
     recipe = Recipe(bits=2.5, samples=32)
     made = context_of(resolve(recipe, open_source(MODEL)), tmp_path)
     collect_grams(made)
-    found, truth = effects_backwards(made), effects_one_by_one(made)
+    found, truth = sensitivities_backwards(made), sensitivities_one_by_one(made)
     assert set(found) == set(truth) == set(made.names)
     off = [abs(found[name] / truth[name] - 1) for name in truth]
     assert statistics.median(off) < 0.15
     assert max(off) < 1.0
-    assert found == effects_backwards(made), "the draws are those of one seed"
+    assert found == sensitivities_backwards(made), "the draws are those of one seed"
 
 
 @pytest.mark.slow
@@ -59,7 +63,7 @@ def test_a_backward_pass_predicts_what_each_matrix_costs(tmp_path: Path) -> None
 def test_every_task_has_its_own_measure_and_one_pass_finds_it(kind: str, tmp_path: Path) -> None:
     """Of random models, which are anything but linear; the order of the matrices is what a plan needs."""
     made = context(any_models.save(tmp_path / "model", kind), tmp_path / "work", samples=64, length=32)
-    found, truth = effects_backwards(made), effects_one_by_one(made)
+    found, truth = sensitivities_backwards(made), sensitivities_one_by_one(made)
     names = list(truth)
     ranks = [torch.tensor([one[name] for name in names]).log() for one in (found, truth)]
     assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.8
@@ -112,5 +116,5 @@ def test_where_gradients_cannot_be_had_each_matrix_is_disturbed(
     def refused(context: PlanningContext) -> dict[str, float]:
         raise UnsupportedModelError("blocks that hand each other something else")
 
-    monkeypatch.setattr(sensitivity, "effects_backwards", refused)
-    assert measure_effects(made) == effects_one_by_one(made)
+    monkeypatch.setattr(sensitivity, "sensitivities_backwards", refused)
+    assert measure_sensitivities(made) == sensitivities_one_by_one(made)

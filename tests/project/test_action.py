@@ -183,7 +183,7 @@ def test_the_example_passes_and_fails_on_a_planted_regression(
     assert "❌ failed" in added and summary in (tmp_path / "summary.md").read_text(encoding="utf-8")
 
 
-def test_a_gate_that_cannot_be_read_stops_the_action_before_it_judges(
+def test_a_gate_that_cannot_be_read_stops_the_action_before_it_evaluates(
     repository: Path, shell: dict[str, str], tmp_path: Path
 ) -> None:
     (tmp_path / "gate.toml").write_text("max_kk = 1\n")

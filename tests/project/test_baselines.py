@@ -237,7 +237,7 @@ def test_padded_rows_cost_their_share_of_a_block_and_others_the_wider_type() -> 
 
 
 @pytest.mark.parametrize("method", ["svd-llm", "compot", "cospadi"])
-def test_factorised_baselines_stay_within_their_bits(method: str) -> None:
+def test_factorized_baselines_stay_within_their_bits(method: str) -> None:
     model = TwoLinears()
     small = then_int4(model, method=method, bits=3.5)
     numbers = sum(weight.numel() for weight in model.weights.values())
@@ -285,7 +285,7 @@ def test_the_nearest_larger_baseline_can_be_compared_as_well() -> None:
 
 
 def test_a_better_mix_of_plain_grids_is_reported() -> None:
-    points = [point(PLANNED, 2.0, 0.9), point(MIXED, 2.0, 0.91), point("rival", 2.0, 0.8)]
+    points = [point(PLANNED, 2.0, 0.9), point(MIXED, 2.0, 0.91), point("baseline", 2.0, 0.8)]
     assert [one.holds for one in compare(points, COSINE, [2.0], {})] == [True, False]
 
 
@@ -297,7 +297,7 @@ def test_a_floor_and_a_missing_plan_are_reported() -> None:
 
 
 def test_at_its_own_size_a_baseline_meets_the_plan_of_no_more_bytes() -> None:
-    points = [point(PLANNED, 2.0, 0.9), point(PLANNED, 3.0, 0.95), point("rival", 2.5, 0.92)]
+    points = [point(PLANNED, 2.0, 0.9), point(PLANNED, 3.0, 0.95), point("baseline", 2.5, 0.92)]
     assert [one.holds for one in compare_at_sizes(points, COSINE, 4.0)] == [False]
     assert not compare_at_sizes(points, COSINE, 2.4)
     points.append(point(PLANNED, 2.5, 0.93))
@@ -320,7 +320,7 @@ def test_equal_points_of_a_family_are_one() -> None:
 
 def test_less_divergence_is_better() -> None:
     score = Score("cosine", "KL", higher=False)
-    points = [point(PLANNED, 2.0, 0.5), point("rival", 2.0, 0.4)]
+    points = [point(PLANNED, 2.0, 0.5), point("baseline", 2.0, 0.4)]
     assert [one.holds for one in compare(points, score, [2.0], {})] == [False]
     assert [one.holds for one in compare_at_sizes(points, score, 4.0)] == [False]
 
@@ -332,11 +332,11 @@ def test_a_difference_of_two_standard_errors_is_none(higher: bool, shift: float,
     score = Score("cosine", "", higher=higher, errors=2.0)
     sign = 1.0 if higher else -1.0
     mine = sampled(PLANNED, 0.1, 0.9)
-    rival = sampled("rival", 0.1 + sign * (shift - 0.01), 0.9 + sign * (shift + 0.01))
-    assert score.standard_error(mine, rival) == pytest.approx(0.01)
-    assert score.at_least(mine, rival) == holds
-    assert [one.holds for one in compare([mine, rival], score, [2.0], {})] == [holds]
-    (found,) = compare_at_sizes([mine, rival], score, 4.0)
+    baseline = sampled("baseline", 0.1 + sign * (shift - 0.01), 0.9 + sign * (shift + 0.01))
+    assert score.standard_error(mine, baseline) == pytest.approx(0.01)
+    assert score.at_least(mine, baseline) == holds
+    assert [one.holds for one in compare([mine, baseline], score, [2.0], {})] == [holds]
+    (found,) = compare_at_sizes([mine, baseline], score, 4.0)
     assert found.holds == holds
     assert ("not told apart" in found.text) == (0 < shift < 0.02)
     assert ("behind by" in found.text) == (shift > 0)
@@ -344,7 +344,7 @@ def test_a_difference_of_two_standard_errors_is_none(higher: bool, shift: float,
 
 def test_nothing_is_excused_where_windows_are_not_known() -> None:
     score = Score("cosine", "", errors=2.0)
-    assert not score.at_least(point(PLANNED, 2.0, 0.5), sampled("rival", 0.4, 0.6001))
+    assert not score.at_least(point(PLANNED, 2.0, 0.5), sampled("baseline", 0.4, 0.6001))
 
 
 def sampled(family: str, *values: float) -> Point:

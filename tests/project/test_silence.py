@@ -1,4 +1,4 @@
-"""Nobody is told what is compressed, judged or run here: no look-up, no connection, nothing in the home directory."""
+"""Nobody is told what is compressed or run here: no look-up, no connection, nothing in the home directory."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def test_onnxruntime_computes_the_same_numbers(table: Codebook) -> None:
 
 
 @pytest.mark.parametrize(
-    ("knobs", "sentence"),
+    ("recipe_options", "sentence"),
     [
         ({"quant": "nf4"}, "add --quantizer bnb"),
         ({"quantizer": "bnb"}, "not int4; add --quant nf4"),
@@ -177,9 +177,9 @@ def test_onnxruntime_computes_the_same_numbers(table: Codebook) -> None:
         ({"quantizer": "bnb", "quant": "fp4", "code_group": 16}, "blocks of 32 and more"),
     ],
 )
-def test_contradictions_are_refused(knobs: dict[str, Any], sentence: str) -> None:
+def test_contradictions_are_refused(recipe_options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(RecipeError, match=sentence):
-        Recipe(**knobs)
+        Recipe(**recipe_options)
 
 
 def test_a_missing_package_is_named_before_any_work(
@@ -247,17 +247,19 @@ def test_a_wrong_block_of_a_bnb_node_is_found(tmp_path: Path) -> None:
     attribute = next(a for a in node.attribute if a.name == "block_size")
     attribute.i = 64
     path.write_bytes(model.SerializeToString())
-    findings = EXPORTERS["onnx"].lint(out)
-    assert [f.severity for f in findings if "should have" in f.sentence or "cross" in f.sentence] == ["error"]
+    diagnostics = EXPORTERS["onnx"].lint(out)
+    assert [f.severity for f in diagnostics if "should have" in f.sentence or "cross" in f.sentence] == [
+        "error"
+    ]
 
 
 def test_other_formats_refuse_tables(tmp_path: Path) -> None:
     recipe = Recipe(quantizer="bnb", quant="nf4")
     source = open_source(tiny.save(tmp_path / "llama"))
     grids = {"dictionary": recipe.dictionary_grid}
-    for kind, knobs in (("onnx", {"onnx_ops": "qdq"}), ("gguf", {"gguf_layout": "sparse"})):
+    for kind, recipe_options in (("onnx", {"onnx_ops": "qdq"}), ("gguf", {"gguf_layout": "sparse"})):
         exporter = EXPORTERS[kind]
-        options = exporter.options(knobs)
+        options = exporter.options(recipe_options)
         with pytest.raises(RecipeError, match="nf4"):
             exporter.check(source, grids, options)
     assert replace(recipe, quant="int8").code_grid == Grid(8, 32)
@@ -334,4 +336,4 @@ def test_a_changed_bnb_folder_is_one_clear_sentence(tmp_path: Path) -> None:
     ):
         save_file({**tensors, **changed}, out / "model.safetensors", metadata={"format": "pt"})
         attempt(sentence)
-        assert [finding.severity for finding in EXPORTERS["huggingface"].lint(out)] == ["error"]
+        assert [diagnostic.severity for diagnostic in EXPORTERS["huggingface"].lint(out)] == ["error"]

@@ -1,4 +1,4 @@
-"""Laws of the gate: every limit is judged, growth is measured from the baseline, bad input is one sentence."""
+"""Laws of the gate: every limit is evaluated, growth is measured from the baseline, bad input is one sentence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from compot_deploy.report.gate import (
     BYTE_LIMITS,
     GROWING,
     LOSS_LIMITS,
-    Demands,
+    GateRequirements,
     gate_from_mapping,
     parse_growth,
     read_baseline,
@@ -67,24 +67,26 @@ def test_a_limit_on_bytes_holds_at_the_size_and_fails_one_below(key: str) -> Non
     size = SIZES[key]
     assert size in (made.sizes.artifact, made.sizes.weights, made.sizes.memory, made.sizes.transport)
     for limit, passed in ((size, True), (size - 1, False)):
-        judged = Demands(gate_from_mapping({key: limit}, "gate.toml")).apply(made)
-        assert results(judged)[key] is passed
-        assert judged.passed is judged.accuracy.gate.passed is passed
-        assert f"{size:,}" in next(one.sentence for one in judged.accuracy.gate.criteria if one.name == key)
-        assert 'name="' + key in to_junit(judged)
-        assert key.replace("_", "\\_") in to_summary(judged, Demands())
-        assert results(made) == {k: v for k, v in results(judged).items() if k != key}
+        evaluated = GateRequirements(gate_from_mapping({key: limit}, "gate.toml")).apply(made)
+        assert results(evaluated)[key] is passed
+        assert evaluated.passed is evaluated.accuracy.gate.passed is passed
+        assert f"{size:,}" in next(
+            one.sentence for one in evaluated.accuracy.gate.criteria if one.name == key
+        )
+        assert 'name="' + key in to_junit(evaluated)
+        assert key.replace("_", "\\_") in to_summary(evaluated, GateRequirements())
+        assert results(made) == {k: v for k, v in results(evaluated).items() if k != key}
 
 
 def test_a_size_that_was_not_measured_fails_its_limit() -> None:
     made = report()
     assert made.sizes.memory is None
-    judged = Demands(gate_from_mapping({"max_memory_bytes": "1GB"}, "gate.toml")).apply(made)
-    assert not judged.passed and results(judged)["max_memory_bytes"] is False
+    evaluated = GateRequirements(gate_from_mapping({"max_memory_bytes": "1GB"}, "gate.toml")).apply(made)
+    assert not evaluated.passed and results(evaluated)["max_memory_bytes"] is False
 
 
-def test_without_demands_nothing_changes() -> None:
-    assert Demands().apply(full()) == full()
+def test_without_requirements_nothing_changes() -> None:
+    assert GateRequirements().apply(full()) == full()
 
 
 def test_the_example_is_a_gate_with_every_kind_of_key() -> None:
@@ -100,9 +102,11 @@ def test_the_example_is_a_gate_with_every_kind_of_key() -> None:
 
 def test_a_report_does_not_outgrow_itself() -> None:
     made, keys = full(), set(GROWING) - {"cosine_distance"}
-    judged = Demands(gate_from_mapping({"regression": dict.fromkeys(keys, 0)}, "g"), made).apply(made)
-    assert judged.passed
-    assert {f"{key}_growth" for key in keys} <= set(results(judged))
+    evaluated = GateRequirements(gate_from_mapping({"regression": dict.fromkeys(keys, 0)}, "g"), made).apply(
+        made
+    )
+    assert evaluated.passed
+    assert {f"{key}_growth" for key in keys} <= set(results(evaluated))
 
 
 @pytest.mark.parametrize(
@@ -110,37 +114,39 @@ def test_a_report_does_not_outgrow_itself() -> None:
     [(0.22, "10%", True), (0.2201, "10%", False), (0.1, 0, True), (0.21, 0, False)],
 )
 def test_kl_may_grow_as_far_as_is_allowed(kl: float, growth: Any, passed: bool) -> None:
-    demands = Demands(gate_from_mapping({"regression": {"kl": growth}}, "g"), with_kl(full(), 0.2))
-    judged = demands.apply(with_kl(full(), kl))
-    assert results(judged)["kl_growth"] is judged.passed is passed
-    assert "0.2 in the baseline" in verdict(judged) or passed
-    assert "bytes_growth" not in results(judged)
+    requirements = GateRequirements(
+        gate_from_mapping({"regression": {"kl": growth}}, "g"), with_kl(full(), 0.2)
+    )
+    evaluated = requirements.apply(with_kl(full(), kl))
+    assert results(evaluated)["kl_growth"] is evaluated.passed is passed
+    assert "0.2 in the baseline" in verdict(evaluated) or passed
+    assert "bytes_growth" not in results(evaluated)
 
 
 def test_bytes_may_grow_as_far_as_is_allowed() -> None:
     base = full()
     for more, passed in ((105_000, True), (105_001, False)):
         grown = replace(base, sizes=replace(base.sizes, artifact=base.sizes.artifact + more))
-        judged = Demands(baseline=base).apply(grown)
-        assert results(judged)["bytes_growth"] is passed
-        assert results(judged)["kl_growth"]
+        evaluated = GateRequirements(baseline=base).apply(grown)
+        assert results(evaluated)["bytes_growth"] is passed
+        assert results(evaluated)["kl_growth"]
 
 
-def test_growth_below_the_noise_floor_is_no_growth() -> None:
+def test_growth_below_the_numerical_noise_is_no_growth() -> None:
     base, now = with_kl(full(), 1e-13, 1e-12), with_kl(full(), 9e-13, 1e-12)
-    assert Demands(baseline=base).apply(now).passed
-    assert not Demands(baseline=base).apply(with_kl(full(), 9e-12, 1e-12)).passed
+    assert GateRequirements(baseline=base).apply(now).passed
+    assert not GateRequirements(baseline=base).apply(with_kl(full(), 9e-12, 1e-12)).passed
 
 
 def test_what_cannot_be_measured_has_outgrown_the_baseline() -> None:
-    assert not Demands(baseline=full()).apply(with_kl(full(), math.nan)).passed
+    assert not GateRequirements(baseline=full()).apply(with_kl(full(), math.nan)).passed
 
 
 def test_one_growth_for_both_unless_the_file_names_it() -> None:
     gate = gate_from_mapping({"regression": {"bytes": "3%"}}, "g")
-    assert Demands(gate, full(), max_growth=0.5).growth == {"kl": 0.5, "bytes": 0.03}
-    assert Demands(gate, full()).growth == {"bytes": 0.03}
-    assert Demands(baseline=full()).growth == {"kl": 0.1, "bytes": 0.02}
+    assert GateRequirements(gate, full(), max_growth=0.5).growth == {"kl": 0.5, "bytes": 0.03}
+    assert GateRequirements(gate, full()).growth == {"bytes": 0.03}
+    assert GateRequirements(baseline=full()).growth == {"kl": 0.1, "bytes": 0.02}
 
 
 @pytest.mark.parametrize(
@@ -155,19 +161,21 @@ def test_a_growth_is_a_fraction_or_per_cent(value: Any, growth: float) -> None:
 
 
 def test_the_summary_says_verdict_change_and_tables() -> None:
-    demands = Demands(baseline=with_kl(full(), 0.2))
-    text = to_summary(demands.apply(with_kl(full(), 0.3)), demands)
+    requirements = GateRequirements(baseline=with_kl(full(), 0.2))
+    text = to_summary(requirements.apply(with_kl(full(), 0.3)), requirements)
     assert text.startswith("## compot-deploy: `tiny-int4-onnx` ❌ failed\n")
     assert "| KL divergence, mean \\[nats\\] | 0.2000 ± 0.0040 | 0.3000 ± 0.0060 | +50.00 % |" in text
     assert text.index("Against the baseline") < text.index("### Gate") < text.index("### Accuracy")
-    assert "Against" not in to_summary(full(), Demands()) and "✅ passed" in to_summary(full(), Demands())
+    assert "Against" not in to_summary(full(), GateRequirements()) and "✅ passed" in to_summary(
+        full(), GateRequirements()
+    )
 
 
 def test_a_summary_stays_below_what_is_shown() -> None:
     made = full()
     one = replace(made.accuracy.continuations[0], exported="x" * 2_000_000)
     long = replace(made, accuracy=replace(made.accuracy, continuations=(one,)))
-    text = to_summary(long, Demands())
+    text = to_summary(long, GateRequirements())
     assert len(text.encode()) < 2**20 and "### Gate" in text
 
 
@@ -248,16 +256,16 @@ def test_a_baseline_on_other_text_or_without_the_original_is_refused() -> None:
         made, accuracy=replace(made.accuracy, evaluation=replace(made.accuracy.evaluation, digest="ef" * 32))
     )
     with pytest.raises(InputError, match=r"old.json was measured on other text .*abababababab"):
-        Demands(baseline=made, baseline_name="old.json").check_text("ef" * 32, "mine.txt")
+        GateRequirements(baseline=made, baseline_name="old.json").check_text("ef" * 32, "mine.txt")
     with pytest.raises(InputError, match=r"measured on other text"):
-        Demands(baseline=made).apply(other)
+        GateRequirements(baseline=made).apply(other)
     with pytest.raises(InputError, match=r"no total loss to compare with \(the original was not given\)"):
-        Demands(baseline=report(reference=False)).apply(made)
+        GateRequirements(baseline=report(reference=False)).apply(made)
     with pytest.raises(InputError, match=r"Give the original model with --reference"):
-        Demands(baseline=made).apply(report(reference=False))
+        GateRequirements(baseline=made).apply(report(reference=False))
     # Bytes compare whatever was read.
     gate = gate_from_mapping({"regression": {"bytes": 0}}, "g")
-    assert Demands(gate, other).apply(made).passed
+    assert GateRequirements(gate, other).apply(made).passed
 
 
 def test_a_folder_stands_for_the_report_in_it(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ import pytest
 from compot_deploy.accuracy.gate import Criterion, GateResult
 from compot_deploy.accuracy.losses import GreedyMatch, Loss
 from compot_deploy.accuracy.metrics import KL_EDGES, METRICS_VERSION, Comparison, Divergence, Estimate
-from compot_deploy.accuracy.outcome import AccuracyReport, Continuation, EvaluationFacts
-from compot_deploy.core.diagnostics import Finding, errors
+from compot_deploy.accuracy.outcome import AccuracyReport, Continuation, EvaluationMetadata
+from compot_deploy.core.diagnostics import Diagnostic, errors
+from compot_deploy.core.json_files import key_of
 from compot_deploy.errors import InputError
 from compot_deploy.report.document import SCHEMA_VERSION, Report, Sizes, verdict
 from compot_deploy.report.figures import ABSENT
@@ -48,18 +49,20 @@ def loss(first: str, second: str, scale: float = 1.0) -> Loss:
     return Loss(first, second, comparison(scale), (GreedyMatch(5, 12, False), GreedyMatch(12, 12, True)))
 
 
-def report(passed: bool = True, reference: bool = True, findings: tuple[Finding, ...] = ()) -> Report:
+def report(passed: bool = True, reference: bool = True, diagnostics: tuple[Diagnostic, ...] = ()) -> Report:
     criteria = (
         Criterion("nonfinite_logits", 0.0, 0.0, "at most", True, "no bad logits"),
         Criterion("max_kl", 0.0123, 0.02 if passed else 0.01, "at most", passed, "mean <KL> & more: 0.0123"),
     )
     accuracy = AccuracyReport(
         METRICS_VERSION,
-        EvaluationFacts("held-out.txt", "ab" * 32, 16, 4096, 4080, 1, 12, ("fewer windows than asked for",)),
+        EvaluationMetadata(
+            "held-out.txt", "ab" * 32, 16, 4096, 4080, 1, 12, ("fewer windows than asked for",)
+        ),
         loss("original", "dequantized") if reference else None,
         loss("dequantized", "exact", 1e-10),
-        loss("dequantized", "shipped"),
-        loss("original", "shipped") if reference else None,
+        loss("dequantized", "deployed"),
+        loss("original", "deployed") if reference else None,
         replace(loss("original", "original, token by token", 1e-12), greedy=()),
         None if reference else "the original was not given",
         (Continuation("Once | upon", "a time" if reference else None, "a *time*", "a\ntime", "a <time>"),),
@@ -73,15 +76,19 @@ def report(passed: bool = True, reference: bool = True, findings: tuple[Finding,
         created="2026-01-02T03:04:05Z",
         sizes=Sizes(5_250_000, 4_200_000, 4_500_000, 8_000_000, 15_000_000),
         accuracy=accuracy,
-        findings=findings,
-        facts=("model.layers.0.self_attn.k_proj stayed dense",),
+        diagnostics=diagnostics,
+        notes=("model.layers.0.self_attn.k_proj stayed dense",),
         recipe={"quant": "int4", "ratio": 0.2, "format": ("onnx",), "max_kl": None},
         versions={"torch": "2.13.0"},
     )
 
 
-NASTY = Finding("error", "onnx/model.onnx: a\x00b", "bad \x1b <node> & \ud800 \"quote\" ]]> 'x' |")
-FINDINGS = (NASTY, Finding("warning", "genai_config.json", "slow"), Finding("note", "k_proj", "stayed dense"))
+NASTY = Diagnostic("error", "onnx/model.onnx: a\x00b", "bad \x1b <node> & \ud800 \"quote\" ]]> 'x' |")
+DIAGNOSTICS = (
+    NASTY,
+    Diagnostic("warning", "genai_config.json", "slow"),
+    Diagnostic("note", "k_proj", "stayed dense"),
+)
 
 
 # JSON
@@ -90,7 +97,7 @@ FINDINGS = (NASTY, Finding("warning", "genai_config.json", "slow"), Finding("not
 @pytest.mark.parametrize("passed", [True, False])
 @pytest.mark.parametrize("reference", [True, False])
 def test_json_round_trip(passed: bool, reference: bool) -> None:
-    original = report(passed, reference, FINDINGS[1:])
+    original = report(passed, reference, DIAGNOSTICS[1:])
     text = to_json(original)
     assert from_json(text) == original
     assert to_json(from_json(text)) == text
@@ -100,7 +107,7 @@ def test_json_round_trip(passed: bool, reference: bool) -> None:
 def test_values_that_json_does_not_know_become_null_and_their_counts_stay() -> None:
     made = report()
     broken = replace(
-        made.accuracy.export_exact.comparison,
+        made.accuracy.export_reference.comparison,
         nmse=math.nan,
         perplexity_ratio=Estimate(math.inf, math.inf),
         nonfinite_candidate=77,
@@ -108,14 +115,16 @@ def test_values_that_json_does_not_know_become_null_and_their_counts_stay() -> N
     )
     made = replace(
         made,
-        accuracy=replace(made.accuracy, export_exact=replace(made.accuracy.export_exact, comparison=broken)),
+        accuracy=replace(
+            made.accuracy, export_reference=replace(made.accuracy.export_reference, comparison=broken)
+        ),
     )
     text = to_json(made)
     assert "NaN" not in text and "Infinity" not in text
     written = json.loads(text)["accuracy"]["export_exact"]["comparison"]
     assert written["nmse"] is None and written["perplexity_ratio"]["value"] is None
     assert written["nonfinite_candidate"] == 77 and written["skipped"] == 3
-    read = from_json(text).accuracy.export_exact.comparison
+    read = from_json(text).accuracy.export_reference.comparison
     assert math.isnan(read.nmse) and math.isnan(read.perplexity_ratio.value)
     assert read.nonfinite_candidate == 77
 
@@ -135,7 +144,7 @@ def test_a_newer_minor_field_is_ignored() -> None:
 
 
 def change(path: str, value: Any) -> str:
-    document = json.loads(to_json(report(findings=FINDINGS[1:])))
+    document = json.loads(to_json(report(diagnostics=DIAGNOSTICS[1:])))
     *parents, last = path.split("/")
     place = document
     for key in parents:
@@ -193,7 +202,7 @@ def all_fields(kind: Any) -> set[str]:
     names: set[str] = set()
     if dataclasses.is_dataclass(kind):
         for entry in dataclasses.fields(kind):
-            names |= {entry.name} | all_fields(get_type_hints(kind)[entry.name])
+            names |= {key_of(kind, entry.name)} | all_fields(get_type_hints(kind)[entry.name])
     elif get_origin(kind) is not None:
         for argument in get_args(kind):
             names |= all_fields(argument)
@@ -212,20 +221,20 @@ def test_every_field_is_documented() -> None:
 
 
 def test_a_lint_error_fails_the_report_and_a_warning_does_not() -> None:
-    assert report().passed and report(findings=FINDINGS[1:]).passed
-    assert not report(findings=FINDINGS).passed and not report(passed=False).passed
-    assert errors(FINDINGS) == (NASTY,)
+    assert report().passed and report(diagnostics=DIAGNOSTICS[1:]).passed
+    assert not report(diagnostics=DIAGNOSTICS).passed and not report(passed=False).passed
+    assert errors(DIAGNOSTICS) == (NASTY,)
 
 
 def test_the_verdict_names_every_failure() -> None:
     assert verdict(report()).startswith("PASSED")
-    text = verdict(report(passed=False, findings=FINDINGS))
+    text = verdict(report(passed=False, diagnostics=DIAGNOSTICS))
     assert text.startswith("FAILED: mean <KL> & more: 0.0123; onnx/model.onnx")
 
 
-def test_a_finding_of_unknown_severity_is_refused() -> None:
-    with pytest.raises(Exception, match=r"severity|finding"):
-        Finding("fatal", "here", "it broke")  # type: ignore[arg-type]
+def test_a_diagnostic_of_unknown_severity_is_refused() -> None:
+    with pytest.raises(Exception, match=r"severity|diagnostic"):
+        Diagnostic("fatal", "here", "it broke")  # type: ignore[arg-type]
 
 
 # JUnit
@@ -233,7 +242,7 @@ def test_a_finding_of_unknown_severity_is_refused() -> None:
 
 @pytest.mark.parametrize("passed", [True, False])
 def test_junit_is_well_formed_and_counts_right(passed: bool) -> None:
-    made = replace(report(passed, findings=FINDINGS), artifact='<a> & "b" \x00')
+    made = replace(report(passed, diagnostics=DIAGNOSTICS), artifact='<a> & "b" \x00')
     text = to_junit(made)
     suite = ElementTree.fromstring(text.encode("utf-8")).find("testsuite")
     assert suite is not None
@@ -269,7 +278,7 @@ def test_sizes_stand_beside_plain_int4_and_fp16() -> None:
     assert table["plain int4, weights"] == ("4.5 MB", "4,500,000", "93.3 %")
     assert table["fp16, weights"] == ("15 MB", "15,000,000", "28.0 %")
     assert "loaded, tensors of the weights" not in table
-    assert size_table(report()).notes == report().facts
+    assert size_table(report()).notes == report().notes
 
 
 @pytest.mark.parametrize(
@@ -290,7 +299,7 @@ def test_sizes_are_in_decimal_units(count: int, text: str) -> None:
 
 def test_the_three_losses_stand_side_by_side() -> None:
     table = loss_table(report())
-    assert table.columns[1:] == ("method", "export, exact", "export, shipped", "total", "noise floor")
+    assert table.columns[1:] == ("method", "export, float32", "export, deployed", "total", "numerical noise")
     cells = rows(table)
     assert cells["perplexity ratio"][0] == "1.0449 ± 0.0031"
     assert cells["perplexity, from"][0] == "12.35 ± 0.21"
@@ -328,8 +337,8 @@ def test_losses_that_were_not_measured_are_absent_and_the_reason_is_given() -> N
 def test_values_that_could_not_be_measured_are_shown_as_absent() -> None:
     made = report()
     nothing = replace(comparison(), nmse=math.nan, top1_agreement=Estimate(math.nan, math.nan))
-    shipped = replace(made.accuracy.export_shipped, comparison=nothing)
-    cells = rows(loss_table(replace(made, accuracy=replace(made.accuracy, export_shipped=shipped))))
+    shipped = replace(made.accuracy.export_deployed, comparison=nothing)
+    cells = rows(loss_table(replace(made, accuracy=replace(made.accuracy, export_deployed=shipped))))
     assert cells["logit NMSE"][2] == cells["same top token"][2] == ABSENT
 
 
@@ -338,7 +347,7 @@ def test_the_gate_table_shows_limits() -> None:
 
 
 def test_text_of_a_model_cannot_drive_a_terminal() -> None:
-    made = report(findings=FINDINGS)
+    made = report(diagnostics=DIAGNOSTICS)
     text = Continuation("say \x1b[2J", None, "a\x07\x9b", "\ufffe\ud800", "naïve ☃ 🦊\n\tline")
     made = replace(made, accuracy=replace(made.accuracy, continuations=(text,)))
     cells = [cell for table in tables(made) for row in table.rows for cell in row]
@@ -352,9 +361,9 @@ def test_a_table_with_ragged_rows_is_refused() -> None:
 
 
 def test_markdown_tables_keep_their_shape_whatever_the_text() -> None:
-    text = to_markdown(report(passed=False, findings=FINDINGS))
+    text = to_markdown(report(passed=False, diagnostics=DIAGNOSTICS))
     blocks = re.split(r"^### .*\n", text, flags=re.MULTILINE)[1:]
-    assert len(blocks) == len(tables(report(findings=FINDINGS))) == 5
+    assert len(blocks) == len(tables(report(diagnostics=DIAGNOSTICS))) == 5
     for block in blocks:
         lines = [line for line in block.splitlines() if line.startswith("|")]
         cells = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}

@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from test_report import FINDINGS, loss, report
+from test_report import DIAGNOSTICS, loss, report
 
 from compot_deploy.accuracy.metrics import Estimate
 from compot_deploy.accuracy.outcome import Continuation
@@ -44,7 +44,7 @@ def layer(block: int | None, role: str, number: int) -> LayerFigures:
         bits=3.375 + number / 1000,
         error=None if block is None else 0.1 + number / 1000,
         unquantized_error=0.09 + number / 1000 if factorized else None,
-        effect=0.25 + number / 7,
+        sensitivity=0.25 + number / 7,
         reason="" if factorized else "the plan chose int4/g32",
     )
 
@@ -55,7 +55,7 @@ def full(blocks: int = 3) -> Report:
     for block in range(blocks):
         layers += [layer(block, role, len(layers)) for role in ROLES]
     points = tuple(FrontierPoint(1000 * n, 1.5 + n / 2, 1.25 / 2**n) for n in range(1, 6))
-    made = report(findings=FINDINGS[1:])
+    made = report(diagnostics=DIAGNOSTICS[1:])
     return replace(
         made,
         sizes=Sizes(
@@ -163,7 +163,7 @@ def test_the_page_shows_every_size_loss_criterion_layer_and_point() -> None:
 @pytest.mark.parametrize("passed", [True, False])
 @pytest.mark.parametrize("reference", [True, False])
 def test_the_page_is_well_formed_whatever_is_missing(passed: bool, reference: bool) -> None:
-    made = report(passed, reference, FINDINGS)
+    made = report(passed, reference, DIAGNOSTICS)
     text = to_html(made)
     page = Page(text)
     assert page.tags.count("html") == page.tags.count("main") == page.tags.count("h1") == 1
@@ -213,10 +213,12 @@ def test_text_of_a_model_stays_text() -> None:
         made,
         model=HOSTILE,
         artifact=HOSTILE,
-        facts=(HOSTILE,),
+        notes=(HOSTILE,),
         recipe={HOSTILE: HOSTILE, "many": (HOSTILE,)},
         versions={HOSTILE: HOSTILE},
-        findings=tuple(replace(finding, where=HOSTILE, sentence=HOSTILE) for finding in made.findings),
+        diagnostics=tuple(
+            replace(diagnostic, where=HOSTILE, sentence=HOSTILE) for diagnostic in made.diagnostics
+        ),
         layers=tuple(
             replace(one, name=HOSTILE, role=HOSTILE, choice=HOSTILE, reason=HOSTILE) for one in made.layers
         ),
@@ -244,7 +246,7 @@ def test_text_of_a_model_stays_text() -> None:
 
 def test_every_figure_may_be_missing() -> None:
     made = full()
-    comparison = made.accuracy.export_exact.comparison
+    comparison = made.accuracy.export_reference.comparison
     nothing = replace(
         comparison,
         positions=0,
@@ -253,12 +255,12 @@ def test_every_figure_may_be_missing() -> None:
         divergence=replace(comparison.divergence, mean=Estimate(math.nan, math.nan), median=math.nan,
                            histogram=(0,) * len(comparison.divergence.histogram)),
     )  # fmt: skip
-    empty = replace(made.accuracy.export_exact, comparison=nothing)
+    empty = replace(made.accuracy.export_reference, comparison=nothing)
     accuracy = replace(
-        made.accuracy, export_exact=empty, export_shipped=empty, method=None, total=None, noise=empty,
+        made.accuracy, export_reference=empty, export_deployed=empty, method=None, total=None, noise=empty,
         factorization=None, quantization=None, reference_absent="nobody knows", continuations=(),
     )  # fmt: skip
-    for layers in ((), tuple(replace(one, error=None, effect=None) for one in made.layers)):
+    for layers in ((), tuple(replace(one, error=None, sensitivity=None) for one in made.layers)):
         sizes = Sizes(0, 0, 0, 0, 0)
         text = to_html(
             replace(made, accuracy=accuracy, layers=layers, sizes=sizes, frontier=None, origin=Origin())
@@ -294,7 +296,7 @@ def test_no_report_makes_a_page_of_two_megabytes() -> None:
     quotes = Continuation(*['"' * n for n in (90_000, 91_000, 92_000, 93_000, 94_000, 95_000)])
     huge = replace(
         made,
-        facts=tuple("a linear stays dense: " + "because " * 12 for _ in range(4000)),
+        notes=tuple("a linear stays dense: " + "because " * 12 for _ in range(4000)),
         layers=tuple(layer(n // 7, ROLES[n % 7], n) for n in range(4000)),
         accuracy=replace(made.accuracy, continuations=(quotes,) * 40),
     )
@@ -308,5 +310,5 @@ def test_what_differs_is_marked_from_where_it_differs() -> None:
     made = full()
     text = Continuation("once", "upon a time", "upon a mat", "upon a mat", "upon")
     page = to_html(replace(made, accuracy=replace(made.accuracy, continuations=(text,))))
-    assert "upon a <mark>mat</mark>" in page and "compressed = file, exact" in page
+    assert "upon a <mark>mat</mark>" in page and "compressed = file, float32" in page
     assert "upon a time</p>" in page and "upon <em>ends here</em>" in page

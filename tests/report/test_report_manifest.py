@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compot_deploy.core.grid import Grid, Pattern
-from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
+from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Matrix, Quantized
 from compot_deploy.errors import InputError
 from compot_deploy.exporters.artifact import describe_matrices
 from compot_deploy.exporters.manifest import Manifest
@@ -28,16 +28,16 @@ def quantized(rows: int, columns: int, bits: int) -> Quantized:
     )
 
 
-def manifest(facts: dict[str, Any] | None = None) -> Manifest:
+def manifest(metadata: dict[str, Any] | None = None) -> Manifest:
     dictionary = quantized(64, 32, 4)
     matrices: dict[str, Matrix] = {
-        name: Factorized((Pair(dictionary, quantized(32, columns, 4), "both", Pattern(16, 32)),))
+        name: Factorized((FactorPair(dictionary, quantized(32, columns, 4), "both", Pattern(16, 32)),))
         for name, columns in zip(NAMES, (64, 96), strict=True)
     }
     matrices["model.embed_tokens"] = quantized(64, 320, 8)
     matrices["lm_head"] = Dense(torch.ones(64, 320))
     records = describe_matrices(matrices, OnnxStorage())
-    return Manifest(1, "onnx", "0", "llama", False, {}, None, 3, facts or {}, {}, records, ())
+    return Manifest(1, "onnx", "0", "llama", False, {}, None, 3, metadata or {}, {}, records, ())
 
 
 def test_a_shared_dictionary_is_in_memory_once() -> None:
@@ -63,10 +63,13 @@ def test_matrices_that_share_a_dictionary_have_the_bits_of_all_of_them() -> None
 
 def test_errors_of_plain_matrices_have_nothing_before_quantization() -> None:
     entry = {"error": 0.25, "unquantized_error": 0.0}
-    facts = {"linears": [{"name": name, **entry} for name in (NAMES[0], "lm_head")], "effects": {NAMES[0]: 3}}
-    first, second, _, head = layers_of(manifest(facts))
-    assert (first.error, first.unquantized_error, first.effect) == (0.25, 0.0, 3.0)
-    assert (second.error, second.unquantized_error, second.effect) == (None, None, None)
+    metadata = {
+        "linears": [{"name": name, **entry} for name in (NAMES[0], "lm_head")],
+        "effects": {NAMES[0]: 3},
+    }
+    first, second, _, head = layers_of(manifest(metadata))
+    assert (first.error, first.unquantized_error, first.sensitivity) == (0.25, 0.0, 3.0)
+    assert (second.error, second.unquantized_error, second.sensitivity) == (None, None, None)
     assert (head.error, head.unquantized_error) == (0.25, None)
 
 
@@ -85,7 +88,7 @@ def test_a_path_is_a_block_and_a_role(name: str, found: tuple[int | None, str]) 
 
 
 @pytest.mark.parametrize(
-    "facts",
+    "metadata",
     [
         {"linears": 3},
         {"linears": ["x"]},
@@ -97,13 +100,13 @@ def test_a_path_is_a_block_and_a_role(name: str, found: tuple[int | None, str]) 
         {"frontier": 5},
     ],
 )
-def test_damaged_facts_are_named(facts: dict[str, Any]) -> None:
+def test_damaged_metadata_is_named(metadata: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"The manifest is damaged: .* is not a"):
-        layers_of(manifest(facts))
-        frontier_of(manifest(facts))
+        layers_of(manifest(metadata))
+        frontier_of(manifest(metadata))
 
 
 def test_an_older_manifest_has_less_to_tell() -> None:
     made = manifest()
     assert frontier_of(made) is None and origin_of(made).calibration is None and origin_of(made).seed == 3
-    assert origin_of(replace(made, facts={"calibration_windows": "many"})).calibration_windows is None
+    assert origin_of(replace(made, metadata={"calibration_windows": "many"})).calibration_windows is None

@@ -15,7 +15,7 @@ from compot_deploy.accuracy.losses import Loss
 from compot_deploy.accuracy.metrics import KL_EDGES, Comparison, Divergence, Estimate
 from compot_deploy.errors import InputError
 from compot_deploy.report.document import Report
-from compot_deploy.report.gate import Demands, gate_from_mapping
+from compot_deploy.report.gate import GateRequirements, gate_from_mapping
 from compot_deploy.report.html.page import to_html
 from compot_deploy.report.json import from_json, to_json
 from compot_deploy.report.junit import to_junit
@@ -61,7 +61,7 @@ def with_figures(made: Report, figures: Comparison, noise: Comparison) -> Report
         return None if loss is None else replace(loss, comparison=comparison, greedy=())
 
     accuracy = made.accuracy
-    names = ("method", "export_exact", "export_shipped", "total", "factorization", "quantization")
+    names = ("method", "export_reference", "export_deployed", "total", "factorization", "quantization")
     losses: Any = {name: changed(getattr(accuracy, name)) for name in names}
     losses["noise"] = replace(accuracy.noise, candidate="torch, text by text", comparison=noise, greedy=())
     others = tuple(replace(one, loss=changed(one.loss)) for one in made.alternatives)
@@ -101,7 +101,7 @@ def test_a_figure_that_a_task_does_not_have_is_shown_nowhere(whole: bool) -> Non
         texts = [" ".join(map(str, (*row, ""))) for row in table.rows]
         page = to_html(made)
         body = page[page.index("<body") :]
-        for text in ("\n".join(texts), to_markdown(made), body, to_summary(made, Demands())):
+        for text in ("\n".join(texts), to_markdown(made), body, to_summary(made, GateRequirements())):
             assert all(word in text for word in shown)
         for text in ("\n".join(texts), body[body.index("<h2>Loss") :].partition("<h2>")[0]):
             assert not any(word in text for word in absent)
@@ -136,7 +136,7 @@ def test_the_page_shows_the_figures_of_an_encoder_by_their_fields() -> None:
 def test_without_a_word_the_cosine_of_an_encoder_may_not_grow_away_from_its_baseline(
     now: float, passes: bool
 ) -> None:
-    found = Demands(baseline=encoder(0.0321)).apply(encoder(now)).accuracy.gate
+    found = GateRequirements(baseline=encoder(0.0321)).apply(encoder(now)).accuracy.gate
     by_name = {one.name: one for one in found.criteria}
     assert by_name["cosine_distance_growth"].passed is passes is found.passed
     assert "kl_growth" not in by_name and by_name["bytes_growth"].passed
@@ -144,21 +144,23 @@ def test_without_a_word_the_cosine_of_an_encoder_may_not_grow_away_from_its_base
 
 def test_an_encoder_does_not_outgrow_itself() -> None:
     made, keys = encoder(), ("cosine_distance", "bytes", "weight_bytes")
-    judged = Demands(gate_from_mapping({"regression": dict.fromkeys(keys, 0)}, "g"), made).apply(made)
-    assert judged.passed
-    assert {f"{key}_growth" for key in keys} <= {one.name for one in judged.accuracy.gate.criteria}
+    evaluated = GateRequirements(gate_from_mapping({"regression": dict.fromkeys(keys, 0)}, "g"), made).apply(
+        made
+    )
+    assert evaluated.passed
+    assert {f"{key}_growth" for key in keys} <= {one.name for one in evaluated.accuracy.gate.criteria}
 
 
-def test_a_distance_below_the_noise_floor_may_come_and_go() -> None:
-    assert Demands(baseline=encoder(1e-12)).apply(encoder(0.9e-9)).accuracy.gate.passed
-    assert not Demands(baseline=encoder(1e-12)).apply(encoder(1e-8)).accuracy.gate.passed
+def test_a_distance_below_the_numerical_noise_may_come_and_go() -> None:
+    assert GateRequirements(baseline=encoder(1e-12)).apply(encoder(0.9e-9)).accuracy.gate.passed
+    assert not GateRequirements(baseline=encoder(1e-12)).apply(encoder(1e-8)).accuracy.gate.passed
 
 
 def test_growth_of_a_classifier_is_that_of_its_divergence() -> None:
     for scale, passes in ((1.05, True), (1.2, False)):
-        found = Demands(baseline=classifier()).apply(classifier(scale)).accuracy.gate
+        found = GateRequirements(baseline=classifier()).apply(classifier(scale)).accuracy.gate
         assert {one.name: one.passed for one in found.criteria}["kl_growth"] is passes
-    found = Demands(baseline=classifier(), max_growth=0.5).apply(classifier(1.2)).accuracy.gate
+    found = GateRequirements(baseline=classifier(), max_growth=0.5).apply(classifier(1.2)).accuracy.gate
     assert found.passed
 
 
@@ -175,9 +177,11 @@ def test_growth_of_a_classifier_is_that_of_its_divergence() -> None:
 def test_growth_of_a_figure_that_a_task_does_not_have_is_refused_by_name(
     made: Report, key: str, what: str
 ) -> None:
-    demands = Demands(gate_from_mapping({"regression": {key: "10%"}}, "gate.toml"), baseline=made)
+    requirements = GateRequirements(
+        gate_from_mapping({"regression": {key: "10%"}}, "gate.toml"), baseline=made
+    )
     with pytest.raises(InputError, match=rf"Growth of the {what} cannot be measured"):
-        demands.apply(made)
+        requirements.apply(made)
 
 
 def test_a_summary_compares_what_both_have() -> None:

@@ -178,8 +178,8 @@ def model(kind: str, seed: int = 0, **changes: Any) -> Any:
     """A random model in float32, evaluation mode; biases and norms are random too."""
     make, name = _MADE[kind]
     config = make()
-    for knob, value in changes.items():
-        setattr(config, knob, value)
+    for option, value in changes.items():
+        setattr(config, option, value)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made = getattr(transformers, name)(config).float().eval()

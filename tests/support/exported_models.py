@@ -11,7 +11,7 @@ from reference_onnx import rounded, two_pairs
 from torch import Tensor, nn
 
 from compot_deploy.core.grid import Grid
-from compot_deploy.core.matrix import Dense, Factorized, Leaf, Matrix, Pair, Quantized
+from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Leaf, Matrix, Quantized
 from compot_deploy.core.store import Without
 from compot_deploy.models.compressed import CompressedModel, Tables
 from compot_deploy.models.source import ModelSource, open_source
@@ -28,7 +28,7 @@ def some_of_everything(source: ModelSource) -> Callable[[str, Tensor], Matrix]:
     first = {name: group.sites[0].name for group in source.layout.groups for name in group.names}
     order = {group.sites[0].name: number for number, group in enumerate(source.layout.groups)}
 
-    def form(name: str, weight: Tensor) -> Matrix:
+    def scheme(name: str, weight: Tensor) -> Matrix:
         if name not in first:
             return rounded(weight, Grid(8, 32))
         group = order[first[name]] % 4
@@ -36,20 +36,23 @@ def some_of_everything(source: ModelSource) -> Callable[[str, Tensor], Matrix]:
             made = two_pairs(name, weight, first[name])
             pairs = zip(shared.setdefault(first[name], made).pairs, made.pairs, strict=True)
             return Factorized(
-                tuple(Pair(one.dictionary, own.codes, own.dictionary_name, own.pattern) for one, own in pairs)
+                tuple(
+                    FactorPair(one.dictionary, own.codes, own.dictionary_name, own.pattern)
+                    for one, own in pairs
+                )
             )
         if group == 3:
             return Dense(weight)
         return rounded(weight, Grid(8 if group == 1 else 4, 32))
 
-    return form
+    return scheme
 
 
 def stand_in(matrix: Matrix) -> Matrix:
     """A matrix of the same shapes and grids without values."""
     if isinstance(matrix, Factorized):
         pairs = [(_stand_in(pair.dictionary), _stand_in(pair.codes), pair) for pair in matrix.pairs]
-        return Factorized(tuple(Pair(d, c, pair.dictionary_name, pair.pattern) for d, c, pair in pairs))
+        return Factorized(tuple(FactorPair(d, c, pair.dictionary_name, pair.pattern) for d, c, pair in pairs))
     return _stand_in(matrix)
 
 
@@ -60,14 +63,14 @@ def _stand_in(leaf: Leaf) -> Leaf:
 
 
 def compressed(
-    source: ModelSource, form: Callable[[str, Tensor], Matrix] | None = None, *, outside: bool = True
+    source: ModelSource, scheme: Callable[[str, Tensor], Matrix] | None = None, *, outside: bool = True
 ) -> CompressedModel:
     """A source as it is handed to an exporter.
 
     Args:
         source: the model.
-        form: (name, weight (in, out)) to a matrix; None leaves everything dense.
-        outside: linears outside of the blocks are matrices; otherwise tensors, as in a rehearsal.
+        scheme: (name, weight (in, out)) to a matrix; None leaves everything dense.
+        outside: linears outside of the blocks are matrices; otherwise tensors, as in a dry run.
     """
     layout = source.layout
     tables = [name for name in (layout.embedding, None if layout.tied else layout.head) if name is not None]
@@ -75,7 +78,7 @@ def compressed(
     matrices: dict[str, Matrix] = {}
     for name in names:
         weight = source.weight(name).float().contiguous()
-        matrices[name] = form(name, weight) if form else Dense(weight)
+        matrices[name] = scheme(name, weight) if scheme else Dense(weight)
     others = [
         name
         for name, module in source.meta.named_modules()

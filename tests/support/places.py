@@ -23,8 +23,8 @@ SMALL: Final = ["--samples", "8", "--length", "32", "--evaluation-tokens", "256"
 
 
 @contextmanager
-def few_forms() -> Iterator[None]:
-    """A plan among a handful of forms, which takes seconds."""
+def few_schemes() -> Iterator[None]:
+    """A plan among a handful of schemes, which takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(settings, "_GROUPS", {2: (64,), 4: (32,), 8: (32,)})
         patch.setattr(settings, "_FINER_RATES", (1.0, 1.9, 2.7))
@@ -66,7 +66,7 @@ class Exported:
         """One of them."""
         if kind not in self.codes:
             both = ["--format", "onnx", "--format", "huggingface", "--bits", "3.4"]
-            with few_forms():
+            with few_schemes():
                 command = [*self._place.flags(kind, *both), "--out", str(self._root / kind)]
                 self.codes[kind] = main(command)
         return self._root / kind / form

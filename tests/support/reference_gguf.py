@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from compot_deploy.core.grid import DENSE, Grid, Pattern
-from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
+from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Matrix, Quantized
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.source import open_source
 
@@ -72,7 +72,7 @@ def quantized_by_rounding(weight: torch.Tensor, grid: Grid) -> Quantized:
 def factorized_by_svd(
     weight: torch.Tensor, atoms: int, name: str, grid: Grid, pattern: Pattern = DENSE, head: int = 0
 ) -> Factorized:
-    """A truncated SVD with quantized factors: not accurate, but a legal factorised matrix.
+    """A truncated SVD with quantized factors: not accurate, but a legal factorized matrix.
 
     With `head`, the strongest atoms become a second pair of 8 bits.
     """
@@ -88,12 +88,12 @@ def factorized_by_svd(
             weakest = block.abs().argsort(dim=0)[: len(block) - keep]
             block.scatter_(0, weakest, 0.0)
     pairs = [
-        Pair(quantized_by_rounding(dictionary, grid), quantized_by_rounding(rest, grid), name, pattern),
+        FactorPair(quantized_by_rounding(dictionary, grid), quantized_by_rounding(rest, grid), name, pattern),
     ]
     if head:
         wide = Grid(8, grid.group)
         pairs.append(
-            Pair(
+            FactorPair(
                 quantized_by_rounding(u[:, :head].float(), wide),
                 quantized_by_rounding(codes[:head], wide),
                 f"{name}.head",
@@ -127,7 +127,7 @@ def compressed(
 def shared_change(
     grid: Grid, pattern: Pattern, fraction: float, head: int = 0, round_to: int = 1
 ) -> Callable[[str, torch.Tensor], Matrix]:
-    """Factorise every linear; q, k and v of a block, and gate and up, get one dictionary as `concatenated` makes it."""
+    """Factorize every linear; q, k and v of a block, and gate and up, get one dictionary as `concatenated` makes it."""
     kept: dict[str, list[tuple[Quantized, torch.Tensor]]] = {}
 
     def change(name: str, weight: torch.Tensor) -> Matrix:
@@ -150,7 +150,7 @@ def shared_change(
                     block_codes.scatter_(0, block_codes.abs().argsort(dim=0)[:count], 0.0)
             bits = grid if position == 0 else Grid(8, grid.group)
             label = owner if position == 0 else f"{owner}.head"
-            pairs.append(Pair(dictionary, quantized_by_rounding(codes, bits), label, here))
+            pairs.append(FactorPair(dictionary, quantized_by_rounding(codes, bits), label, here))
         return Factorized(tuple(pairs))
 
     return change

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compot_deploy.core.grid import DENSE, Grid, Pattern
-from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
+from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Matrix, Quantized
 from compot_deploy.exporters.onnx.shape import portable_config
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.hints import find_architecture
@@ -123,7 +123,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def torch_model(settings: Mapping[str, Any]) -> Any:
-    """A randomly initialised transformers model in float32; norms and biases random too, so they matter.
+    """A randomly initialized transformers model in float32; norms and biases random too, so they matter.
 
     The same settings give the same object: never change it.
     """
@@ -153,13 +153,13 @@ def source_of(settings: Mapping[str, Any], folder: Path) -> ModelSource:
 
 
 def compressed(
-    model: Any, form: Callable[[str, Tensor], Matrix] | None = None, source: Path | None = None
+    model: Any, scheme: Callable[[str, Tensor], Matrix] | None = None, source: Path | None = None
 ) -> CompressedModel:
     """The model as it would be handed to an exporter.
 
     Args:
         model: of transformers.
-        form: (module path, weight (in, out)) to a matrix; None leaves everything dense.
+        scheme: (module path, weight (in, out)) to a matrix; None leaves everything dense.
         source: folder with tokenizer files.
     """
     config = json.loads(model.config.to_json_string(use_diff=False))
@@ -171,7 +171,7 @@ def compressed(
     matrices = {}
     for name in names:
         weight = state.pop(f"{name}.weight").T.contiguous()
-        matrices[name] = form(name, weight) if form else Dense(weight)
+        matrices[name] = scheme(name, weight) if scheme else Dense(weight)
     state.pop("lm_head.weight", None)
     return CompressedModel(
         architecture=architecture,
@@ -222,7 +222,7 @@ def two_pairs(name: str, weight: Tensor, dictionary_name: str | None = None) -> 
                 1, codes.view(-1, 2, codes.shape[1]).abs().argmax(1, keepdim=True), 1.0
             )
             codes = codes * keep
-        pair = Pair(
+        pair = FactorPair(
             rounded(dictionary, Grid(bits, 32)),
             rounded(codes, Grid(bits, 16)),
             dictionary_name or name,
@@ -245,7 +245,7 @@ def share_dictionaries(
         assert isinstance(matrix, Factorized)
         result[name] = Factorized(
             tuple(
-                Pair(one.dictionary, pair.codes, shared, pair.pattern)
+                FactorPair(one.dictionary, pair.codes, shared, pair.pattern)
                 for one, pair in zip(first.pairs, matrix.pairs, strict=True)
             )
         )
@@ -341,5 +341,5 @@ def sparse_pair(name: str, weight: Tensor, atoms: int = 48, grid: Grid = Grid(4,
     """One pair whose codes have the pattern 2:4."""
     dictionary, codes = projected(weight, atoms)
     return Factorized(
-        (Pair(rounded(dictionary, Grid(4, 32)), two_of_four(codes, grid), name, Pattern(2, 4)),)
+        (FactorPair(rounded(dictionary, Grid(4, 32)), two_of_four(codes, grid), name, Pattern(2, 4)),)
     )

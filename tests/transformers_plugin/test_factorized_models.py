@@ -1,4 +1,4 @@
-"""Any model of transformers is factorised in place, saved and loaded bit for bit."""
+"""Any model of transformers is factorized in place, saved and loaded bit for bit."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def batches(count: int = 3, vocabulary: int = 100) -> list[dict[str, Tensor]]:
     return [{"input_ids": found, "attention_mask": mask} for found in ids]
 
 
-def test_an_encoder_is_factorised_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:
+def test_an_encoder_is_factorized_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:
     model = bert()
     with torch.no_grad():
         reference = model(**batches()[0]).last_hidden_state
@@ -99,11 +99,11 @@ def test_linears_that_are_skipped_or_idle_are_no_part_of_the_grams() -> None:
         collect_grams(model, batches())
 
 
-def test_gpt2_and_its_conv1d_are_factorised(tmp_path: Path) -> None:
+def test_gpt2_and_its_conv1d_are_factorized(tmp_path: Path) -> None:
     torch.manual_seed(1)
     config = GPT2Config(vocab_size=100, n_embd=64, n_layer=1, n_head=4, n_positions=64, initializer_range=0.1)
     made = factorize(transformers.GPT2LMHeadModel(config), batches(), ratio=0.15, rounds=1)
-    assert "lm_head" not in {fact.name for fact in made.facts}, "it is the embedding"
+    assert "lm_head" not in {linear.name for linear in made.linears}, "it is the embedding"
     with torch.no_grad():
         found = made.model(**batches()[0]).logits
     made.model.save_pretrained(tmp_path)
@@ -118,7 +118,7 @@ def test_factorize_says_what_it_cannot_do() -> None:
         factorize(bert(), [])
     with pytest.raises(RecipeError, match="takes a --ratio"):
         factorize(bert(), batches(), bits=2.0)
-    with pytest.raises(RecipeError, match="would factorise nothing"):
+    with pytest.raises(RecipeError, match="would factorize nothing"):
         factorize(bert(), batches(), method="plain")
     with pytest.raises(CompotDeployError, match="is not a model that one of"):
         factorize(bert().encoder, batches())
@@ -171,7 +171,7 @@ def test_a_sentence_encoder_is_saved_and_loaded_bit_for_bit(tmp_path: Path) -> N
     # The attention of one layer: the whole encoder takes most of a minute.
     skip = [name for name in linears_of(model) if "layer.2.attention" not in name]
     made = factorize(model, [calibration], ratio=0.2, rounds=5, skip=skip)
-    assert len(made.facts) == 4 and sum(bool(fact.reason) for fact in made.facts) <= 1
+    assert len(made.linears) == 4 and sum(bool(linear.reason) for linear in made.linears) <= 1
     assert made.bytes <= 0.8 * made.plain_bytes
     made.model.save_pretrained(tmp_path)
     found = embeddings(made.model)

@@ -106,7 +106,7 @@ def test_a_tampered_configuration_is_one_clear_sentence(
         with pytest.raises(CompotDeployError, match=TAMPERED[tamper]) as caught:
             attempt()
         assert caught.value.exit_code == 2
-    assert [finding.severity for finding in EXPORTER.lint(folder)] == ["error"]
+    assert [diagnostic.severity for diagnostic in EXPORTER.lint(folder)] == ["error"]
 
 
 def test_a_missing_auto_map_is_refused_by_our_own_tools(tmp_path: Path) -> None:
@@ -146,9 +146,9 @@ def test_a_missing_tensor_is_refused_and_never_drawn_at_random(tmp_path: Path) -
 def test_foreign_code_in_the_folder_is_found(tmp_path: Path) -> None:
     folder = written(tmp_path)
     (folder / CODE).write_text("import os\n")
-    (finding,) = EXPORTER.lint(folder)
-    assert finding.severity == "error"
-    assert "not the one that compot-deploy writes" in finding.sentence
+    (diagnostic,) = EXPORTER.lint(folder)
+    assert diagnostic.severity == "error"
+    assert "not the one that compot-deploy writes" in diagnostic.sentence
     load(folder)  # does not run it
 
 

@@ -12,10 +12,10 @@ from matrices import same_matrix
 from torch import nn
 
 from compot_deploy.core.grid import DENSE, Codebook, Grid, Pattern
-from compot_deploy.core.matrix import Dense, Factorized, Leaf, Pair, Quantized
-from compot_deploy.core.packed import LeafForm, PackedStorage, dequantize_rows, pack, unpack
+from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Leaf, Quantized
+from compot_deploy.core.packed import LeafScheme, PackedStorage, dequantize_rows, pack, unpack
 from compot_deploy.errors import ArtifactError, InputError
-from compot_deploy.transformers_plugin.modules import CompotEmbedding, CompotLinear, LeafModule, forms_of
+from compot_deploy.transformers_plugin.modules import CompotEmbedding, CompotLinear, LeafModule, schemes_of
 
 GRIDS = [Grid(bits, 16) for bits in (2, 3, 4, 8)] + [Grid(4, 16, "nf4"), Grid(4, 32, "fp4")]
 
@@ -43,7 +43,9 @@ def random_factorized(
     grid, pattern = Grid(4, 16), Pattern(atoms // 2, atoms)
     return Factorized(
         tuple(
-            Pair(random_leaf(inputs, atoms, grid), random_leaf(atoms, outputs, grid, pattern), name, pattern)
+            FactorPair(
+                random_leaf(inputs, atoms, grid), random_leaf(atoms, outputs, grid, pattern), name, pattern
+            )
             for _ in range(pairs)
         )
     )
@@ -61,25 +63,25 @@ def test_packing_is_exact_and_takes_what_the_storage_says(
 ) -> None:
     leaf = random_leaf(rows, columns, grid, pattern)
     packed = pack(leaf, pattern)
-    form = LeafForm.of(leaf, pattern)
-    assert {name: (tuple(t.shape), t.dtype) for name, t in packed.items()} == form.tensors
+    scheme = LeafScheme.of(leaf, pattern)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in packed.items()} == scheme.tensors
     size = sum(tensor.nbytes for tensor in packed.values())
-    assert size == form.nbytes == PackedStorage().leaf_bytes(rows, columns, grid, pattern)
-    assert same_matrix(unpack(packed, form), leaf)
-    assert torch.equal(dequantize_rows(packed, form).T, leaf.dequantize())
+    assert size == scheme.nbytes == PackedStorage().leaf_bytes(rows, columns, grid, pattern)
+    assert same_matrix(unpack(packed, scheme), leaf)
+    assert torch.equal(dequantize_rows(packed, scheme).T, leaf.dequantize())
 
 
 def test_half_of_the_codes_being_zero_is_a_quarter_less_at_four_bits() -> None:
-    dense = LeafForm(64, 8, Grid(4, 32)).nbytes
-    sparse = LeafForm(64, 8, Grid(4, 32), Pattern(32, 64)).nbytes
+    dense = LeafScheme(64, 8, Grid(4, 32)).nbytes
+    sparse = LeafScheme(64, 8, Grid(4, 32), Pattern(32, 64)).nbytes
     assert (dense, sparse) == (8 * (32 + 4), 8 * (16 + 8 + 4))
-    assert not LeafForm(64, 8, Grid(2, 32), Pattern(32, 64)).sparse, "a mask costs what it saves"
+    assert not LeafScheme(64, 8, Grid(2, 32), Pattern(32, 64)).sparse, "a mask costs what it saves"
 
 
 def test_zeros_never_lie_in_dense_floats() -> None:
-    form = LeafForm(64, 8, None, Pattern(32, 64))
-    assert form.tensors["values"] == ((8, 32), torch.float32)
-    assert form.tensors["mask"] == ((8, 8), torch.uint8)
+    scheme = LeafScheme(64, 8, None, Pattern(32, 64))
+    assert scheme.tensors["values"] == ((8, 32), torch.float32)
+    assert scheme.tensors["mask"] == ((8, 8), torch.uint8)
 
 
 def test_more_codes_than_the_pattern_allows_are_refused() -> None:
@@ -96,7 +98,7 @@ def test_an_integer_outside_its_grid_is_refused() -> None:
 
 def test_a_size_below_one_is_refused() -> None:
     with pytest.raises(ArtifactError, match="-3 x 5 is impossible"):
-        LeafForm(-3, 5)
+        LeafScheme(-3, 5)
 
 
 @pytest.mark.parametrize("codebook", ["nf4", "fp4"])
@@ -128,7 +130,7 @@ def test_casting_a_model_leaves_integers_and_scales_alone() -> None:
 
 def test_floating_factors_follow_a_cast() -> None:
     pattern = Pattern(16, 32)
-    pair = Pair(random_leaf(48, 32, None), random_leaf(32, 24, None, pattern), "a", pattern)
+    pair = FactorPair(random_leaf(48, 32, None), random_leaf(32, 24, None, pattern), "a", pattern)
     linear = CompotLinear.of(Factorized((pair,))).half()
     assert linear.matrix_of("a").dequantize().shape == (48, 24)
     assert linear(torch.randn(2, 48).half()).dtype == torch.float16
@@ -137,7 +139,7 @@ def test_floating_factors_follow_a_cast() -> None:
 def test_a_shared_dictionary_is_stored_once_and_survives_a_deep_copy() -> None:
     first, second = random_factorized(), random_factorized()
     second = Factorized(
-        (Pair(first.pairs[0].dictionary, second.pairs[0].codes, "a", second.pairs[0].pattern),)
+        (FactorPair(first.pairs[0].dictionary, second.pairs[0].codes, "a", second.pairs[0].pattern),)
     )
     owner = CompotLinear.of(first)
     model = nn.ModuleDict({"owner": owner, "user": CompotLinear.of(second, owner=owner)})
@@ -171,7 +173,7 @@ def test_gradients_pass_through_to_the_input() -> None:
 
 def test_a_table_gives_rows_and_a_tied_head_uses_the_same_numbers() -> None:
     table = random_leaf(48, 30, Grid(8, 16))
-    embedding = CompotEmbedding(forms_of(table)[0])
+    embedding = CompotEmbedding(schemes_of(table)[0])
     embedding.matrix.fill(table)
     head = CompotLinear.of(table, owner=embedding)
     ids = torch.tensor([[3, 0], [29, 3]])
@@ -182,7 +184,7 @@ def test_a_table_gives_rows_and_a_tied_head_uses_the_same_numbers() -> None:
     assert embedding.to(torch.bfloat16)(ids).dtype == torch.bfloat16
 
 
-def test_a_leaf_of_another_form_is_refused() -> None:
-    module = LeafModule(LeafForm(8, 4, Grid(4, 16)))
-    with pytest.raises(ValueError, match="does not fit the form"):
+def test_a_leaf_of_another_scheme_is_refused() -> None:
+    module = LeafModule(LeafScheme(8, 4, Grid(4, 16)))
+    with pytest.raises(ValueError, match="does not fit the scheme"):
         module.fill(random_leaf(8, 4, Grid(8, 16)))

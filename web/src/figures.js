@@ -72,8 +72,8 @@ function showAccuracy({ total, method, export_exact, export_shipped, evaluation,
   const rows = [
     ["Total", total],
     ["Method", method],
-    ["Export, as shipped", export_shipped],
-    ["Export, exact", export_exact],
+    ["Export, deployed", export_shipped],
+    ["Export, float32", export_exact],
   ].filter(([, loss]) => loss);
   const head = ["Loss", "Perplexity", "KL", "Top-1", "NMSE"];
   document.getElementById("loss-table").replaceChildren(

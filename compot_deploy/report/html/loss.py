@@ -40,7 +40,7 @@ def loss_section(report: Report, drawn: Mapping[str, Plot]) -> str:
         f'<div class="columns">{plot_figure(drawn.get("divergence"))}<div><dl class="facts">{summary}</dl>'
         f"{note_list(_notes(report, measured))}"
         '<p class="note">Losses do not add up: each is measured between two models on the same tokens. The '
-        "noise floor is what the order of additions alone changes: an export loss near it is arithmetic."
+        "numerical noise is what the order of additions alone changes: an export loss near it is arithmetic."
         f"</p></div></div>{_table(measured)}",
     )
 
@@ -119,17 +119,17 @@ def _place(step: Step) -> str:
 
 
 def _notes(report: Report, measured: _Measured) -> list[str]:
-    accuracy, facts = report.accuracy, report.accuracy.evaluation
+    accuracy, read = report.accuracy, report.accuracy.evaluation
     notes = [
-        f"{facts.positions:,} positions in {facts.windows} windows of {facts.source}; figures of metrics version "
+        f"{read.positions:,} positions in {read.windows} windows of {read.source}; figures of metrics version "
         f"{accuracy.metrics_version}. KL divergence is in nats per token; ± is one standard error.",
-        *(f"{note}." for note in facts.notes),
+        *(f"{note}." for note in read.notes),
     ]
     if accuracy.reference_absent is not None:
         notes.append(f"No method and total loss: {accuracy.reference_absent}.")
     elif accuracy.factorization is None and accuracy.split_absent is not None:
         notes.append(
-            f"The method loss is not split into factorisation and quantization: {accuracy.split_absent}."
+            f"The method loss is not split into factorization and quantization: {accuracy.split_absent}."
         )
     notes += [alternative_note(report, other) for other in report.alternatives]
     bad = sum(

@@ -80,7 +80,7 @@ def _map(title: str, layers: Sequence[LayerFigures], field: str, value: Any, for
     head = "".join(f'<th scope="col"><span>{html_text(_short(role, roles))}</span></th>' for role in roles)
     return (
         f'<figure class="map"><figcaption><strong>{title}</strong> by block (down) and matrix (across), from '
-        f'{form.format(low)} to {form.format(high)}; <span class="plain">underlined</span>: not factorised.'
+        f'{form.format(low)} to {form.format(high)}; <span class="plain">underlined</span>: not factorized.'
         f'</figcaption><div class="scroll"><table><thead><tr><th></th>{head}</tr></thead>\n<tbody>\n'
         f"{''.join(rows)}</tbody></table></div></figure>"
     )
@@ -96,7 +96,7 @@ def _short(role: str, roles: Sequence[str]) -> str:
 
 
 def _layer_table(layers: Sequence[LayerFigures]) -> str:
-    effects = any(layer.effect is not None for layer in layers)
+    sensitivities = any(layer.sensitivity is not None for layer in layers)
     before = any(layer.unquantized_error is not None for layer in layers)
     rows = []
     for number, layer in enumerate(layers[:MOST_ROWS]):
@@ -115,18 +115,18 @@ def _layer_table(layers: Sequence[LayerFigures]) -> str:
             cells.append(
                 f'<td class="number">{marked_number(f"{place}.unquantized_error", layer.unquantized_error)}</td>'
             )
-        if effects:
-            cells.append(f'<td class="number">{marked_number(f"{place}.effect", layer.effect)}</td>')
+        if sensitivities:
+            cells.append(f'<td class="number">{marked_number(f"{place}.effect", layer.sensitivity)}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>\n")
     columns = ["matrix", "size", "choice", "bits per weight", "bytes", "plain int4", "error"]
     columns += ["before quantization"] if before else []
-    columns += ["effect"] if effects else []
+    columns += ["sensitivity"] if sensitivities else []
     note = (
         '<p class="note">A shared dictionary counts with the first matrix that uses it; bits per weight are those of '
         "all that share it."
         + (
-            " Effect: nats per token that a unit of squared error of this matrix alone costs the model."
-            if effects
+            " Sensitivity: nats per token that a unit of squared error of this matrix alone costs the model."
+            if sensitivities
             else ""
         )
         + "</p>"

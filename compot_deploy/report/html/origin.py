@@ -1,4 +1,4 @@
-"""The section of a report about where the artifact comes from: texts, digests, knobs, versions."""
+"""The section of a report about where the artifact comes from: texts, digests, options, versions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compot_deploy.report.html.elements import folded, html_table, html_text, ma
 
 def origin_section(report: Report) -> str:
     """The section as HTML."""
-    origin, facts = report.origin, report.accuracy.evaluation
+    origin, evaluation = report.origin, report.accuracy.evaluation
     windows = ""
     if origin.calibration_windows is not None and origin.calibration_tokens is not None:
         windows = (
@@ -22,24 +22,24 @@ def origin_section(report: Report) -> str:
     listed = [
         ("calibration text", html_text(origin.calibration or "not recorded")),
         ("calibration tokens", f"{windows}sha256 {_digest(origin.calibration_digest)}"),
-        ("evaluation text", html_text(facts.source)),
+        ("evaluation text", html_text(evaluation.source)),
         (
             "evaluation tokens",
-            f"{marked_bytes('accuracy.evaluation.windows', facts.windows)} windows, "
-            f"{marked_bytes('accuracy.evaluation.tokens', facts.tokens)} tokens, "
-            f"{marked_bytes('accuracy.evaluation.positions', facts.positions)} positions; "
-            f"sha256 {_digest(facts.digest)}",
+            f"{marked_bytes('accuracy.evaluation.windows', evaluation.windows)} windows, "
+            f"{marked_bytes('accuracy.evaluation.tokens', evaluation.tokens)} tokens, "
+            f"{marked_bytes('accuracy.evaluation.positions', evaluation.positions)} positions; "
+            f"sha256 {_digest(evaluation.digest)}",
         ),
         ("original", f"{html_text(report.model)}, sha256 {_digest(origin.source)}"),
         ("seed", ABSENT if origin.seed is None else str(origin.seed)),
-        ("judged", html_text(report.created)),
+        ("evaluated", html_text(report.created)),
         ("compot-deploy", html_text(report.package)),
         ("original runs in", html_text(_runner(report.accuracy.method, "reference"))),
-        ("compressed runs in", html_text(report.accuracy.export_exact.reference)),
-        ("file runs in", html_text(report.accuracy.export_shipped.candidate)),
+        ("compressed runs in", html_text(report.accuracy.export_reference.reference)),
+        ("file runs in", html_text(report.accuracy.export_deployed.candidate)),
     ]
-    facts_list = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in listed)
-    knobs = [
+    origin_list = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in listed)
+    recipe_options = [
         f'<tr><th scope="row"><code>{html_text(name)}</code></th><td>{html_text(_plain(value))}</td></tr>\n'
         for name, value in report.recipe.items()
     ]
@@ -48,11 +48,13 @@ def origin_section(report: Report) -> str:
         for name, value in report.versions.items()
     ]
     tables = ""
-    if knobs:
-        tables += folded("Recipe: every knob", html_table(("knob", "value"), knobs), len(knobs))
+    if recipe_options:
+        tables += folded(
+            "Recipe: every option", html_table(("option", "value"), recipe_options), len(recipe_options)
+        )
     if versions:
         tables += folded("Versions of libraries", html_table(("library", "version"), versions), len(versions))
-    return page_section("Calibration and provenance", f'<dl class="facts">{facts_list}</dl>{tables}')
+    return page_section("Calibration and provenance", f'<dl class="facts">{origin_list}</dl>{tables}')
 
 
 def _digest(value: str | None) -> str:

@@ -33,7 +33,7 @@ from compot_deploy.report.html.plan import plan_section
 from compot_deploy.report.html.plots import plots
 from compot_deploy.report.html.style import STYLE
 from compot_deploy.report.html.texts import text_section
-from compot_deploy.report.tables import finding_table
+from compot_deploy.report.tables import diagnostic_table
 
 
 def to_html(report: Report) -> str:
@@ -84,7 +84,7 @@ def _head(report: Report) -> str:
     ]
     total, path = report.accuracy.total, "accuracy.total.comparison"
     if total is None:
-        total, path = report.accuracy.export_shipped, "accuracy.export_shipped.comparison"
+        total, path = report.accuracy.export_deployed, "accuracy.export_shipped.comparison"
         against = "against the compressed model"
     else:
         against = "against the original"
@@ -105,7 +105,7 @@ def _head(report: Report) -> str:
         tile(
             "export error",
             marked_number(
-                "accuracy.export_exact.comparison.nmse", report.accuracy.export_exact.comparison.nmse
+                "accuracy.export_exact.comparison.nmse", report.accuracy.export_reference.comparison.nmse
             ),
             "NMSE that the file adds, exactly computed",
         ),
@@ -175,7 +175,7 @@ def _size(report: Report, drawn: Mapping[str, Plot]) -> str:
             f"{sizes.linears * 8 / sizes.linear_weights:.3f} bits per weight over "
             f"{marked_bytes('sizes.linear_weights', sizes.linear_weights)} weights</dd></div>"
         )
-    notes = note_list(report.facts, "facts")
+    notes = note_list(report.notes, "facts")
     return page_section(
         "Size",
         f'<div class="columns"><div>{table}<dl class="facts">{listed}</dl>'
@@ -186,7 +186,7 @@ def _size(report: Report, drawn: Mapping[str, Plot]) -> str:
 
 
 def _structure(report: Report) -> str:
-    table = finding_table(report)
+    table = diagnostic_table(report)
     return page_section("Structure", plain_table(table)) if table.rows else ""
 
 

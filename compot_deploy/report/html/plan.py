@@ -36,10 +36,10 @@ def plan_section(report: Report, drawn: Mapping[str, Plot]) -> str:
         ),
         ("predicted loss", f"{marked_number('frontier.chosen.loss', chosen.loss)} nats per token"),
     ]
-    facts = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in listed)
+    figures = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in listed)
     tables = ""
     for title, key, points in (
-        ("All forms", "all_forms", planned.all_forms),
+        ("All schemes", "all_forms", planned.all_schemes),
         ("Plain integers alone", "plain", planned.plain),
     ):
         rows = [
@@ -56,6 +56,6 @@ def plan_section(report: Report, drawn: Mapping[str, Plot]) -> str:
             )
     return page_section(
         "Plan",
-        f'<div class="columns">{plot_figure(drawn.get("frontier"))}<div><dl class="facts">{facts}</dl>{tables}'
+        f'<div class="columns">{plot_figure(drawn.get("frontier"))}<div><dl class="facts">{figures}</dl>{tables}'
         "</div></div>",
     )

@@ -149,7 +149,7 @@ _BINS: Final = (_EDGES[0] - _BIN, *_EDGES)
 
 def _divergence(report: Report) -> Plot | None:
     compared = [(name, loss) for name, loss in steps(report).items() if loss.comparison.positions > 0]
-    compared.append(("noise floor", report.accuracy.noise))
+    compared.append(("numerical noise", report.accuracy.noise))
     rows = [
         (name, loss.comparison.divergence)
         for name, loss in compared
@@ -161,7 +161,7 @@ def _divergence(report: Report) -> Plot | None:
     first, last = min(used), max(used)
     canvas, axes = canvas_of(height=52 + 44 * len(rows))
     for row, (name, found) in enumerate(rows):
-        colour = COLOURS["muted" if name == "noise floor" else "accent" if name == "total" else "second"]
+        colour = COLOURS["muted" if name == "numerical noise" else "accent" if name == "total" else "second"]
         _draw_histogram(axes, row, found.histogram, colour)
         mean = found.mean.value
         if mean > 0:
@@ -263,7 +263,7 @@ def _errors(report: Report) -> Plot | None:
     canvas.subplots_adjust(left=0.125, right=0.985, top=0.85, bottom=0.175)
     return Plot(
         svg_of(canvas, "errors"),
-        "Relative error of each matrix's output on calibration text, as it ships"
+        "Relative error of each matrix's output on calibration text, as deployed"
         + (" and, as a dash, before its factors were quantized." if before else "."),
         "Error of every matrix by block",
     )
@@ -271,12 +271,12 @@ def _errors(report: Report) -> Plot | None:
 
 def _frontier(report: Report) -> Plot | None:
     planned = report.frontier
-    if planned is None or not (planned.all_forms or planned.plain):
+    if planned is None or not (planned.all_schemes or planned.plain):
         return None
     canvas, axes = canvas_of(height=280)
     for label, points, colour in (
         ("plain integers alone", planned.plain, "other"),
-        ("all forms", planned.all_forms, "second"),
+        ("all schemes", planned.all_schemes, "second"),
     ):
         shown = [point for point in points if point.loss > 0]
         if shown:
@@ -310,7 +310,7 @@ def _frontier(report: Report) -> Plot | None:
     canvas.subplots_adjust(left=0.165, right=0.985, top=0.87, bottom=0.155)
     return Plot(
         svg_of(canvas, "frontier"),
-        "The least loss that any choice of forms is predicted to have at each size; the loss of a whole plan is the "
+        "The least loss that any choice of schemes is predicted to have at each size; the loss of a whole plan is the "
         "sum of what each matrix was measured to cost alone.",
         "Predicted loss against bits per weight, with the chosen point",
     )

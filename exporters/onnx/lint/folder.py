@@ -11,10 +11,10 @@ from typing import Any, Final
 
 import onnx
 
-from compot_deploy.core.diagnostics import Finding, Severity
+from compot_deploy.core.diagnostics import Diagnostic, Severity
 from compot_deploy.exporters.onnx.lint.interface import lint_interface
 from compot_deploy.exporters.onnx.lint.operators import lint_operators
-from compot_deploy.exporters.onnx.lint.subject import Subject, fact_of, in_graph, json_object
+from compot_deploy.exporters.onnx.lint.subject import Subject, in_graph, json_object, metadata_of
 from compot_deploy.exporters.onnx.lint.tensors import lint_tensors
 from compot_deploy.exporters.onnx.nodes import Part
 from compot_deploy.exporters.onnx.tensors import GRAPH
@@ -24,10 +24,10 @@ _CONSUMER_FILES: Final = {
     "generation": ("config.json", "generation_config.json"),
     "features": ("config.json",),
 }
-"""By what the graph was traced for; None for a graph of ours."""
+"""By what the graph was traced for; None for a native graph."""
 
 
-def lint_onnx(folder: Path) -> tuple[Finding, ...]:
+def lint_onnx(folder: Path) -> tuple[Diagnostic, ...]:
     """Everything that is structurally wrong or doubtful about a folder, errors first.
 
     Args:
@@ -37,19 +37,19 @@ def lint_onnx(folder: Path) -> tuple[Finding, ...]:
     try:
         model = onnx.load(path, load_external_data=False)
     except FileNotFoundError:
-        return (Finding("error", GRAPH, "The graph is missing: export the model again."),)
+        return (Diagnostic("error", GRAPH, "The graph is missing: export the model again."),)
     except Exception as error:  # protobuf's own error types differ between its implementations
-        return (Finding("error", GRAPH, f"The graph cannot be parsed: {error}."),)
-    return errors_first(_findings(Subject(folder, model)))
+        return (Diagnostic("error", GRAPH, f"The graph cannot be parsed: {error}."),)
+    return errors_first(_diagnostics(Subject(folder, model)))
 
 
-def errors_first(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Findings by severity, otherwise in their order."""
+def errors_first(diagnostics: Iterable[Diagnostic]) -> tuple[Diagnostic, ...]:
+    """Diagnostics by severity, otherwise in their order."""
     order: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
-    return tuple(sorted(findings, key=lambda finding: order[finding.severity]))
+    return tuple(sorted(diagnostics, key=lambda diagnostic: order[diagnostic.severity]))
 
 
-def _findings(subject: Subject) -> Iterator[Finding]:
+def _diagnostics(subject: Subject) -> Iterator[Diagnostic]:
     yield from lint_interface(subject)
     yield from lint_operators(subject)
     yield from lint_tensors(subject)
@@ -57,11 +57,11 @@ def _findings(subject: Subject) -> Iterator[Finding]:
     yield from _files(subject)
 
 
-def _tied(subject: Subject) -> Iterator[Finding]:
+def _tied(subject: Subject) -> Iterator[Diagnostic]:
     """A model with tied embeddings has one table, and head and embedding read the same bytes of it."""
     if subject.task == "features":
         return  # whatever config.json ties, there is no head
-    roles = {fact_of(node, Part.ROLE): node for node in subject.model.graph.node}
+    roles = {metadata_of(node, Part.ROLE): node for node in subject.model.graph.node}
     head, table = roles.get(Part.TIED_HEAD), roles.get(Part.EMBEDDING)
     if subject.config.get("tie_word_embeddings") and table is not None and head is None:
         yield in_graph(
@@ -73,13 +73,13 @@ def _tied(subject: Subject) -> Iterator[Finding]:
             yield in_graph("error", head.name, "The tied head does not read the table of the embedding.")
 
 
-def _files(subject: Subject) -> Iterator[Finding]:
+def _files(subject: Subject) -> Iterator[Diagnostic]:
     for name in _CONSUMER_FILES[subject.task]:
         path = subject.folder / name
         if not path.is_file():
-            yield Finding("warning", name, "The file is missing; some consumers need it.")
+            yield Diagnostic("warning", name, "The file is missing; some consumers need it.")
         elif json_object(path) is None:
-            yield Finding("error", name, "The file holds no JSON object.")
+            yield Diagnostic("error", name, "The file holds no JSON object.")
     if subject.task is not None:
         return
     value: Any = json_object(subject.folder / "genai_config.json")
@@ -87,4 +87,4 @@ def _files(subject: Subject) -> Iterator[Finding]:
         value = value.get(key) if isinstance(value, dict) else None
     filename = value if isinstance(value, str) else GRAPH
     if not (subject.folder / filename).is_file():
-        yield Finding("error", "genai_config.json", f"It names the graph {filename}, which is not there.")
+        yield Diagnostic("error", "genai_config.json", f"It names the graph {filename}, which is not there.")

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
-from compot_deploy.core.diagnostics import Finding
+from compot_deploy.core.diagnostics import Diagnostic
 from compot_deploy.exporters.onnx.lint.subject import Subject, in_graph
 from compot_deploy.exporters.onnx.nodes import MICROSOFT
 
@@ -22,14 +22,14 @@ _TEXT_OUTPUTS: Final = ("last_hidden_state", "logits")
 """What consumers give to an encoder or classifier, and what they read."""
 
 
-def lint_interface(subject: Subject) -> Iterator[Finding]:
+def lint_interface(subject: Subject) -> Iterator[Diagnostic]:
     """Everything about the graph as a whole."""
     yield from _versions(subject)
     yield from _interface(subject)
     yield from _wiring(subject)
 
 
-def _versions(subject: Subject) -> Iterator[Finding]:
+def _versions(subject: Subject) -> Iterator[Diagnostic]:
     if subject.model.ir_version not in IR_VERSIONS:
         yield in_graph(
             "error",
@@ -53,7 +53,7 @@ def _versions(subject: Subject) -> Iterator[Finding]:
             )
 
 
-def _interface(subject: Subject) -> Iterator[Finding]:
+def _interface(subject: Subject) -> Iterator[Diagnostic]:
     """Names of inputs and outputs, which every consumer goes by."""
     graph = subject.model.graph
     inputs, outputs = [i.name for i in graph.input], [o.name for o in graph.output]
@@ -83,7 +83,7 @@ def _interface(subject: Subject) -> Iterator[Finding]:
                 yield in_graph("warning", f"{what}s", f"The {what} {name} is none that consumers know.")
 
 
-def _features(subject: Subject, inputs: list[str], outputs: list[str]) -> Iterator[Finding]:
+def _features(subject: Subject, inputs: list[str], outputs: list[str]) -> Iterator[Diagnostic]:
     """A graph that reads whole texts: tokens in, hidden states or logits out."""
     for name in _TEXT_INPUTS[:2]:
         if name not in inputs:
@@ -106,7 +106,7 @@ def _features(subject: Subject, inputs: list[str], outputs: list[str]) -> Iterat
             )
 
 
-def _wiring(subject: Subject) -> Iterator[Finding]:
+def _wiring(subject: Subject) -> Iterator[Diagnostic]:
     graph = subject.model.graph
     names = Counter(node.name for node in graph.node)
     known = {value.name for value in graph.input} | set(subject.reader.protos)

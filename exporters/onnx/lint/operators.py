@@ -7,7 +7,7 @@ from typing import Final
 
 from onnx import NodeProto
 
-from compot_deploy.core.diagnostics import Finding
+from compot_deploy.core.diagnostics import Diagnostic
 from compot_deploy.errors import ArtifactError
 from compot_deploy.exporters.bnb4 import BNB_BLOCKS, BNB_TYPES
 from compot_deploy.exporters.onnx.expansion import EXPANSION_TABLE, EXPANSIONS, Expansion, expansion_of
@@ -20,7 +20,7 @@ _ZERO_BYTES: Final = {2: 0xAA, 4: 0x88, 8: 0x80}
 """A byte of MatMulNBits codes that are all zero, by bits."""
 
 
-def lint_operators(subject: Subject) -> Iterator[Finding]:
+def lint_operators(subject: Subject) -> Iterator[Diagnostic]:
     """Every node that reads integers, then what a runtime must know about all of them."""
     rules = {
         "MatMulNBits": _nbits,
@@ -45,7 +45,7 @@ def lint_operators(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def _nbits(subject: Subject, node: NodeProto) -> Iterator[Finding]:
+def _nbits(subject: Subject, node: NodeProto) -> Iterator[Diagnostic]:
     settings = integers_of(node)
     bits, block = settings.get("bits", 4), settings.get("block_size", 0)
     yield from _grid(subject, node, bits, block, NBITS_BITS)
@@ -76,7 +76,7 @@ def _nbits(subject: Subject, node: NodeProto) -> Iterator[Finding]:
             yield from _expansion(subject, node, expansion, (outputs, blocks, block * bits // 8))
 
 
-def _bnb4(subject: Subject, node: NodeProto) -> Iterator[Finding]:
+def _bnb4(subject: Subject, node: NodeProto) -> Iterator[Diagnostic]:
     settings = integers_of(node)
     block, inputs, outputs = (settings.get(name, 0) for name in ("block_size", "K", "N"))
     if settings.get("quant_type") not in BNB_TYPES.values():
@@ -96,7 +96,7 @@ def _bnb4(subject: Subject, node: NodeProto) -> Iterator[Finding]:
 
 def _expansion(
     subject: Subject, node: NodeProto, expansion: Expansion, shape: tuple[int, int, int]
-) -> Iterator[Finding]:
+) -> Iterator[Diagnostic]:
     """Packed codes of one product: sizes, positions, and what they are expanded with."""
     outputs, blocks, block_bytes = shape
     groups = blocks * block_bytes // 2
@@ -132,7 +132,7 @@ def _expansion(
         )
 
 
-def _gather(subject: Subject, node: NodeProto) -> Iterator[Finding]:
+def _gather(subject: Subject, node: NodeProto) -> Iterator[Diagnostic]:
     settings = integers_of(node)
     bits, block = settings.get("bits", 4), settings.get("block_size", 0)
     yield from _grid(subject, node, bits, block, GATHER_BITS)
@@ -144,7 +144,7 @@ def _gather(subject: Subject, node: NodeProto) -> Iterator[Finding]:
 
 def _grid(
     subject: Subject, node: NodeProto, bits: int, block: int, allowed: tuple[int, ...]
-) -> Iterator[Finding]:
+) -> Iterator[Diagnostic]:
     if bits not in allowed:
         yield in_graph("error", node.name, f"{bits} bits: onnxruntime runs {allowed} here.")
     if block not in BLOCKS:
@@ -157,7 +157,7 @@ def _grid(
         )
 
 
-def _dequantize(subject: Subject, node: NodeProto) -> Iterator[Finding]:
+def _dequantize(subject: Subject, node: NodeProto) -> Iterator[Diagnostic]:
     settings = integers_of(node)
     block, axis = settings.get("block_size", 0), settings.get("axis", 1)
     if block not in BLOCKS or axis != 0:
@@ -173,7 +173,9 @@ def _dequantize(subject: Subject, node: NodeProto) -> Iterator[Finding]:
         yield from _zeros(subject, node.input[0], None)
 
 
-def _shape(subject: Subject, node: NodeProto, position: int, expected: tuple[int, ...]) -> Iterator[Finding]:
+def _shape(
+    subject: Subject, node: NodeProto, position: int, expected: tuple[int, ...]
+) -> Iterator[Diagnostic]:
     found = subject.dims(node.input[position])
     if found is not None and found != expected:
         yield in_graph(
@@ -181,7 +183,7 @@ def _shape(subject: Subject, node: NodeProto, position: int, expected: tuple[int
         )
 
 
-def _zeros(subject: Subject, name: str, bits: int | None) -> Iterator[Finding]:
+def _zeros(subject: Subject, name: str, bits: int | None) -> Iterator[Diagnostic]:
     """Integers that are all zero; `bits` of unsigned codes, None for signed integers."""
     if name not in subject.reader.protos:
         return

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from onnx import ModelProto, NodeProto, TensorProto
 
-from compot_deploy.core.diagnostics import Finding, Severity
+from compot_deploy.core.diagnostics import Diagnostic, Severity
 from compot_deploy.errors import ArtifactError
 from compot_deploy.exporters.onnx.nodes import TRACED
 from compot_deploy.exporters.onnx.tensors import GRAPH, TensorReader, external_extent
@@ -53,7 +53,7 @@ class Subject:
 
     @cached_property
     def task(self) -> str | None:
-        """What the graph was traced for; None for a graph of ours."""
+        """What the graph was traced for; None for a native graph."""
         found = {entry.key: entry.value for entry in self.model.metadata_props}.get(TRACED)
         return found if found is None or found in TASKS else "features"
 
@@ -83,9 +83,9 @@ class Subject:
         return name
 
 
-def in_graph(severity: Severity, where: str, sentence: str) -> Finding:
-    """A finding about a place in the graph."""
-    return Finding(severity, f"{GRAPH}: {where}", sentence)
+def in_graph(severity: Severity, where: str, sentence: str) -> Diagnostic:
+    """A diagnostic about a place in the graph."""
+    return Diagnostic(severity, f"{GRAPH}: {where}", sentence)
 
 
 def integers_of(node: NodeProto) -> dict[str, int]:
@@ -93,7 +93,7 @@ def integers_of(node: NodeProto) -> dict[str, int]:
     return {attribute.name: attribute.i for attribute in node.attribute}
 
 
-def fact_of(node: NodeProto, key: str) -> str | None:
+def metadata_of(node: NodeProto, key: str) -> str | None:
     """What is written onto a node under a key; None where nothing is."""
     return next((entry.value for entry in node.metadata_props if entry.key == key), None)
 

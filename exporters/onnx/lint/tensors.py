@@ -10,7 +10,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from compot_deploy.core.diagnostics import Finding
+from compot_deploy.core.diagnostics import Diagnostic
 from compot_deploy.errors import ArtifactError
 from compot_deploy.exporters.onnx.lint.subject import CHUNK, Subject, in_graph
 from compot_deploy.exporters.onnx.nodes import FLOAT_TYPES
@@ -30,14 +30,14 @@ _BITS: Final = {
 }
 
 
-def lint_tensors(subject: Subject) -> Iterator[Finding]:
+def lint_tensors(subject: Subject) -> Iterator[Diagnostic]:
     """Every tensor, then the data file that they lie in."""
     for tensor in subject.model.graph.initializer:
         yield from _tensor(subject, tensor)
     yield from _data_file(subject)
 
 
-def _tensor(subject: Subject, proto: TensorProto) -> Iterator[Finding]:
+def _tensor(subject: Subject, proto: TensorProto) -> Iterator[Diagnostic]:
     """One tensor: its place, its size, its values."""
     bits = _BITS.get(proto.data_type)
     if bits is None:
@@ -65,7 +65,7 @@ def _tensor(subject: Subject, proto: TensorProto) -> Iterator[Finding]:
         yield from _values(subject, proto, data, dtype)
 
 
-def _values(subject: Subject, proto: TensorProto, data: Tensor, dtype: torch.dtype) -> Iterator[Finding]:
+def _values(subject: Subject, proto: TensorProto, data: Tensor, dtype: torch.dtype) -> Iterator[Diagnostic]:
     if data.data_ptr() % dtype.itemsize:
         yield in_graph("warning", proto.name, "It is not aligned and cannot be mapped into memory.")
         data = data.clone()
@@ -84,7 +84,7 @@ def _values(subject: Subject, proto: TensorProto, data: Tensor, dtype: torch.dty
         yield in_graph("warning", proto.name, "Every value is zero.")
 
 
-def _data_file(subject: Subject) -> Iterator[Finding]:
+def _data_file(subject: Subject) -> Iterator[Diagnostic]:
     """Tensors overlap only where they are the same bytes; nothing lies behind the last one."""
     extents: dict[Extent, str] = {}
     end = 0
@@ -111,4 +111,4 @@ def _data_file(subject: Subject) -> Iterator[Finding]:
     path = subject.folder / DATA
     size = path.stat().st_size if path.is_file() else 0
     if size > end:
-        yield Finding("warning", DATA, f"{size - end:,} bytes behind the last tensor belong to none.")
+        yield Diagnostic("warning", DATA, f"{size - end:,} bytes behind the last tensor belong to none.")

@@ -74,10 +74,10 @@ def test_a_model_becomes_a_gguf_folder(
     command = [str(model), "--format", "gguf", "--gguf-layout", layout, "--calibration", str(text)]
     assert cli.main([*command, "--out", str(out), *QUICK, *NO_LIMIT]) == EXIT_OK
     report = _report(out)
-    assert report.accuracy.export_exact.comparison.nmse < 1e-9
+    assert report.accuracy.export_reference.comparison.nmse < 1e-9
     if layout == "factorized":
         assert any(record.kind == "factorized" for record in verify(out).matrices)
-    assert any("no smaller" in fact for fact in report.facts) == (layout == "dense")
+    assert any("no smaller" in note for note in report.notes) == (layout == "dense")
     assert cli.main(["check", str(out), "--reference", str(model)]) == EXIT_OK
     capsys.readouterr()
     assert cli.main(["run", str(out), "-p", "the quick", "-n", "4"]) == EXIT_OK
@@ -87,7 +87,7 @@ def test_a_model_becomes_a_gguf_folder(
 def test_two_formats_share_one_compression(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Text is read, and every block calibrated and factorised, once; both files hold the same numbers."""
+    """Text is read, and every block calibrated and factorized, once; both files hold the same numbers."""
     read: list[bool] = []
     advance = BlockStream.advance
     monkeypatch.setattr(
@@ -118,7 +118,7 @@ def test_a_plan_is_written_to_the_byte(
     listed = settings._listed
 
     def few(resolved: settings.Settings) -> Search:
-        """A handful of forms of each kind, so that this takes seconds."""
+        """A handful of schemes of each kind, so that this takes seconds."""
         search = listed(resolved)
         grids = {bits: groups[-1:] for bits, groups in search.grids.groups.items()}
         return replace(search, grids=replace(search.grids, groups=grids), rates=search.rates[1:2])
@@ -130,7 +130,7 @@ def test_a_plan_is_written_to_the_byte(
     command = [str(model), "--format", "gguf", "--gguf-layout", layout, "--calibration", str(text)]
     assert cli.main([*command, "--bits", bits, "--out", str(out), *PLANNED, *NO_LIMIT]) == EXIT_OK
     manifest = verify(out)
-    said = re.search(r"the plan spends (\d+) of (\d+) bytes", " ".join(manifest.facts["notes"]))
+    said = re.search(r"the plan spends (\d+) of (\d+) bytes", " ".join(manifest.metadata["notes"]))
     assert said is not None
     planned, budget = int(said[1]), int(said[2])
     assert linear_bytes(out) == planned <= budget
@@ -173,9 +173,9 @@ def test_rows_that_no_block_divides_are_noted_in_manifest_and_report(
     out = tmp_path / "out"
     command = [str(model), "--format", "gguf", "--gguf-type", "Q4_K", "--calibration", str(text)]
     assert cli.main([*command, "--out", str(out), *QUICK, *NO_LIMIT]) == EXIT_OK
-    note = next(note for note in verify(out).facts["notes"] if "stored as" in note)
+    note = next(note for note in verify(out).metadata["notes"] if "stored as" in note)
     assert "6 more" in note and "rows of 128, 160" in note and "stored as Q5_0" in note
-    assert f"{note}." in _report(out).facts
+    assert f"{note}." in _report(out).notes
     kinds = {t.kind for t in read_header(out / "model.gguf").tensors.values() if t.name.startswith("blk.")}
     assert kinds == {"F32", "Q5_0"}
 

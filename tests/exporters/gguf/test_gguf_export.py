@@ -15,7 +15,7 @@ from matrices import same_matrix
 from reference_gguf import compressed, quantized_by_rounding, random_quantized, shared_change
 
 from compot_deploy.core.grid import DENSE, Grid, Pattern
-from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair, Quantized
+from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Matrix, Quantized
 from compot_deploy.core.storage import matrix_bytes
 from compot_deploy.errors import RecipeError, UnsupportedModelError
 from compot_deploy.exporters.gguf import metadata as gguf_metadata
@@ -34,7 +34,11 @@ MIXES: dict[str, Any] = {
     "odd pattern": shared_change(Grid(4, 32), Pattern(1, 3), 0.7),
     "plain integers": lambda name, weight: quantized_by_rounding(weight, Grid(3 if "mlp" in name else 2, 32)),
     "floating factors": lambda name, weight: Factorized(
-        (Pair(Dense(weight[:, :5].half().contiguous()), Dense(torch.randn(5, weight.shape[1]).half()), name),)
+        (
+            FactorPair(
+                Dense(weight[:, :5].half().contiguous()), Dense(torch.randn(5, weight.shape[1]).half()), name
+            ),
+        )
     ),
     "everything": lambda name, weight: (
         Dense(weight.bfloat16())
@@ -161,13 +165,13 @@ def test_factors_are_multiplied_out_in_dense_files(folders: dict[str, Path], tmp
         assert torch.equal(matrix.dequantize(), back.matrices[name].dequantize())
 
 
-def test_rows_that_do_not_split_get_a_wider_type_and_a_fact(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_rows_that_do_not_split_get_a_wider_type_and_a_note(folders: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason="the extra llama is not installed")
     written = write(
         compressed(folders["llama"]), tmp_path / "m.gguf", GgufOptions(type="Q4_K", table_type="F16")
     )
     assert written.kinds["blk.0.attn_q.weight"] == "Q5_0"  # 64 inputs: no block of 256
-    assert any("attn_q" in fact and "stored as Q5_0" in fact for fact in written.facts)
+    assert any("attn_q" in note and "stored as Q5_0" in note for note in written.notes)
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q3_K", "Q2_K", "Q6_K", "IQ4_XS", "Q4_0", "Q5_0", "Q8_0"])
@@ -279,9 +283,9 @@ def test_two_writes_are_equal_and_the_model_is_unchanged(folders: dict[str, Path
     assert metadata["general.architecture"] == "compot" and metadata["compot.base_architecture"] == "llama"
 
 
-def test_a_factorised_embedding_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_factorized_embedding_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     model = compressed(folders["llama"])
-    pair = Pair(random_quantized(64, 8, Grid(4, 32)), random_quantized(8, 320, Grid(4, 32)), "e")
+    pair = FactorPair(random_quantized(64, 8, Grid(4, 32)), random_quantized(8, 320, Grid(4, 32)), "e")
     matrices = {**model.matrices, model.architecture.embedding: Factorized((pair,))}
     broken = dataclasses.replace(model, matrices=matrices)
     with pytest.raises(UnsupportedModelError, match="embed_tokens"):
@@ -306,7 +310,7 @@ def test_a_sliding_window_cuts_the_context_and_says_so(folders: dict[str, Path],
     config = {**model.config, "sliding_window": 100}
     written = write(dataclasses.replace(model, config=config), tmp_path / "m.gguf", GgufOptions(type="F16"))
     assert read(written.path).metadata["llama.context_length"] == 100
-    assert any("sliding window" in fact for fact in written.facts)
+    assert any("sliding window" in note for note in written.notes)
 
 
 def test_rotary_pairs_become_neighbours() -> None:

@@ -12,7 +12,7 @@ import torch
 from reference_gguf import random_quantized
 
 from compot_deploy.core.grid import Grid, Pattern
-from compot_deploy.core.matrix import Dense, Factorized, Matrix, Pair
+from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Matrix
 from compot_deploy.errors import ArtifactError
 from compot_deploy.exporters.gguf.ggml_types import GGML_TYPES
 from compot_deploy.exporters.gguf.model import read, read_file
@@ -37,7 +37,7 @@ def tiny_model() -> CompressedModel:
     matrices: dict[str, Matrix] = {}
     for name in architecture.linear_names(1):
         inputs, outputs = shapes[name.rpartition(".")[2]]
-        pair = Pair(
+        pair = FactorPair(
             random_quantized(inputs, 40, Grid(4, 32), seed=1),
             random_quantized(40, outputs, Grid(4, 32), Pattern(2, 4), seed=2),
             name,

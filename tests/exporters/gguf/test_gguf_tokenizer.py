@@ -171,11 +171,11 @@ def test_rows_without_a_token_are_named_and_recorded(tmp_path: Path) -> None:
     tokens, types = made.keys["tokenizer.ggml.tokens"], made.keys["tokenizer.ggml.token_type"]
     assert isinstance(tokens, list) and isinstance(types, list)
     assert tokens[-1] == f"[PAD{VOCABULARY + 4}]" and types[-1] == 5
-    assert any("named [PADn]" in fact for fact in made.facts)
+    assert any("named [PADn]" in note for note in made.notes)
     with pytest.raises(UnsupportedModelError, match="only 100 rows"):
         tokenizer_keys(folder, {"vocab_size": 100})
 
 
 def test_a_folder_without_a_tokenizer_makes_a_file_without_one(tmp_path: Path) -> None:
     made = tokenizer_keys(tmp_path, {"vocab_size": 10})
-    assert made.keys == {"tokenizer.ggml.model": "none"} and "no tokenizer" in made.facts[0]
+    assert made.keys == {"tokenizer.ggml.model": "none"} and "no tokenizer" in made.notes[0]

@@ -178,12 +178,12 @@ def test_unquantized_text_is_that_of_transformers(name: str, tmp_path: Path) -> 
 
 @pytest.mark.consumer
 @pytest.mark.parametrize("name", ["llama-llama3-tied", "mistral", "qwen2-tied", "qwen3", "llama-small-heads"])
-@pytest.mark.parametrize("form", [None, int4])
-def test_onnxruntime_genai_generates_the_same_tokens(name: str, form: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", [None, int4])
+def test_onnxruntime_genai_generates_the_same_tokens(name: str, scheme: Any, tmp_path: Path) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
     source = tmp_path / "source"
     save_tokenizer(source)
-    folder = export(compressed(torch_model(MODELS[name]), form, source), tmp_path / "model")
+    folder = export(compressed(torch_model(MODELS[name]), scheme, source), tmp_path / "model")
     prompts, _ = padded_batch()
     prompts = prompts.clamp(min=3)  # rows of equal length: the runtime pads on the right
     loaded = genai.Model(str(folder))
@@ -210,8 +210,10 @@ def test_optimum_generates_the_same_tokens_in_its_own_environment(tmp_path: Path
     tokens, mask = padded_batch()
     Path(arguments[0]).write_text(json.dumps({"input_ids": tokens.tolist(), "attention_mask": mask.tolist()}))
     for name in ("llama-llama3-tied", "llama-yarn", "mistral", "qwen2-tied", "qwen3"):
-        for kind, form in (("float", None), ("int4", int4)):
-            folder = export(compressed(torch_model(MODELS[name]), form, source), tmp_path / f"{name}-{kind}")
+        for kind, scheme in (("float", None), ("int4", int4)):
+            folder = export(
+                compressed(torch_model(MODELS[name]), scheme, source), tmp_path / f"{name}-{kind}"
+            )
             expected = tmp_path / f"{folder.name}.json"
             expected.write_text(json.dumps(greedy(folder, tokens, mask, 12).tolist()))
             arguments += [str(folder), str(expected)]

@@ -98,10 +98,10 @@ def test_padded_rows_of_the_embedding_come_back_without_their_padding(tmp_path: 
 
 @pytest.mark.parametrize("ops", ["matmulnbits", "qdq"])
 def test_storage_counts_what_lies_in_the_file(ops: Any, tmp_path: Path) -> None:
-    def form(name: str, weight: Tensor) -> Matrix:
+    def scheme(name: str, weight: Tensor) -> Matrix:
         return rounded(weight, Grid(8, 32)) if "embed" in name else int4(name, weight)
 
-    model = compressed(torch_model(MODELS["qwen2-tied"]), form)
+    model = compressed(torch_model(MODELS["qwen2-tied"]), scheme)
     options = OnnxOptions(ops=ops)
     folder = export(model, tmp_path / "model", options)
     stored = 0

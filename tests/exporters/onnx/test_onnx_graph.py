@@ -135,12 +135,12 @@ def test_a_float_type_that_loses_bits_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-llama3-tied", "qwen2-tied", "qwen3", "llama-biases"])
-@pytest.mark.parametrize("form", [quantized, factorized])
+@pytest.mark.parametrize("scheme", [quantized, factorized])
 def test_level_0_computes_the_integers_exactly(
-    name: str, form: Callable[[str, Tensor], Matrix], tmp_path: Path
+    name: str, scheme: Callable[[str, Tensor], Matrix], tmp_path: Path
 ) -> None:
     reference = torch_model(MODELS[name])
-    model = compressed(reference, form)
+    model = compressed(reference, scheme)
     folder = export(model, tmp_path / "model")
     tokens, mask = padded_batch()
     real = mask.bool()
@@ -168,10 +168,10 @@ def test_every_bit_width_and_a_last_partial_group(bits: int, group: int, tmp_pat
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_standard_operators_compute_the_same(bits: int, tmp_path: Path) -> None:
-    def form(name: str, weight: Tensor) -> Matrix:
+    def scheme(name: str, weight: Tensor) -> Matrix:
         return rounded(weight, Grid(8 if "embed" in name else bits, 32))
 
-    model = compressed(torch_model(MODELS["llama"]), form)
+    model = compressed(torch_model(MODELS["llama"]), scheme)
     contrib = export(model, tmp_path / "contrib")
     standard = export(model, tmp_path / "standard", OnnxOptions(ops="qdq"))
     assert "MatMulNBits" not in {node.op_type for node in nodes(standard)}
@@ -261,8 +261,8 @@ def test_a_tied_table_is_stored_once(tmp_path: Path) -> None:
     sizes = {}
     for name, tied in (("tied", True), ("untied", False)):
         settings = {**MODELS["qwen2-tied"], "tie_word_embeddings": tied, "vocab_size": 4096}
-        for kind, form in (("int8", quantized), ("float", None)):
-            model = compressed(torch_model(settings), form)
+        for kind, scheme in (("int8", quantized), ("float", None)):
+            model = compressed(torch_model(settings), scheme)
             folder = export(model, tmp_path / f"{name}-{kind}")
             sizes[name, kind] = (folder / "onnx/model.onnx_data").stat().st_size
     table = 4096 * 64

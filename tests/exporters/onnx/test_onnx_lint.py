@@ -15,7 +15,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from reference_onnx import MODELS, compressed, rounded, torch_model, two_pairs
 from torch import Tensor
 
-from compot_deploy.core.diagnostics import Finding
+from compot_deploy.core.diagnostics import Diagnostic
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.exporters import EXPORTERS
@@ -28,7 +28,7 @@ EXPORTER = EXPORTERS["onnx"]
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
-def form(name: str, weight: Tensor) -> Matrix:
+def scheme(name: str, weight: Tensor) -> Matrix:
     return (
         two_pairs(name, weight)
         if "self_attn" in name
@@ -40,7 +40,7 @@ def form(name: str, weight: Tensor) -> Matrix:
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lint") / "model"
     folder.mkdir()
-    EXPORTER.write(compressed(torch_model(MODELS["qwen2-tied"]), form), folder, OnnxOptions())
+    EXPORTER.write(compressed(torch_model(MODELS["qwen2-tied"]), scheme), folder, OnnxOptions())
     return folder
 
 
@@ -50,8 +50,8 @@ def folder(clean: Path, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def change(folder: Path, edit: Callable[[ModelProto], None]) -> tuple[Finding, ...]:
-    """Findings after an edit of the graph."""
+def change(folder: Path, edit: Callable[[ModelProto], None]) -> tuple[Diagnostic, ...]:
+    """Diagnostics after an edit of the graph."""
     model = onnx.load(folder / GRAPH, load_external_data=False)
     edit(model)
     (folder / GRAPH).write_bytes(model.SerializeToString())
@@ -100,7 +100,7 @@ def overwrite(folder: Path, name: str, data: bytes | None = None) -> None:
 def test_nothing_is_found_in_what_the_exporter_writes(
     name: str, options: OnnxOptions, tmp_path: Path
 ) -> None:
-    for kind in (None, form):
+    for kind in (None, scheme):
         target = tmp_path / str(kind is None)
         target.mkdir()
         EXPORTER.write(compressed(torch_model(MODELS[name]), kind), target, options)
@@ -214,9 +214,9 @@ MATMUL = "/model/layers.0/mlp/up_proj/MatMul"
 def test_each_fault_of_a_graph_is_found(
     folder: Path, edit: Callable[[ModelProto], Any], severity: str, where: str, sentence: str
 ) -> None:
-    findings = change(folder, edit)
-    assert any(f.severity == severity and where in f.where and sentence in f.sentence for f in findings), (
-        findings
+    diagnostics = change(folder, edit)
+    assert any(f.severity == severity and where in f.where and sentence in f.sentence for f in diagnostics), (
+        diagnostics
     )
 
 
@@ -225,8 +225,8 @@ def test_what_only_newer_runtimes_load_is_noted_once(tmp_path: Path) -> None:
         return rounded(weight, Grid(2, 32)) if "mlp" in name else rounded(weight, Grid(8, 32))
 
     EXPORTER.write(compressed(torch_model(MODELS["llama"]), two_bits), tmp_path, OnnxOptions())
-    (finding,) = lint_onnx(tmp_path)
-    assert finding.severity == "note" and "6 products with 2 bits" in finding.sentence
+    (diagnostic,) = lint_onnx(tmp_path)
+    assert diagnostic.severity == "note" and "6 products with 2 bits" in diagnostic.sentence
 
 
 def test_a_second_copy_of_a_tied_table_is_found(folder: Path) -> None:
@@ -235,8 +235,8 @@ def test_a_second_copy_of_a_tied_table_is_found(folder: Path) -> None:
         for entry in head.metadata_props:
             entry.value = entry.value.replace("tied_head", "plain")
 
-    (finding,) = change(folder, edit)
-    assert finding.severity == "warning" and "the graph stores both" in finding.sentence
+    (diagnostic,) = change(folder, edit)
+    assert diagnostic.severity == "warning" and "the graph stores both" in diagnostic.sentence
 
 
 @pytest.mark.parametrize(
@@ -253,16 +253,19 @@ def test_values_that_cannot_be_meant_are_found(
     folder: Path, name: str, values: bytes | None, severity: str, sentence: str
 ) -> None:
     overwrite(folder, name, values)
-    (finding,) = lint_onnx(folder)
-    assert (finding.severity, finding.where) == (severity, f"{GRAPH}: {name}")
-    assert sentence in finding.sentence
+    (diagnostic,) = lint_onnx(folder)
+    assert (diagnostic.severity, diagnostic.where) == (severity, f"{GRAPH}: {name}")
+    assert sentence in diagnostic.sentence
 
 
 def test_trailing_bytes_are_found(folder: Path) -> None:
     with (folder / DATA).open("ab") as file:
         file.write(b"extra")
-    (finding,) = lint_onnx(folder)
-    assert (finding.severity, finding.where) == ("warning", DATA) and "5 bytes behind" in finding.sentence
+    (diagnostic,) = lint_onnx(folder)
+    assert (diagnostic.severity, diagnostic.where) == (
+        "warning",
+        DATA,
+    ) and "5 bytes behind" in diagnostic.sentence
 
 
 def test_missing_and_damaged_files_are_found(folder: Path) -> None:
@@ -287,11 +290,11 @@ def test_an_empty_generation_config_is_nothing_wrong(folder: Path) -> None:
 def test_layers_that_config_json_contradicts_are_found(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    (finding,) = lint_onnx(folder)
-    assert "caches of 2 layers, and config.json says 3" in finding.sentence
+    (diagnostic,) = lint_onnx(folder)
+    assert "caches of 2 layers, and config.json says 3" in diagnostic.sentence
 
 
-def test_a_graph_that_cannot_be_parsed_is_one_finding(folder: Path) -> None:
+def test_a_graph_that_cannot_be_parsed_is_one_diagnostic(folder: Path) -> None:
     (folder / GRAPH).write_bytes(b"\xff" * 64)
     assert [f.severity for f in lint_onnx(folder)] == ["error"]
     (folder / GRAPH).unlink()
@@ -301,6 +304,8 @@ def test_a_graph_that_cannot_be_parsed_is_one_finding(folder: Path) -> None:
 def test_the_oracle_is_told_from_the_shipped_file(folder: Path) -> None:
     leveled = with_accuracy_level(folder / GRAPH, 0).graph
     (folder / GRAPH).write_bytes(leveled)
-    findings = lint_onnx(folder)
-    assert len(findings) == sum(n.op_type == "MatMulNBits" for n in onnx.load_from_string(leveled).graph.node)
-    assert {f.severity for f in findings} == {"warning"}
+    diagnostics = lint_onnx(folder)
+    assert len(diagnostics) == sum(
+        n.op_type == "MatMulNBits" for n in onnx.load_from_string(leveled).graph.node
+    )
+    assert {f.severity for f in diagnostics} == {"warning"}

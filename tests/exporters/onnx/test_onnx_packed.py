@@ -30,7 +30,7 @@ from reference_onnx import (
 from torch import Tensor
 
 from compot_deploy.cli import main as cli
-from compot_deploy.core.diagnostics import Finding, errors
+from compot_deploy.core.diagnostics import Diagnostic, errors
 from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.matrix import Factorized, Matrix
 from compot_deploy.core.storage import matrix_bytes
@@ -59,7 +59,7 @@ OPERATORS = ["Cast", "Concat", "MatMulInteger", "Gather", "Reshape"]
 # --- the folder
 
 
-def form(name: str, weight: Tensor) -> Matrix:
+def scheme(name: str, weight: Tensor) -> Matrix:
     """2:4 in attention, with a block that is not full; both of two pairs elsewhere; int8 embedding."""
     if "embed" in name or "lm_head" in name:
         return rounded(weight, Grid(8, 32))
@@ -72,7 +72,7 @@ def form(name: str, weight: Tensor) -> Matrix:
 
 @pytest.fixture(scope="module")
 def model() -> CompressedModel:
-    model = compressed(torch_model(MODELS["qwen3"]), form)
+    model = compressed(torch_model(MODELS["qwen3"]), scheme)
     block = "model.layers.1.self_attn"
     shared = share_dictionaries(model.matrices, [f"{block}.q_proj", f"{block}.k_proj"], f"{block}.input")
     return replace(model, matrices=shared)
@@ -180,7 +180,7 @@ def test_standard_operators_refuse_to_pack() -> None:
 def test_after_loading_nothing_of_the_expansion_is_left(folders: dict[str, Path]) -> None:
     assert unfolded_nodes(folders["packed"]) == ()
     assert unfolded_nodes(folders["dense"]) == ()
-    assert [finding.severity for finding in EXPORTER.lint(folders["packed"])] == ["note"]
+    assert [diagnostic.severity for diagnostic in EXPORTER.lint(folders["packed"])] == ["note"]
     assert EXPORTER.lint(folders["dense"]) == ()
 
 
@@ -215,7 +215,7 @@ def test_without_onnxruntime_it_is_noted_that_nothing_was_checked(
     with pytest.raises(MissingDependencyError, match="onnxruntime"):
         unfolded_nodes(folders["packed"])
     found = EXPORTER.lint(folders["packed"])
-    assert [finding.severity for finding in found] == ["note", "note"]
+    assert [diagnostic.severity for diagnostic in found] == ["note", "note"]
     assert "onnxruntime is not installed, so it was not checked" in found[1].sentence
 
 
@@ -279,12 +279,14 @@ def test_each_fault_of_packed_codes_is_found(
     tmp_path: Path,
 ) -> None:
     folder = Path(shutil.copytree(folders["packed"], tmp_path / "model"))
-    assert [finding.severity for finding in lint_onnx(folder)] == ["note"]
+    assert [diagnostic.severity for diagnostic in lint_onnx(folder)] == ["note"]
     graph = graph_of(folder)
     edit(graph)
     (folder / GRAPH).write_bytes(graph.SerializeToString())
-    found: tuple[Finding, ...] = lint_onnx(folder)
-    assert any(finding.severity == severity and sentence in finding.sentence for finding in found), found
+    found: tuple[Diagnostic, ...] = lint_onnx(folder)
+    assert any(diagnostic.severity == severity and sentence in diagnostic.sentence for diagnostic in found), (
+        found
+    )
 
 
 def test_a_folder_that_does_not_run_is_an_error(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -327,8 +329,8 @@ def test_a_model_is_packed_from_the_command_line(source: list[str], tmp_path: Pa
         flags = ["--code-pattern", "2:4", "--onnx-codes", codes, "--ratio", "0.1"]
         assert cli.main([*source, *flags, "--out", str(tmp_path / codes)]) == EXIT_OK
         report = from_json((tmp_path / codes / "compot" / "report.json").read_text())
-        assert report.accuracy.export_exact.comparison.nmse < 1e-9
-        assert all(match.equal for match in report.accuracy.export_exact.greedy)
+        assert report.accuracy.export_reference.comparison.nmse < 1e-9
+        assert all(match.equal for match in report.accuracy.export_reference.greedy)
     assert unfolded_nodes(tmp_path / "packed") == ()
     # At one ratio what packing saves is spent on atoms, so the sizes are compared at the same matrices.
     model = EXPORTER.read_model(tmp_path / "packed")
@@ -356,7 +358,7 @@ def test_a_model_is_packed_from_the_command_line(source: list[str], tmp_path: Pa
         (["--code-pattern", "4:8", "--method", "svd-llm"], "contradicts --method svd-llm"),
     ],
 )
-def test_knobs_that_contradict_each_other_are_refused_before_any_work(
+def test_options_that_contradict_each_other_are_refused_before_any_work(
     flags: list[str],
     complaint: str,
     source: list[str],

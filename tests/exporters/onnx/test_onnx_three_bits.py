@@ -27,7 +27,7 @@ from torch import Tensor
 
 from compot_deploy.core.diagnostics import errors
 from compot_deploy.core.grid import Grid
-from compot_deploy.core.matrix import Factorized, Matrix, Pair, Quantized
+from compot_deploy.core.matrix import Factorized, FactorPair, Matrix, Quantized
 from compot_deploy.core.storage import matrix_bytes
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters import EXPORTERS
@@ -107,20 +107,22 @@ def test_a_million_integers_take_three_bits_in_the_file_and_four_in_memory() -> 
     assert storage.memory_bytes(1024, 1024, Grid(3, 32)) == storage.memory_bytes(1024, 1024, Grid(4, 32))
 
 
-def form(name: str, weight: Tensor) -> Matrix:
-    """Plain and factorised in 3 bits, and plain in 4."""
+def scheme(name: str, weight: Tensor) -> Matrix:
+    """Plain and factorized in 3 bits, and plain in 4."""
     if "layers" not in name:
         return rounded(weight, Grid(8, 32))
     if "self_attn" in name:
         left, sizes, right = torch.linalg.svd(weight, full_matrices=False)
         codes = sizes[:40, None] * right[:40]
-        return Factorized((Pair(rounded(left[:, :40], Grid(3, 32)), rounded(codes, Grid(3, 16)), name),))
+        return Factorized(
+            (FactorPair(rounded(left[:, :40], Grid(3, 32)), rounded(codes, Grid(3, 16)), name),)
+        )
     return rounded(weight, Grid(4 if "gate" in name else 3, 32))
 
 
 @pytest.fixture(scope="module")
 def model() -> CompressedModel:
-    made = compressed(torch_model(MODELS["qwen3"]), form)
+    made = compressed(torch_model(MODELS["qwen3"]), scheme)
     block = "model.layers.1.self_attn"
     shared = share_dictionaries(made.matrices, [f"{block}.q_proj", f"{block}.k_proj"], f"{block}.input")
     return CompressedModel(made.architecture, made.config, shared, made.tensors, made.tied, made.source)
@@ -174,7 +176,7 @@ def test_a_damaged_table_is_found(model: CompressedModel, folder: Path, tmp_path
     with (tmp_path / "onnx/model.onnx_data").open("r+b") as file:
         file.seek(offset + 100)
         file.write(b"\x00")
-    assert any("holds other numbers" in finding.sentence for finding in errors(EXPORTER.lint(tmp_path)))
+    assert any("holds other numbers" in diagnostic.sentence for diagnostic in errors(EXPORTER.lint(tmp_path)))
 
 
 def test_three_bits_are_packed_or_refused(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class Case:
         self.given = compressed(self.source, some_of_everything(self.source))
         self.folder = folder / "exported"
         self.folder.mkdir()
-        self.facts = EXPORTER.write(self.given, self.folder, OnnxOptions())
+        self.notes = EXPORTER.write(self.given, self.folder, OnnxOptions())
         self.model = model_of(self.given)
 
 
@@ -135,8 +135,8 @@ def test_nothing_of_the_place_where_it_was_traced_is_in_the_file(case: Case) -> 
 
 
 def test_what_the_output_does_not_depend_on_is_left_out_and_said(encoder: Case, decoder: Case) -> None:
-    assert encoder.facts == ("pooler.dense is left out: the output does not depend on it.",)
-    assert decoder.facts == ()
+    assert encoder.notes == ("pooler.dense is left out: the output does not depend on it.",)
+    assert decoder.notes == ()
     assert b"pooler" not in (encoder.folder / GRAPH).read_bytes()
 
 
@@ -150,9 +150,9 @@ def test_the_same_model_gives_the_same_bytes_and_one_trace(case: Case, tmp_path:
             assert (tmp_path / path.relative_to(case.folder)).read_bytes() == path.read_bytes(), path
 
 
-def test_a_rehearsal_counts_every_byte_of_a_traced_model(case: Case, tmp_path: Path) -> None:
+def test_a_dry_run_counts_every_byte_of_a_traced_model(case: Case, tmp_path: Path) -> None:
     stand_ins = replace(case.given, matrices={n: stand_in(m) for n, m in case.given.matrices.items()})
-    missing = EXPORTER.rehearse(stand_ins, tmp_path, OnnxOptions())
+    missing = EXPORTER.dry_run(stand_ins, tmp_path, OnnxOptions())
     assert missing > 0
     assert missing + size_of(tmp_path) == size_of(case.folder)
 
@@ -257,7 +257,7 @@ def test_optimum_continues_a_traced_decoder_in_its_own_environment(decoder: Case
 
 
 def test_the_lint_has_nothing_to_say_about_a_traced_folder(case: Case) -> None:
-    assert [finding for finding in lint_onnx(case.folder) if finding.severity != "note"] == []
+    assert [diagnostic for diagnostic in lint_onnx(case.folder) if diagnostic.severity != "note"] == []
 
 
 def changed(folder: Path, tmp_path: Path, change: Any) -> tuple[str, ...]:
@@ -266,7 +266,9 @@ def changed(folder: Path, tmp_path: Path, change: Any) -> tuple[str, ...]:
     model = onnx.load(folder / GRAPH, load_external_data=False)
     change(model)
     (tmp_path / "changed" / GRAPH).write_bytes(model.SerializeToString())
-    return tuple(f"{finding.severity}: {finding.sentence}" for finding in lint_onnx(tmp_path / "changed"))
+    return tuple(
+        f"{diagnostic.severity}: {diagnostic.sentence}" for diagnostic in lint_onnx(tmp_path / "changed")
+    )
 
 
 def test_the_lint_finds_an_output_that_no_consumer_knows(encoder: Case, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Every knob in one place: default, unit, reason. The command line, `deploy()` and recipe files share it.
+"""Every option in one place: default, unit, reason. The command line, `deploy()` and recipe files share it.
 
 A `Recipe` is frozen. A flag ``--code-bits 4``, the keyword ``code_bits=4`` and the TOML line
-``code_bits = 4`` are the same knob, generated from the one field below, so they cannot drift apart.
+``code_bits = 4`` are the same option, generated from the one field below, so they cannot drift apart.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Precision = Literal["none", "int8", "int4"]
 DEFAULT_GROUP: Final = 32
 """Inputs per scale: the finest that every runtime runs fast, 0.5 bit per weight."""
 
-ONE_FORM: Final = (
+ONE_SCHEME: Final = (
     "dictionary_bits",
     "code_bits",
     "dictionary_group",
@@ -30,10 +30,10 @@ ONE_FORM: Final = (
     "rounds",
     "paper_exact",
 )
-"""Knobs that say what every factorised matrix looks like or how it is made, which a plan decides by itself."""
+"""Options that say what every factorized matrix looks like or how it is made, which a plan decides by itself."""
 
 
-def _knob(default: Any, text: str, *, unit: str = "", group: str = "method") -> Any:
+def _option(default: Any, text: str, *, unit: str = "", group: str = "method") -> Any:
     return field(default=default, metadata={"help": text, "unit": unit, "group": group})
 
 
@@ -42,57 +42,57 @@ class Recipe:
     """What to do to which model; see each field. `compot_deploy.recipe.validation` has run on every instance."""
 
     # What and where
-    model: str | None = _knob(
+    model: str | None = _option(
         None, "local folder or hub id; none takes the small model that ships with the package", group="model"
     )
-    out: str | None = _knob(None, "output folder (default: named after model and settings)", group="model")
-    format: tuple[str, ...] = _knob(("onnx",), "what to write; may be given several times", group="model")
-    force: bool = _knob(False, "replace an existing output folder", group="model")
-    allow_pickle: bool = _knob(
+    out: str | None = _option(None, "output folder (default: named after model and settings)", group="model")
+    format: tuple[str, ...] = _option(("onnx",), "what to write; may be given several times", group="model")
+    force: bool = _option(False, "replace an existing output folder", group="model")
+    allow_pickle: bool = _option(
         False,
         "read .bin checkpoints with torch's weights-only unpickler when there are no safetensors",
         group="model",
     )
 
     # Size
-    quant: Quant = _knob(
+    quant: Quant = _option(
         "int4", "precision of dictionaries and codes; nf4 and fp4 are bitsandbytes' tables", group="size"
     )
-    ratio: float = _knob(
+    ratio: float = _option(
         0.2,
         "how much smaller the linears become than the same linears stored dense at the same precision",
         unit="fraction of bytes",
         group="size",
     )
-    bits: float | None = _knob(
+    bits: float | None = _option(
         None,
         "budget instead of --ratio: bits per weight of the linears, scales and everything counted",
         unit="bits per weight",
         group="size",
     )
-    size: str | None = _knob(
+    size: str | None = _option(
         None,
         "budget instead of --ratio: size of the whole output but report.html, 400MB for example",
         group="size",
     )
-    budget: Literal["file", "memory"] = _knob(
+    budget: Literal["file", "memory"] = _option(
         "file",
         "what a budget counts: bytes of the file, or of the tensors of the loaded graph, where codes lie dense; "
         "what a runtime keeps beside them is not counted",
         group="size",
     )
-    embeddings: Precision = _knob(
+    embeddings: Precision = _option(
         "int8", "precision of the token embedding (and of a tied head)", group="size"
     )
-    head: Precision = _knob("int8", "precision of an untied output head", group="size")
-    dictionary_bits: int | None = _knob(
+    head: Precision = _option("int8", "precision of an untied output head", group="size")
+    dictionary_bits: int | None = _option(
         None, "bits of dictionaries (default: --quant)", unit="bits", group="size"
     )
-    code_bits: int | None = _knob(None, "bits of codes (default: --quant)", unit="bits", group="size")
-    dictionary_group: int | None = _knob(
+    code_bits: int | None = _option(None, "bits of codes (default: --quant)", unit="bits", group="size")
+    dictionary_group: int | None = _option(
         None, "inputs that share a scale in dictionaries (default: 32)", unit="inputs", group="size"
     )
-    code_group: int | None = _knob(
+    code_group: int | None = _option(
         None,
         "atoms that share a scale in codes; k is a multiple of it (default: 32)",
         unit="atoms",
@@ -100,122 +100,122 @@ class Recipe:
     )
 
     # Method
-    method: Literal["auto", "compot", "svd-llm", "plain"] = _knob(
+    method: Literal["auto", "compot", "svd-llm", "plain"] = _option(
         "auto",
-        "auto plans among everything, plain integers included; compot and svd-llm factorise every linear that gets "
+        "auto plans among everything, plain integers included; compot and svd-llm factorize every linear that gets "
         "smaller by it; plain only quantizes, and needs no --ratio",
     )
-    allocation: Literal["auto", "knapsack", "uniform", "spectral"] = _knob(
+    allocation: Literal["auto", "knapsack", "uniform", "spectral"] = _option(
         "auto",
-        "how the budget is spread over the matrices: knapsack weighs measured forms of each by what they cost "
+        "how the budget is allocated over the matrices: knapsack weighs measured schemes of each by what they cost "
         "the model and is never worse than plain grids of the same bytes; spectral and uniform give every matrix "
-        "atoms of one form, for --ratio; auto is knapsack, and spectral where the form is settled by hand "
+        "atoms of one scheme, for --ratio; auto is knapsack, and spectral where the scheme is settled by hand "
         "(--method, --code-bits, --rounds and the like) or by the format",
     )
-    search: Literal["auto", "full", "coarse"] = _knob(
+    search: Literal["auto", "full", "coarse"] = _option(
         "auto",
-        "which forms a plan measures: full is all of them, coarse those that promise to lie 3 % below the error of "
-        "what was measured before; auto is coarse above 30 million weights in the linears",
+        "which schemes a plan measures: full is all of them, coarse prunes those not predicted to lie 3 % below the "
+        "error of what was measured before; auto is coarse above 30 million weights in the linears",
     )
-    quantizer: Literal["gptq", "rtn", "bnb"] = _knob(
+    quantizer: Literal["gptq", "rtn", "bnb"] = _option(
         "gptq", "how factors are quantized; bnb is bitsandbytes, with --quant nf4, fp4 or int8"
     )
-    atoms_per_nonzero: float = _knob(
+    atoms_per_nonzero: float = _option(
         2.0, "k/s: atoms in a dictionary per non-zero in a column of the codes (paper: 2)", unit="ratio"
     )
-    code_pattern: Literal["column", "2:4", "4:8"] = _knob(
+    code_pattern: Literal["column", "2:4", "4:8"] = _option(
         "column",
         "which codes are kept: the strongest of a whole column, or of every 4 or 8 neighbouring atoms, for "
         "kernels and --onnx-codes packed",
     )
-    rounds: int = _knob(20, "alternations of coding and dictionary update (paper: 20)", unit="rounds")
-    paper_exact: bool = _knob(
+    rounds: int = _option(20, "alternations of coding and dictionary update (paper: 20)", unit="rounds")
+    paper_exact: bool = _option(
         False,
         "stop where the paper stops: no least-squares dictionary, no re-fit of the codes, and a spectral "
         "allocation that pools singular values as they are, not per byte",
     )
 
-    compare: tuple[str, ...] = _knob(
+    compare: tuple[str, ...] = _option(
         (),
-        "also judge these methods at the same bytes, beside the result: compot, svd-llm, plain, auto; may be given "
+        "also evaluate these methods at the same bytes, beside the result: compot, svd-llm, plain, auto; may be given "
         "several times, or separated by commas",
     )
 
     # Calibration
-    calibration: str | None = _knob(
+    calibration: str | None = _option(
         None,
         "text file, JSON lines, a datasets name, or 'self' for text sampled from the model "
         "(default: the shipped model's own text; otherwise self)",
         group="calibration",
     )
-    samples: int = _knob(128, "calibration windows", unit="windows", group="calibration")
-    length: int = _knob(
+    samples: int = _option(128, "calibration windows", unit="windows", group="calibration")
+    length: int = _option(
         256, "tokens of a window, at most what the model was made for", unit="tokens", group="calibration"
     )
-    sequential: bool = _knob(
+    sequential: bool = _option(
         False,
         "calibrate each block on what the compressed blocks before it give, not on what the original ones do",
         group="calibration",
     )
-    seed: int = _knob(0, "seed of everything that is drawn at random", group="calibration")
-    device: str = _knob("auto", "where to compute: auto, cpu, cuda, cuda:1, mps", group="calibration")
-    dtype: Literal["float32", "bfloat16", "float16"] = _knob(
+    seed: int = _option(0, "seed of everything that is drawn at random", group="calibration")
+    device: str = _option("auto", "where to compute: auto, cpu, cuda, cuda:1, mps", group="calibration")
+    dtype: Literal["float32", "bfloat16", "float16"] = _option(
         "float32", "precision of the forward pass while calibrating", group="calibration"
     )
 
     # Output
-    onnx_ops: Literal["matmulnbits", "qdq"] = _knob(
+    onnx_ops: Literal["matmulnbits", "qdq"] = _option(
         "matmulnbits", "ONNX linears as MatMulNBits, or as standard DequantizeLinear + MatMul", group="output"
     )
-    onnx_codes: Literal["dense", "packed"] = _knob(
+    onnx_codes: Literal["dense", "packed"] = _option(
         "dense",
         "what an ONNX file holds in other bytes than runtimes read, expanded when loaded (packed): 4-bit codes of "
         "the pattern 2:4 in 3 bits, and with a plan 3-bit integers",
         group="output",
     )
 
-    gguf_layout: Literal["dense", "factorized", "sparse"] = _knob(
+    gguf_layout: Literal["dense", "factorized", "sparse"] = _option(
         "dense",
         "GGUF: factors multiplied out for any llama.cpp, or as they are for compot-deploy's runtime",
         group="output",
     )
-    gguf_type: str = _knob(
+    gguf_type: str = _option(
         "auto",
         "GGUF, dense layout: ggml type of the linears, Q4_K or IQ3_XXS for example, rounded with importance weights",
         group="output",
     )
-    archive: bool = _knob(
+    archive: bool = _option(
         False, "also write the folder as one zip file beside it, for transport", group="output"
     )
 
     # Check and gate
-    evaluation: str | None = _knob(
+    evaluation: str | None = _option(
         None,
-        "text to judge on (default: the shipped model's held-out text; otherwise held-out calibration text)",
+        "text to evaluate on (default: the shipped model's held-out text; otherwise held-out calibration text)",
         group="gate",
     )
-    evaluation_tokens: int = _knob(4096, "tokens to judge on", unit="tokens", group="gate")
-    max_perplexity_ratio: float | None = _knob(
+    evaluation_tokens: int = _option(4096, "tokens to evaluate on", unit="tokens", group="gate")
+    max_perplexity_ratio: float | None = _option(
         2.0,
-        "gate: perplexity of the shipped model over the original's; the default only catches collapse",
+        "gate: perplexity of the deployed model over the original's; the default only catches collapse",
         unit="ratio",
         group="gate",
     )
-    max_kl: float | None = _knob(
+    max_kl: float | None = _option(
         None, "gate: mean Kullback-Leibler divergence from the original", unit="nats per token", group="gate"
     )
-    min_top1: float | None = _knob(
+    min_top1: float | None = _option(
         None, "gate: share of positions with the original's most likely token", unit="fraction", group="gate"
     )
-    min_cosine: float = _knob(
+    min_cosine: float = _option(
         0.9,
         "gate for encoders and other models that are traced: mean cosine of embeddings to the original's",
         unit="cosine",
         group="gate",
     )
-    max_export_nmse: float = _knob(
+    max_export_nmse: float = _option(
         1e-4,
-        "gate, always on: normalised squared error that the export itself may add",
+        "gate, always on: normalized squared error that the export itself may add",
         unit="ratio",
         group="gate",
     )
@@ -227,12 +227,12 @@ class Recipe:
 
     @property
     def planned(self) -> bool:
-        """Whether a knapsack over measured forms spreads the budget."""
-        return self.allocation == "knapsack" or (self.allocation == "auto" and not self.why_one_form)
+        """Whether a knapsack over measured schemes allocates the budget."""
+        return self.allocation == "knapsack" or (self.allocation == "auto" and not self.why_one_scheme)
 
     @property
-    def why_one_form(self) -> str:
-        """What leaves a plan no forms to choose from, so that `auto` counts atoms; empty if nothing does."""
+    def why_one_scheme(self) -> str:
+        """What leaves a plan no schemes to choose from, so that `auto` counts atoms; empty if nothing does."""
         if self.bits is not None or self.size is not None:
             return ""
         if self.method == "plain":
@@ -241,7 +241,9 @@ class Recipe:
             return "--quantizer bnb"
         if self.format[:1] == ("gguf",) and self.gguf_layout == "dense":
             return "a dense GGUF file, which stores products,"
-        changed = [flag_of(knob) for knob in fields(self) if knob.name in ONE_FORM and self.changed(knob)]
+        changed = [
+            flag_of(option) for option in fields(self) if option.name in ONE_SCHEME and self.changed(option)
+        ]
         return " and ".join(changed)
 
     def counting_atoms(self) -> Recipe:
@@ -251,16 +253,16 @@ class Recipe:
 
     @property
     def factorizer(self) -> Literal["compot", "svd-llm"]:
-        """How factors are made where one form serves all matrices."""
+        """How factors are made where one scheme serves all matrices."""
         return "svd-llm" if self.method == "svd-llm" else "compot"
 
-    def changed(self, knob: Field[Any]) -> bool:
-        """Whether a knob is not at its default."""
-        return bool(getattr(self, knob.name) != knob.default)
+    def changed(self, option: Field[Any]) -> bool:
+        """Whether an option is not at its default."""
+        return bool(getattr(self, option.name) != option.default)
 
     @property
     def allocator(self) -> str:
-        """The rule that spreads the budget, with `auto` decided."""
+        """The rule that allocates the budget, with `auto` decided."""
         if self.planned:
             return "knapsack"
         rule = "spectral" if self.allocation == "auto" else self.allocation
@@ -317,25 +319,25 @@ def size_in_bytes(text: str) -> int | None:
 
 
 def override(recipe: Recipe, **values: Any) -> Recipe:
-    """A copy with some knobs changed, validated again."""
+    """A copy with some options changed, validated again."""
     return replace(recipe, **values)
 
 
-def one_form_options() -> tuple[Field[Any], ...]:
-    """Options that settle the one form of all factorised matrices."""
-    return tuple(knob for knob in knobs() if knob.name in ONE_FORM)
+def one_scheme_options() -> tuple[Field[Any], ...]:
+    """Options that settle the one scheme of all factorized matrices."""
+    return tuple(option for option in recipe_options() if option.name in ONE_SCHEME)
 
 
-def knobs() -> Sequence[Field[Any]]:
+def recipe_options() -> Sequence[Field[Any]]:
     """The fields of `Recipe`, for building a command line."""
     return fields(Recipe)
 
 
-def default_of(knob: Field[Any]) -> Any:
-    """A knob's default."""
-    return None if knob.default is MISSING else knob.default
+def default_of(option: Field[Any]) -> Any:
+    """An option's default."""
+    return None if option.default is MISSING else option.default
 
 
-def flag_of(knob: Field[Any]) -> str:
-    """A knob as the command line spells it."""
-    return "--" + knob.name.replace("_", "-")
+def flag_of(option: Field[Any]) -> str:
+    """An option as the command line spells it."""
+    return "--" + option.name.replace("_", "-")

@@ -8,7 +8,7 @@ from itertools import pairwise, product
 
 import pytest
 
-from compot_deploy.planning.curves import between, height, lower_hull, sum_of_hulls
+from compot_deploy.planning.rate_points import between, height, lower_hull, sum_of_hulls
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -37,7 +37,7 @@ def test_a_sum_of_hulls_is_the_hull_of_all_sums() -> None:
         assert height(made, size) == pytest.approx(height(brute, size))
 
 
-def test_errors_of_factorised_forms_are_log_linear_in_bytes() -> None:
+def test_errors_of_factorized_schemes_are_log_linear_in_bytes() -> None:
     points = [(10, math.exp(-1.0)), (20, math.exp(-2.0)), (40, math.exp(-2.5))]
     expected = {10: -1.0, 15: -1.5, 30: -2.25, 5: -0.5, 50: -2.75}
     for size, logarithm in expected.items():

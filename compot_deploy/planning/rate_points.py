@@ -1,4 +1,4 @@
-"""Rate-distortion points: what the forms of a matrix take and what they lose, and the lower hull of such points.
+"""Rate-distortion points: what the schemes of a matrix take and what they lose, and the lower hull of such points.
 
 Numbers only, no tensors.
 """
@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Final, TypeAlias
 
 from compot_deploy.core.storage import Storage
-from compot_deploy.planning.schemes import Form
+from compot_deploy.planning.schemes import Scheme
 
 LEAST_ERROR: Final = 1e-30
 """Has a logarithm; a matrix of zeros has no error at all."""
@@ -20,79 +20,82 @@ LEAST_ERROR: Final = 1e-30
 
 @dataclass(frozen=True)
 class Candidate:
-    """A form with its price and its measured worth.
+    """A scheme with its price and its measured worth.
 
     Attributes:
-        form: what the matrix becomes.
+        scheme: what the matrix becomes.
         bytes: as stored.
         errors: relative squared whitened error of each matrix that it covers, after quantization.
     """
 
-    form: Form
+    scheme: Scheme
     bytes: int
     errors: tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Curve:
+class RatePoints:
     """What can be chosen for the matrices that read one input.
 
     Attributes:
         names: of the matrices.
-        alone: candidates of each matrix for itself, in the order of `names`.
-        together: candidates that cover all of them with one dictionary; none for a single matrix.
-        unmeasured: how many forms were on the list and promised too little to be measured.
+        per_matrix: candidates of each matrix with a dictionary of its own, or without one, in the order of `names`.
+        shared: candidates that cover all of them with a shared dictionary; none for a single matrix.
+        unmeasured: how many schemes were on the list and pruned, for their predicted gain was too small.
     """
 
     names: tuple[str, ...]
-    alone: tuple[tuple[Candidate, ...], ...]
-    together: tuple[Candidate, ...] = ()
+    per_matrix: tuple[tuple[Candidate, ...], ...]
+    shared: tuple[Candidate, ...] = ()
     unmeasured: int = 0
 
     def __post_init__(self) -> None:
-        if len(self.alone) != len(self.names):
+        if len(self.per_matrix) != len(self.names):
             raise ValueError(
-                f"{self.names}: {len(self.alone)} lists of candidates for {len(self.names)} names."
+                f"{self.names}: {len(self.per_matrix)} lists of candidates for {len(self.names)} names."
             )
 
-    def only(self, keep: Callable[[Form], bool]) -> Curve:
-        """The curve with the candidates that `keep` says yes to."""
-        return Curve(
+    def only(self, keep: Callable[[Scheme], bool]) -> RatePoints:
+        """The points with the candidates that `keep` says yes to."""
+        return RatePoints(
             self.names,
-            tuple(tuple(entry for entry in entries if keep(entry.form)) for entries in self.alone),
-            tuple(entry for entry in self.together if keep(entry.form)),
+            tuple(tuple(entry for entry in entries if keep(entry.scheme)) for entries in self.per_matrix),
+            tuple(entry for entry in self.shared if keep(entry.scheme)),
         )
 
 
-def curve(
+def price_candidates(
     names: Sequence[str],
-    alone: Mapping[str, Sequence[tuple[Form, float]]],
-    together: Sequence[tuple[Form, Mapping[str, float]]],
+    per_matrix: Mapping[str, Sequence[tuple[Scheme, float]]],
+    shared: Sequence[tuple[Scheme, Mapping[str, float]]],
     sizes: Mapping[str, tuple[int, int]],
     storage: Storage,
     unmeasured: int = 0,
-) -> Curve:
+) -> RatePoints:
     """Priced candidates from measured errors.
 
     Args:
         names: matrices of one input.
-        alone: form and squared error, for each.
-        together: shared form and the squared error of each.
+        per_matrix: scheme and squared error, for each.
+        shared: shared scheme and the squared error of each.
         sizes: (in, out) of each.
         storage: what a leaf costs.
-        unmeasured: how many forms were listed and not measured.
+        unmeasured: how many schemes were listed and not measured.
     """
     inputs = sizes[names[0]][0]
     outputs = sum(sizes[name][1] for name in names)
-    return Curve(
+    return RatePoints(
         tuple(names),
         tuple(
-            tuple(Candidate(form, form.bytes(*sizes[name], storage), (error,)) for form, error in alone[name])
+            tuple(
+                Candidate(scheme, scheme.bytes(*sizes[name], storage), (error,))
+                for scheme, error in per_matrix[name]
+            )
             for name in names
         ),
         tuple(
-            Candidate(form, form.bytes(inputs, outputs, storage), tuple(errors[name] for name in names))
-            for form, errors in together
+            Candidate(scheme, scheme.bytes(inputs, outputs, storage), tuple(errors[name] for name in names))
+            for scheme, errors in shared
         ),
         unmeasured,
     )

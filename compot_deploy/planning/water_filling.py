@@ -11,7 +11,7 @@ from typing import Final
 
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.storage import Storage
-from compot_deploy.numerics.joint import Level
+from compot_deploy.numerics.joint import Tier
 from compot_deploy.planning.schemes import GridChoice, Joint
 
 _DICTIONARY_LOSS: Final = MappingProxyType({2: 0.05, 3: 0.012, 4: 0.003, 8: 2e-5})
@@ -20,7 +20,7 @@ _CODE_LOSS: Final = MappingProxyType({2: 0.16, 3: 0.045, 4: 0.013, 8: 1e-4})
 feedback turns to account; the codes' are not."""
 
 
-def water_levels(
+def water_filling(
     energies: Sequence[float],
     inputs: int,
     outputs: int,
@@ -28,12 +28,12 @@ def water_levels(
     budget: int,
     storage: Storage,
     grids: GridChoice,
-    most_levels: int = 4,
-) -> tuple[Level, ...]:
+    most_tiers: int = 4,
+) -> tuple[Tier, ...]:
     """Precision by energy: the best number of atoms and bits for each, within a budget (water-filling).
 
     Every atom takes the bits at which another byte buys less than a common price; the lowest price that
-    fits the budget is taken. Atoms of equal bits make a level, small levels join the one above.
+    fits the budget is taken. Atoms of equal bits make a tier, small tiers join the one above.
 
     Args:
         energies: squared singular values of the whitened weight, largest first.
@@ -42,7 +42,7 @@ def water_levels(
         budget: bytes for dictionary and codes.
         storage: what a leaf costs.
         grids: what the format holds.
-        most_levels: levels that are kept apart.
+        most_tiers: tiers that are kept apart.
 
     Returns:
         Strongest first; empty if not even one step of atoms fits.
@@ -51,20 +51,20 @@ def water_levels(
         return ()
     choices = _choices(sorted(grids.groups), inputs, outputs)
 
-    def at(price: float) -> tuple[Level, ...]:
+    def at(price: float) -> tuple[Tier, ...]:
         chosen = _at_price(energies, choices, price)
-        return _levels(chosen, inputs, outputs, storage, grids, most_levels)
+        return _tiers(chosen, inputs, outputs, storage, grids, most_tiers)
 
-    def fits(levels: tuple[Level, ...]) -> bool:
-        return Joint(levels).bytes(inputs, outputs, storage) <= budget
+    def fits(tiers: tuple[Tier, ...]) -> bool:
+        return Joint(tiers).bytes(inputs, outputs, storage) <= budget
 
     low, high = math.log(energies[0] * 1e-12), math.log(energies[0])
-    best: tuple[Level, ...] = ()
+    best: tuple[Tier, ...] = ()
     for _ in range(40):
         middle = (low + high) / 2
-        levels = at(math.exp(middle))
-        if fits(levels):
-            best, high = levels, middle
+        tiers = at(math.exp(middle))
+        if fits(tiers):
+            best, high = tiers, middle
         else:
             low = middle
     return best
@@ -115,15 +115,15 @@ def _at_price(energies: Sequence[float], choices: Sequence[_Choice], price: floa
     return chosen
 
 
-def _levels(
+def _tiers(
     chosen: Sequence[tuple[int, int]],
     inputs: int,
     outputs: int,
     storage: Storage,
     grids: GridChoice,
     most: int,
-) -> tuple[Level, ...]:
-    """Levels of the bits that each atom was given: at most so many, in whole steps of atoms."""
+) -> tuple[Tier, ...]:
+    """Tiers of the bits that each atom was given: at most so many, in whole steps of atoms."""
     runs: list[tuple[tuple[int, int], int]] = []
     for bits in chosen:
         if runs and runs[-1][0] == bits:
@@ -135,27 +135,27 @@ def _levels(
         position = min(range(1, len(runs)), key=lambda index: runs[index][1])
         bits, count = runs.pop(position)
         runs[position - 1] = (runs[position - 1][0], runs[position - 1][1] + count)
-    levels = []
+    tiers = []
     debt = 0
     for (a, s), count in runs:
-        # Whole steps; what a level is given too much is taken from the next.
+        # Whole steps; what a tier is given too much is taken from the next.
         atoms = -(-(count - debt) // grids.step) * grids.step
         if atoms <= 0:
             debt -= count
             continue
         debt = atoms - (count - debt)
-        levels.append((atoms, a, s))
-    total = sum(atoms for atoms, _, _ in levels)
+        tiers.append((atoms, a, s))
+    total = sum(atoms for atoms, _, _ in tiers)
     if total > min(inputs, outputs):
-        levels[-1] = (levels[-1][0] - grids.step, *levels[-1][1:])
-        levels = [level for level in levels if level[0] > 0]
+        tiers[-1] = (tiers[-1][0] - grids.step, *tiers[-1][1:])
+        tiers = [tier for tier in tiers if tier[0] > 0]
     return tuple(
-        Level(
+        Tier(
             atoms,
             _cheapest(inputs, atoms, [Grid(a, group) for group in grids.groups[a]], storage, prefer=64),
             _cheapest(atoms, outputs, [Grid(s, group) for group in grids.groups[s]], storage),
         )
-        for atoms, a, s in levels
+        for atoms, a, s in tiers
     )
 
 
@@ -165,21 +165,21 @@ def _cheapest(rows: int, columns: int, grids: Sequence[Grid], storage: Storage, 
     return min(preferred, key=lambda grid: (storage.leaf_bytes(rows, columns, grid), grid.group))
 
 
-def predicted_error(energies: Sequence[float], levels: Sequence[Level]) -> float:
-    """Squared relative error that atoms of some levels will have, from the spectrum alone.
+def predicted_error(energies: Sequence[float], tiers: Sequence[Tier]) -> float:
+    """Squared relative error that atoms of some tiers will have, from the spectrum alone.
 
     Args:
         energies: squared singular values of the whitened weight, largest first.
-        levels: with dense codes.
+        tiers: with dense codes.
     """
     whole = sum(energies)
     if whole <= 0.0:
         return 0.0
     lost, start = 0.0, 0
-    for level in levels:
-        energy = sum(energies[start : start + level.atoms])
-        lost += energy * (_loss(_DICTIONARY_LOSS, level.dictionary) + _loss(_CODE_LOSS, level.codes))
-        start += level.atoms
+    for tier in tiers:
+        energy = sum(energies[start : start + tier.atoms])
+        lost += energy * (_loss(_DICTIONARY_LOSS, tier.dictionary) + _loss(_CODE_LOSS, tier.codes))
+        start += tier.atoms
     return min(1.0, (lost + sum(energies[start:])) / whole)
 
 

@@ -1,19 +1,19 @@
-"""The types of knobs, from the annotations of `Recipe`: for command lines and for values that come from files."""
+"""The types of options, from the annotations of `Recipe`: for command lines and for values that come from files."""
 
 from __future__ import annotations
 
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from compot_deploy.recipe.knobs import Recipe
+from compot_deploy.recipe.options import Recipe
 
 
 def hints() -> dict[str, Any]:
-    """The type of every knob."""
+    """The type of every option."""
     return get_type_hints(Recipe)
 
 
-def knob_type(name: str) -> tuple[type, tuple[Any, ...], bool]:
-    """(scalar type, choices, repeatable) of a knob, for building a command line."""
+def option_type(name: str) -> tuple[type, tuple[Any, ...], bool]:
+    """(scalar type, choices, repeatable) of an option, for building a command line."""
     kind = hints()[name]
     choices = choices_of(kind)
     if choices:
@@ -23,11 +23,11 @@ def knob_type(name: str) -> tuple[type, tuple[Any, ...], bool]:
     for candidate in (bool, int, float, str):
         if accepts(kind, candidate):
             return candidate, (), False
-    raise TypeError(name)  # unreachable: every knob has one of these types
+    raise TypeError(name)  # unreachable: every option has one of these types
 
 
 def choices_of(kind: Any) -> tuple[Any, ...]:
-    """The values of a knob that has only some; empty for others."""
+    """The values of an option that has only some; empty for others."""
     return get_args(kind) if get_origin(kind) is Literal else ()
 
 
@@ -36,12 +36,12 @@ def _members(kind: Any) -> tuple[Any, ...]:
 
 
 def accepts(kind: Any, candidate: type) -> bool:
-    """Whether a knob takes values of a type."""
+    """Whether an option takes values of a type."""
     return candidate in _members(kind)
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a knob takes a value."""
+    """Whether an option takes a value."""
     if choices_of(kind):
         return value in choices_of(kind)
     if get_origin(kind) is tuple:
@@ -52,7 +52,7 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def describe(kind: Any) -> str:
-    """What a knob takes, in words."""
+    """What an option takes, in words."""
     names = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", type(None): ""}
     if choices_of(kind):
         return "one of " + ", ".join(choices_of(kind))
