@@ -146,7 +146,7 @@ def _steps(weight: Float64[Tensor, "inputs outputs"]) -> Float64[Tensor, " outpu
 
 
 def sensitivities_one_by_one(context: PlanningContext) -> dict[str, float]:
-    """Sensitivities of all matrices, each disturbed alone, by the coarsest plain grid or else by a factorized scheme."""
+    """Sensitivities of all matrices, each disturbed alone: by the coarsest plain grid, else by a factorized scheme."""
     found: dict[str, float] = {}
     loss_of = ReplacedLoss(context)
     for group in context.groups:
