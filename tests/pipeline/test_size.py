@@ -19,6 +19,7 @@ from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.source import ModelSource, open_source
 from compot_deploy.numerics.joint import Tier
 from compot_deploy.pipeline.compress import compress
+from compot_deploy.pipeline.provenance import stamp
 from compot_deploy.pipeline.size import fit_size, model_of_stand_ins, other_bytes
 from compot_deploy.planning.knapsack import Chosen, Plan
 from compot_deploy.planning.rate_points import Candidate
@@ -101,7 +102,7 @@ def test_a_dry_run_takes_the_bytes_of_the_export(
     folder = Path(MODEL) if name == "the" else tiny.save(tmp_path / "model", name, **(ODD if odd else {}))
     settings = resolve(Recipe(model=str(folder), **recipe_options), open_source(folder))
     exporter, plan = settings.exporter, mixed_plan(settings.source)
-    options = options_of(settings.recipe, exporter)
+    options = options_of(settings.recipe, exporter, provenance=stamp(settings.recipe, "0" * 64))
     model = model_of_stand_ins(settings, plan)
     sizes = []
     for name in ("dry", "real"):
