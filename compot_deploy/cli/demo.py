@@ -46,10 +46,9 @@ _COMMON: Final[dict[str, Any]] = {
     "samples": 32,
     "length": 128,
     "evaluation_tokens": 1024,
-    "search": "coarse",
     "force": True,
 }
-"""Little text and a coarse search: figures are a little worse than the command's own defaults give."""
+"""Little text: figures are a little worse than the command's own defaults give."""
 
 
 def demo_command(arguments: list[str], out: Console, err: Console) -> int:

@@ -21,7 +21,7 @@ from compot_deploy.planning.carry_out import Extras, LinearRecord, Outcome, carr
 from compot_deploy.planning.context import PlanningContext, collect_grams
 from compot_deploy.planning.draft import Draft
 from compot_deploy.planning.knapsack import Plan, plain_plan, smallest_bytes
-from compot_deploy.planning.measure import check_budget, measure_rate_points, notes_on
+from compot_deploy.planning.measure import check_budget, measure_chosen, measure_rate_points, notes_on
 from compot_deploy.planning.rate_points import RatePoints
 from compot_deploy.planning.schemes import Joint
 from compot_deploy.planning.sensitivity import measure_sensitivities
@@ -160,6 +160,10 @@ def context_of(settings: Settings, work: Path, progress: Progress = silent) -> P
     )
 
 
+_CORRECTIONS: Final = 6
+"""Times that a plan is made again with measured errors in the place of predicted ones."""
+
+
 def draft_of(settings: Settings, context: PlanningContext) -> Draft:
     """Measure candidates and sensitivities, and plan."""
     recipe = settings.recipe
@@ -177,12 +181,20 @@ def draft_of(settings: Settings, context: PlanningContext) -> Draft:
     def plans_at(limit: int) -> tuple[Plan, ...]:
         return choose(rate_points, sensitivities, limit)
 
-    if size is None:
-        plans = plans_at(budget)
-    else:
-        plans = fit_size(
+    def plans_within() -> tuple[Plan, ...]:
+        if size is None:
+            return plans_at(budget)
+        return fit_size(
             size, budget, smallest_bytes(rate_points), plans_at, lambda plan: plan.bytes + rest.of(plan)
         )
+
+    plans = plans_within()
+    turns = 0
+    while corrected := measure_chosen(context, rate_points, plans[0]):
+        turns += 1
+        # In the end only what is measured has a say.
+        rate_points = corrected if turns < _CORRECTIONS else tuple(one.measured() for one in corrected)
+        plans = plans_within()
     return Draft(context, rate_points, sensitivities, plans, sizes, rest.of(plans[0]))
 
 

@@ -47,6 +47,8 @@ class Search:
         unquantized: whether a matrix may stay as it is.
         floating: sizes of factorized schemes in floating point, as parts of the unquantized matrix.
         floating_per_kept: k/s of those.
+        predicted: errors of grids are measured on some outputs, those of factorized schemes predicted from the spectrum
+            and measured where a plan chooses them, see `compot_deploy.planning.prediction`.
         tolerance: by which part a scheme must be predicted to lie below the lower hull of the measured ones to be
             measured as well, see `compot_deploy.planning.pruning`; 0 measures all.
         method: ``auto`` chooses among everything; ``compot`` and ``svd-llm`` factorize every matrix that gets smaller
@@ -65,6 +67,7 @@ class Search:
     unquantized: bool = False
     floating: tuple[float, ...] = ()
     floating_per_kept: float = 2.0
+    predicted: bool = False
     tolerance: float = field(default=0.0, repr=False)  # not in names of what no tolerance has a say in
     method: str = field(default="auto", repr=False)
     plain: Plain = field(default=Plain(None), repr=False)

@@ -8,21 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, TypeAlias
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.store import write_text
 from compot_deploy.models.sites import InputGroup
 from compot_deploy.numerics.whiten import Whitening
-from compot_deploy.planning.candidates import VERSION, Search, realize, schemes
+from compot_deploy.planning.candidates import VERSION, Search, energies_of, realize, schemes
 from compot_deploy.planning.context import PlanningContext
-from compot_deploy.planning.knapsack import too_little
+from compot_deploy.planning.knapsack import Plan, too_little
+from compot_deploy.planning.prediction import sampled_errors, spectral_errors
 from compot_deploy.planning.pruning import prune
-from compot_deploy.planning.rate_points import RatePoints, price_candidates
+from compot_deploy.planning.rate_points import LEAST_ERROR, RatePoints, price_candidates
 from compot_deploy.planning.schemes import Joint, Plain, Scheme, scheme_from_data, scheme_to_data
 from compot_deploy.quant import QUANTIZERS, rtn
 
@@ -47,7 +48,8 @@ def check_budget(context: PlanningContext, budget: int) -> None:
     least = 0
     for number, group in enumerate(context.groups):
         context.progress(number, len(context.groups), label)
-        per_matrix, shared = _listed(context, context.weights(group.names), context.whitening(group))
+        weights, whitening = context.weights(group.names), context.whitening(group)
+        per_matrix, shared = _listed(context, weights, whitening, _energies(context, weights, whitening))
         least += min([sum(min(prices.values()) for prices in per_matrix.values()), *shared.values()])
     context.progress(len(context.groups), len(context.groups), label)
     if budget < least:
@@ -55,8 +57,8 @@ def check_budget(context: PlanningContext, budget: int) -> None:
 
 
 def measure_rate_points(context: PlanningContext) -> tuple[RatePoints, ...]:
-    """Candidates of every input, measured on their quantized values."""
-    label = "Measure candidates"
+    """Candidates of every input, measured on their quantized values, or predicted where the search says so."""
+    label = "Predict candidates" if context.search.predicted else "Measure candidates"
     rate_points = []
     for number, group in enumerate(context.groups):
         context.progress(number, len(context.groups), label)
@@ -65,10 +67,57 @@ def measure_rate_points(context: PlanningContext) -> tuple[RatePoints, ...]:
     return tuple(rate_points)
 
 
+def measure_chosen(
+    context: PlanningContext, rate_points: Sequence[RatePoints], plan: Plan
+) -> tuple[RatePoints, ...] | None:
+    """Measure the schemes that a plan chose and that were only predicted; None if there are none."""
+    predicted = {key for one in rate_points for key in one.predicted}
+    chosen = [entry for entry in plan.chosen if (entry.names, entry.candidate.scheme) in predicted]
+    if not chosen:
+        return None
+    label = "Measure what was chosen"
+    groups = {name: group for group in context.groups for name in group.names}
+    for number, entry in enumerate(chosen):
+        context.progress(number, len(chosen), label)
+        _measure_predicted(context, groups[entry.names[0]], entry.names, entry.candidate.scheme)
+    context.progress(len(chosen), len(chosen), label)
+    changed = {groups[entry.names[0]].names for entry in chosen}
+    return tuple(
+        _points_of(context, groups[one.names[0]]) if one.names in changed else one for one in rate_points
+    )
+
+
+def _measure_predicted(
+    context: PlanningContext, group: InputGroup, names: tuple[str, ...], scheme: Scheme
+) -> None:
+    """Put the measured error in the place of the predicted one; what else is predicted moves by the same ratio."""
+    weights, whitening = context.weights(group.names), context.whitening(group)
+    path = _path(context, group, weights, whitening)
+    stored = json.loads(path.read_text())
+    covered = {name: weights[name] for name in names}
+    quantizer = QUANTIZERS[context.quantizer]
+    found = realize(scheme, covered, whitening, context.search, quantizer=quantizer).errors
+    data = scheme_to_data(scheme)
+    before = next(errors for own, one, errors in stored["predicted"] if own == list(names) and one == data)
+    ratio = sum(found.values()) / max(sum(before.values()), LEAST_ERROR)
+    rest = []
+    for own, one, errors in stored["predicted"]:
+        if own == list(names) and one == data:
+            continue
+        rest.append((own, one, {name: error * ratio for name, error in errors.items()}))
+    stored["predicted"] = rest
+    if names == group.names and len(names) > 1:
+        stored["shared"].append((data, dict(found)))
+    else:
+        stored["per_matrix"][names[0]].append((data, found[names[0]]))
+    write_text(path, json.dumps(stored))
+
+
 def counted(rate_points: Sequence[RatePoints]) -> tuple[int, int]:
     """How many schemes of all matrices were measured, and how many were listed."""
-    measured = sum(sum(map(len, one.per_matrix)) + len(one.shared) for one in rate_points)
-    return measured, measured + sum(one.unmeasured for one in rate_points)
+    known = sum(sum(map(len, one.per_matrix)) + len(one.shared) for one in rate_points)
+    predicted = sum(len(one.predicted) for one in rate_points)
+    return known - predicted, known + sum(one.unmeasured for one in rate_points)
 
 
 def notes_on(rate_points: Sequence[RatePoints]) -> tuple[str, ...]:
@@ -76,6 +125,11 @@ def notes_on(rate_points: Sequence[RatePoints]) -> tuple[str, ...]:
     measured, listed = counted(rate_points)
     if measured == listed:
         return ()
+    if any(one.predicted for one in rate_points):
+        return (
+            f"errors of grids were measured on some outputs of each linear, those of {listed - measured} of {listed} "
+            "schemes predicted from the spectrum; what was chosen is measured. --search full measures all",
+        )
     return (
         f"{measured} of {listed} schemes of the linears were measured, from coarse to fine; the others were pruned, "
         "for their predicted gain was too small. --search full measures all",
@@ -84,34 +138,70 @@ def notes_on(rate_points: Sequence[RatePoints]) -> tuple[str, ...]:
 
 def _points_of(context: PlanningContext, group: InputGroup) -> RatePoints:
     weights, whitening = context.weights(group.names), context.whitening(group)
-    number = context.blocks.index(group.block)
-    named = f"points-{number:04d}-{group.name}-{_content(context, weights, whitening)}"
-    path = context.work / f"{named}.json"
+    path = _path(context, group, weights, whitening)
     if not path.exists():
-        write_text(path, json.dumps(_measure(context, weights, whitening)))
+        measure = _predict if context.search.predicted else _measure
+        write_text(path, json.dumps(measure(context, weights, whitening)))
     stored = json.loads(path.read_text())
+    per_matrix = {
+        name: [(scheme_from_data(scheme), error) for scheme, error in entries]
+        for name, entries in stored["per_matrix"].items()
+    }
+    shared = [(scheme_from_data(scheme), errors) for scheme, errors in stored["shared"]]
+    predicted = []
+    for names, data, errors in stored.get("predicted", ()):
+        scheme = scheme_from_data(data)
+        predicted.append((tuple(names), scheme))
+        if len(names) == len(group.names) > 1:
+            shared.append((scheme, errors))
+        else:
+            per_matrix[names[0]].append((scheme, errors[names[0]]))
     return price_candidates(
         group.names,
-        {
-            name: _forced(context.search, [(scheme_from_data(scheme), error) for scheme, error in entries])
-            for name, entries in stored["per_matrix"].items()
-        },
-        [(scheme_from_data(scheme), errors) for scheme, errors in stored["shared"]],
+        {name: _forced(context.search, entries) for name, entries in per_matrix.items()},
+        shared,
         context.sizes(group.names),
         context.storage,
         stored.get("unmeasured", 0),
+        predicted,
     )
 
 
+def _path(
+    context: PlanningContext, group: InputGroup, weights: Mapping[str, Tensor], whitening: Whitening
+) -> Path:
+    number = context.blocks.index(group.block)
+    return context.work / f"points-{number:04d}-{group.name}-{_content(context, weights, whitening)}.json"
+
+
+Energies: TypeAlias = Mapping[tuple[str, ...], Sequence[float]]
+"""Spectra of matrices, and of all matrices of an input side by side; see `energies_of`."""
+
+
+def _energies(context: PlanningContext, weights: Mapping[str, Tensor], whitening: Whitening) -> Energies:
+    if not context.search.rates or not context.search.grids.groups:
+        return {}
+    found: dict[tuple[str, ...], list[float]] = {
+        (name,): energies_of(weight, whitening) for name, weight in weights.items()
+    }
+    if len(weights) > 1:
+        found[tuple(weights)] = energies_of(torch.cat(list(weights.values()), dim=1), whitening)
+    return found
+
+
 def _listed(
-    context: PlanningContext, weights: Mapping[str, Tensor], whitening: Whitening
+    context: PlanningContext,
+    weights: Mapping[str, Tensor],
+    whitening: Whitening,
+    energies: Energies,
 ) -> tuple[dict[str, dict[Scheme, int]], dict[Scheme, int]]:
     """Schemes and their bytes: of each matrix of an input, and of all of them with one dictionary."""
     search, storage = context.search, context.storage
 
-    def listed(weight: Float[Tensor, "inputs outputs"]) -> dict[Scheme, int]:
+    def listed(names: Sequence[str]) -> dict[Scheme, int]:
+        weight = torch.cat([weights[name] for name in names], dim=1)
         inputs, columns = weight.shape
-        tried = schemes(weight, whitening, storage, search)
+        tried = schemes(weight, whitening, storage, search, energies.get(tuple(names)))
         return {scheme: scheme.bytes(inputs, columns, storage) for scheme in tried}
 
     def taken(prices: Mapping[Scheme, int], plain: int) -> dict[Scheme, int]:
@@ -123,12 +213,12 @@ def _listed(
     }
     shared: dict[Scheme, int] = {}
     if len(weights) > 1:
-        everything = listed(torch.cat(list(weights.values()), dim=1))
+        everything = listed(tuple(weights))
         shared = taken(
             {scheme: size for scheme, size in everything.items() if isinstance(scheme, Joint)},
             sum(plain.values()),
         )
-    everything_per_matrix = {name: listed(weight) for name, weight in weights.items()}
+    everything_per_matrix = {name: listed((name,)) for name in weights}
     per_matrix = {name: taken(prices, plain[name]) for name, prices in everything_per_matrix.items()}
     if not all(per_matrix.values()):  # a matrix that does not get smaller by being factorized
         for name, prices in everything_per_matrix.items():
@@ -162,7 +252,7 @@ def _measure(context: PlanningContext, weights: Mapping[str, Tensor], whitening:
         rounded = beside.view(grid.group, shape[0], columns).transpose(0, 1).flatten(0, 1)
         return whitening.error(some, rounded[:inputs]) ** 2
 
-    per_matrix, shared = _listed(context, weights, whitening)
+    per_matrix, shared = _listed(context, weights, whitening, _energies(context, weights, whitening))
     measured = prune(
         per_matrix,
         shared,
@@ -179,6 +269,29 @@ def _measure(context: PlanningContext, weights: Mapping[str, Tensor], whitening:
         },
         "shared": [(scheme_to_data(scheme), found) for scheme, found in measured.shared.items()],
         "unmeasured": sum(map(len, per_matrix.values())) + len(shared) - known,
+    }
+
+
+def _predict(context: PlanningContext, weights: Mapping[str, Tensor], whitening: Whitening) -> dict[str, Any]:
+    """As `_measure`, with the errors of grids from a sample of outputs, and those of other schemes predicted."""
+    energies = _energies(context, weights, whitening)
+    per_matrix, shared = _listed(context, weights, whitening, energies)
+    plain = {scheme: None for prices in per_matrix.values() for scheme in prices if isinstance(scheme, Plain)}
+    errors = sampled_errors(list(plain), weights, whitening, context.quantizer)
+    predicted: list[tuple[list[str], Any, dict[str, float]]] = []
+    for name, prices in per_matrix.items():
+        for scheme, error in spectral_errors(prices, energies.get((name,), ())).items():
+            predicted.append(([name], scheme_to_data(scheme), {name: error}))
+    if shared:
+        for scheme, error in spectral_errors(shared, energies.get(tuple(weights), ())).items():
+            predicted.append((list(weights), scheme_to_data(scheme), dict.fromkeys(weights, error)))
+    return {
+        "per_matrix": {
+            name: [(scheme_to_data(scheme), errors[name][scheme]) for scheme in plain if scheme in prices]
+            for name, prices in per_matrix.items()
+        },
+        "shared": [],
+        "predicted": predicted,
     }
 
 

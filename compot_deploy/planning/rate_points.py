@@ -42,18 +42,32 @@ class RatePoints:
         per_matrix: candidates of each matrix with a dictionary of its own, or without one, in the order of `names`.
         shared: candidates that cover all of them with a shared dictionary; none for a single matrix.
         unmeasured: how many schemes were on the list and pruned, for their predicted gain was too small.
+        predicted: candidates whose errors are not measured: the matrices that each covers, and its scheme.
     """
 
     names: tuple[str, ...]
     per_matrix: tuple[tuple[Candidate, ...], ...]
     shared: tuple[Candidate, ...] = ()
     unmeasured: int = 0
+    predicted: frozenset[tuple[tuple[str, ...], Scheme]] = frozenset()
 
     def __post_init__(self) -> None:
         if len(self.per_matrix) != len(self.names):
             raise ValueError(
                 f"{self.names}: {len(self.per_matrix)} lists of candidates for {len(self.names)} names."
             )
+
+    def measured(self) -> RatePoints:
+        """The points without the candidates whose errors are predicted."""
+        return RatePoints(
+            self.names,
+            tuple(
+                tuple(entry for entry in entries if ((name,), entry.scheme) not in self.predicted)
+                for name, entries in zip(self.names, self.per_matrix, strict=True)
+            ),
+            tuple(entry for entry in self.shared if (self.names, entry.scheme) not in self.predicted),
+            len(self.predicted),
+        )
 
     def only(self, keep: Callable[[Scheme], bool]) -> RatePoints:
         """The points with the candidates that `keep` says yes to."""
@@ -71,6 +85,7 @@ def price_candidates(
     sizes: Mapping[str, tuple[int, int]],
     storage: Storage,
     unmeasured: int = 0,
+    predicted: Iterable[tuple[tuple[str, ...], Scheme]] = (),
 ) -> RatePoints:
     """Priced candidates from measured errors.
 
@@ -81,6 +96,7 @@ def price_candidates(
         sizes: (in, out) of each.
         storage: what a leaf costs.
         unmeasured: how many schemes were listed and not measured.
+        predicted: see `RatePoints`.
     """
     inputs = sizes[names[0]][0]
     outputs = sum(sizes[name][1] for name in names)
@@ -98,6 +114,7 @@ def price_candidates(
             for scheme, errors in shared
         ),
         unmeasured,
+        frozenset(predicted),
     )
 
 

@@ -27,12 +27,12 @@ _GROUPS: Final = {
 }
 """Groups that are tried, by bits. Scales of groups of 128 are 6 % of the bytes at 2 bits, half of that at 4."""
 
-_MEASURE_ALL: Final = 30_000_000
-"""Weights of all linears up to which every scheme is measured: it takes 20 minutes on one core of a CPU at most, and
-a plan of few matrices needs all sizes to fill its budget with."""
+_MEASURE_ALL: Final = 1_000_000
+"""Weights of all linears up to which every scheme is measured: a plan of small matrices needs all sizes to fill its
+budget with, and a sample of their outputs would be all of them."""
 
 _TOLERANCE: Final = 0.03
-"""Of larger models: a scheme is measured if it is predicted to lie 3 % below what was measured before. See LOG.md."""
+"""Of a coarse search: a scheme is measured if it is predicted to lie 3 % below what was measured before. See LOG.md."""
 
 _FINER_RATES: Final = (0.7, 1.0, 1.3, 1.6, 1.9, 2.3, 2.7, 3.1, 3.5)
 """Bits per weight of factorized schemes where every matrix is to be factorized, whatever plain grids could do."""
@@ -59,7 +59,17 @@ class Settings:
     @cached_property
     def search(self) -> Search:
         """Which schemes are listed, and how large the predicted gain of one must be for it to be measured."""
-        return replace(_listed(self), tolerance=self._tolerance, method=self.recipe.method, plain=self.plain)
+        listed, large = _listed(self), self.weights > _MEASURE_ALL
+        asked = self.recipe.search
+        predicted = asked == "predicted" or (asked == "auto" and large)
+        coarse = asked == "coarse" or (predicted and not listed.grids.groups)  # there are no grids to sample
+        return replace(
+            listed,
+            predicted=predicted and not coarse,
+            tolerance=_TOLERANCE if coarse else 0.0,
+            method=self.recipe.method,
+            plain=self.plain,
+        )
 
     @property
     def plain(self) -> Plain:
@@ -124,12 +134,6 @@ class Settings:
                 "Allow more, or store the embedding in fewer bits."
             )
         return size - other
-
-    @property
-    def _tolerance(self) -> float:
-        if self.recipe.search != "auto":
-            return _TOLERANCE if self.recipe.search == "coarse" else 0.0
-        return _TOLERANCE if self.weights > _MEASURE_ALL else 0.0
 
 
 def resolve(recipe: Recipe, source: ModelSource) -> Settings:

@@ -112,10 +112,11 @@ class Recipe:
         "atoms of one scheme, for --ratio; auto is knapsack, and spectral where the scheme is settled by hand "
         "(--method, --code-bits, --rounds and the like) or by the format",
     )
-    search: Literal["auto", "full", "coarse"] = _option(
+    search: Literal["auto", "full", "coarse", "predicted"] = _option(
         "auto",
-        "which schemes a plan measures: full is all of them, coarse prunes those not predicted to lie 3 % below the "
-        "error of what was measured before; auto is coarse above 30 million weights in the linears",
+        "which schemes a plan measures: full is all of them; coarse prunes those not predicted to lie 3 % below the "
+        "error of what was measured before; predicted tries grids on some outputs and makes of the factorized schemes "
+        "only those that it chooses; auto is full up to a million weights in the linears, and predicted above",
     )
     quantizer: Literal["gptq", "rtn", "bnb"] = _option(
         "gptq", "how factors are quantized; bnb is bitsandbytes, with --quant nf4, fp4 or int8"
