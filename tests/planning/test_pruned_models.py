@@ -234,28 +234,23 @@ def test_what_is_measured_depends_on_no_budget_and_a_stopped_search_goes_on(
     assert measured < _point_files(straight) and len(_point_files(straight)) == 2 * len(measured)
 
 
-def test_large_models_are_searched_coarse_to_fine_unless_told_otherwise(
+def test_large_models_are_planned_on_predictions_unless_told_otherwise(
     recipe_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = open_source(recipe_options["model"])
     weights = sum(math.prod(site.shape) for site in checkpoint.layout.sites)
 
-    def tolerance(**changes: Any) -> float:
-        return resolve(
-            Recipe(model=recipe_options["model"], bits=2.0, **changes), checkpoint
-        ).search.tolerance
+    def search(**changes: Any) -> tuple[bool, float]:
+        recipe = Recipe(model=recipe_options["model"], bits=2.0, **changes)
+        found = resolve(recipe, checkpoint).search
+        return found.predicted, found.tolerance
 
-    assert tolerance() == tolerance(search="full") == 0.0
-    assert tolerance(search="coarse") == tolerance(search="coarse", quant="none") == 0.03
+    assert search() == search(search="full") == (False, 0.0)
+    assert search(search="coarse") == search(search="coarse", quant="none") == (False, 0.03)
+    assert search(search="predicted") == (True, 0.0)
+    assert search(search="predicted", quant="none") == (False, 0.03), "no grid can be sampled"
     monkeypatch.setattr(settings, "_MEASURE_ALL", weights)
-    assert tolerance() == 0.0
+    assert search() == (False, 0.0)
     monkeypatch.setattr(settings, "_MEASURE_ALL", weights - 1)
-    assert tolerance() == 0.03
-    assert tolerance(search="full") == 0.0
-
-
-def test_measurements_of_every_scheme_keep_their_names() -> None:
-    """Points that were measured before there was a tolerance are found again."""
-    search = Search(resolve(Recipe(bits=2.0), open_source(MODEL)).search.grids)
-    assert search.tolerance == 0.0
-    assert repr(replace(search, tolerance=0.03)) == repr(search)
+    assert search() == (True, 0.0)
+    assert search(search="full") == (False, 0.0)
