@@ -2,6 +2,7 @@
 # `make demo` and `make test` install what they were tested with: releases and hashes of locks/, torch aside.
 #   make demo   compress the model that ships with the project in four ways, export and evaluate each
 #   make test   format, lint, types, tests
+#   make thorough  every test, the long ones of every night included
 #   make quick  the laws of the mathematics alone: a minute and a half on two cores
 #   make newest the tests with the newest release of everything; every warning is an error
 #   make lock   writes locks/ again, with the newest releases
@@ -19,13 +20,17 @@ DEMO = out/demo
 # The release that is installed where there is none. Its builds differ by index, so no lock has its hashes.
 TORCH = 2.13.0
 
-.PHONY: demo test quick newest lock lint types dev compatibility web web-test site docs examples clean
+.PHONY: demo test thorough quick newest lock lint types dev compatibility web web-test site docs examples clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/compot-deploy demo --out $(DEMO)
 
 # One thread of torch per worker: workers are as many as cores.
 test: $(VENV)/dev.stamp lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not nightly"
+
+# Also the further cases of laws that take long, which `make newest` runs every night.
+thorough: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 quick: $(VENV)/dev.stamp

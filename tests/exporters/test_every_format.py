@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from any_models import KINDS, UNUSUAL, VOCABULARY
+from cases import nightly
 from exported_models import compressed, some_of_everything, source_of
 from matrices import same_matrix
 from reference_onnx import rounded
@@ -35,6 +36,8 @@ pytestmark = pytest.mark.slow
 transformers.utils.logging.disable_progress_bar()
 
 ONNX, GGUF, HUGGING_FACE = (EXPORTERS[name] for name in ("onnx", "gguf", "huggingface"))
+SHOWN = ("gpt2", "gemma3", "phi3", "bert", "bert masked", "opt projected")
+REST = tuple(kind for kind in (*KINDS, *UNUSUAL) if kind not in SHOWN)
 UNREAD = {
     ("onnx", "bert"): {"pooler.dense"},
     ("onnx", "roberta"): {"pooler.dense"},
@@ -63,7 +66,7 @@ class Case:
         return target
 
 
-@pytest.fixture(scope="module", params=[*KINDS, *UNUSUAL])
+@pytest.fixture(scope="module", params=[*SHOWN, *nightly(*REST)])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     yield Case(request.param, tmp_path_factory.mktemp(request.param))
 

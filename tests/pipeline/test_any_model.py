@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import nightly
 from consumer_environments import python_with
 from places import FORMATS, KINDS, Exported, Place
 
@@ -38,11 +39,13 @@ TABLES = {
     "bert": "embeddings.word_embeddings",
 }
 
+CASES = [kind if kind != "opt" else nightly(kind)[0] for kind in KINDS]
+
 
 # -- what comes out --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CASES)
 def test_a_model_becomes_evaluated_folders_of_both_formats(
     kind: str, place: Place, exported: Exported
 ) -> None:
@@ -85,7 +88,7 @@ def test_a_model_becomes_evaluated_folders_of_both_formats(
     assert digests[0] == digests[1], "one compression, two files"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CASES)
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_folder_is_checked_again_file_by_file_and_loss_by_loss(
     kind: str, form: str, place: Place, exported: Exported, capsys: pytest.CaptureFixture[str]
@@ -111,7 +114,7 @@ def test_a_folder_is_checked_again_file_by_file_and_loss_by_loss(
     assert unlisted_files(folder, verify(folder)) == ()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CASES)
 def test_blocks_and_embedding_are_compressed_and_nothing_else(
     kind: str, place: Place, exported: Exported
 ) -> None:
@@ -129,7 +132,7 @@ def test_blocks_and_embedding_are_compressed_and_nothing_else(
         assert all(torch.equal(model.matrices[name].dequantize(), source.weight(name)) for name in others)
 
 
-@pytest.mark.parametrize("kind", ["opt", "bert"])
+@pytest.mark.parametrize("kind", ["bert", *nightly("opt")])
 def test_factors_share_dictionaries_in_models_of_any_kind(kind: str, place: Place, tmp_path: Path) -> None:
     """Below what plain integers reach, dictionaries are what is left."""
     (done,) = deploy(
@@ -232,7 +235,7 @@ def test_other_methods_are_evaluated_beside_it_at_the_same_bytes(
 
 
 @pytest.mark.parametrize(
-    "kind", ["bert masked", "bert classes", "bert token classes", "distilbert", "gpt2 classes"]
+    "kind", ["bert masked", "bert classes", *nightly("bert token classes", "distilbert", "gpt2 classes")]
 )
 def test_models_of_every_task_are_evaluated_in_both_formats(kind: str, place: Place, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -282,7 +285,7 @@ def test_an_encoder_without_a_text_reads_that_of_the_model_that_ships(place: Pla
 # -- text out --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CASES)
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_decoder_writes_text_and_an_encoder_says_that_it_does_not(
     kind: str, form: str, exported: Exported, capsys: pytest.CaptureFixture[str]

@@ -62,7 +62,9 @@ def _stop(patch: pytest.MonkeyPatch, owner: Any, name: str, after: int) -> None:
     patch.setattr(owner, name, stopped)
 
 
-@pytest.mark.parametrize(("kind", "sequential"), [("gpt2", False), ("bert", True)])
+@pytest.mark.parametrize(
+    ("kind", "sequential"), [("gpt2", False), pytest.param("bert", True, marks=pytest.mark.nightly)]
+)
 def test_a_run_that_was_stopped_anywhere_goes_on_to_the_same_bytes(
     kind: str, sequential: bool, place: Place, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+from cases import nightly
 
 from compot_deploy.core.grid import DENSE, Grid, Pattern
 from compot_deploy.models.source import open_source
@@ -62,7 +63,7 @@ def listed(drafted: Draft) -> Mapping[str, tuple[Scheme, ...]]:
 
 
 @pytest.mark.parametrize("method", ["compot", "svd-llm"])
-@pytest.mark.parametrize("recipe_options", [{"bits": 1.5}, {"bits": 3.0}, {"ratio": 0.2}], ids=str)
+@pytest.mark.parametrize("recipe_options", [{"bits": 1.5}, *nightly({"bits": 3.0}, {"ratio": 0.2})], ids=str)
 def test_every_matrix_that_gets_smaller_by_it_is_factorized(
     place: Path, method: str, recipe_options: dict[str, Any]
 ) -> None:
@@ -246,6 +247,7 @@ def test_plain_without_a_budget_gives_every_matrix_the_one_grid(place: Path) -> 
     assert plan.notes == ("nothing was factorized: --method plain",)
 
 
+@pytest.mark.nightly
 def test_methods_share_calibration_but_no_measurements(place: Path, tmp_path: Path) -> None:
     """Files of points are named after what they depend on; one method's list is not taken for another's."""
     source = open_source(place / "model")
