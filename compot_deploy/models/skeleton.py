@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final
 
 import torch
@@ -38,8 +38,23 @@ class ValuesUnknown(TorchFunctionMode):
     """Lets a model on ``meta`` ask for the value of a tensor, which nobody knows there: it is told zero.
 
     Rotary embeddings ask whether a text is longer than any before, masks whether they hide anything. Shapes do not
-    depend on the answer.
+    depend on the answer. Nothing is cast on ``meta`` either: transformers 4 switches autocasting off around rotary
+    embeddings, which torch does not know how to do there.
     """
+
+    def __enter__(self) -> Any:
+        """See `torch.overrides.TorchFunctionMode`."""
+        self._autocast = torch.autocast
+        setattr(torch, "autocast", self._cast)  # noqa: B010  a name of torch's that is not ours to declare
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """See `torch.overrides.TorchFunctionMode`."""
+        setattr(torch, "autocast", self._autocast)  # noqa: B010
+        super().__exit__(*error)
+
+    def _cast(self, device_type: str, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
+        return nullcontext() if device_type == "meta" else self._autocast(device_type, *args, **kwargs)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See `torch.overrides.TorchFunctionMode`."""
