@@ -343,8 +343,10 @@ def _check_nothing_is_lost(folder: Path, unknown: set[str], meta: Any, task: Tas
     prefix = f"{getattr(meta, 'base_model_prefix', '')}."
     inside = tuple(f"{path}." for path in blocks_of(meta))
     inside += tuple(path.removeprefix(prefix) for path in inside)
+    # Masks, which older releases store: transformers 4 keeps them as buffers and names no pattern for them.
+    buffers = {name.removeprefix(prefix) for name, _ in meta.named_buffers()}
     for name in sorted(unknown):
-        if any(re.search(pattern, name) for pattern in computed):
+        if any(re.search(pattern, name) for pattern in computed) or name.removeprefix(prefix) in buffers:
             continue
         if task.generates or name.startswith(inside) or name.removeprefix(prefix).startswith(inside):
             raise InputError(
