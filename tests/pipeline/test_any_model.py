@@ -318,10 +318,12 @@ def test_a_recipe_is_all_that_a_run_needs(place: Place, tmp_path: Path) -> None:
 
 
 @pytest.mark.consumer
-def test_optimum_gives_the_same_features_in_its_own_environment(exported: Exported, tmp_path: Path) -> None:
+def test_optimum_gives_the_same_features_in_its_own_environment(
+    place: Place, exported: Exported, tmp_path: Path
+) -> None:
     python = python_with("optimum-onnx")
     folder = exported.folder("bert")
-    source = open_source(json.loads((folder / MANIFEST).read_text())["recipe"]["model"])
+    source = open_source(place.model("bert"))
     (batch,) = source.task.batches([torch.tensor([5, 6, 7, 8, 9]), torch.tensor([10, 11, 12])])
     expected = OnnxTexts(folder, threads=1).outputs(batch)
     arguments = {name: value.tolist() for name, value in batch.arguments.items()}
