@@ -21,7 +21,7 @@ from torch import Tensor
 from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.models.sites import Products
 from compot_deploy.models.source import ModelSource
-from compot_deploy.models.streaming import BlockStream, Given, hidden_of
+from compot_deploy.models.streaming import BlockStream, Given, hidden_of, output_of
 from compot_deploy.models.tasks import Batch
 
 Scalar = Callable[[Tensor, Batch], Tensor]
@@ -102,7 +102,7 @@ def _through(
     args, kwargs = given.replaced(hidden)
     with torch.enable_grad(), mode:
         result = module(*args, **kwargs)
-    output = result[0] if isinstance(result, tuple) else result
+    output = output_of(result)
     if output.shape != after.shape or not torch.allclose(output.detach(), after, rtol=1e-3, atol=1e-3):
         raise UnsupportedModelError(f"What {block} gives is not what the block behind it is given.")
     seen = [one for one in mode.seen if one.product is not None and one.product.requires_grad]

@@ -56,6 +56,12 @@ def hidden_of(given: Given) -> Tensor:
     return found
 
 
+def output_of(result: Any) -> Tensor:
+    """The hidden states that a block gives: all of its result, or the first of several."""
+    found: Tensor = result[0] if isinstance(result, tuple) else result
+    return found
+
+
 @dataclass(frozen=True)
 class Behind:
     """What a batch was behind the last block.
@@ -315,8 +321,7 @@ class _Pass(threading.Thread):
                 raise _Ended
             self.given = Given((), {})
             if self._differentiates:
-                output = result[0] if isinstance(result, tuple) else result
-                self._hidden = output.detach().requires_grad_(True)
+                self._hidden = output_of(result).detach().requires_grad_(True)
                 torch.set_grad_enabled(True)  # of this thread, until its forward pass is over
                 return (self._hidden, *result[1:]) if isinstance(result, tuple) else self._hidden
             return result

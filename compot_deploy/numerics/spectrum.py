@@ -34,16 +34,19 @@ def principal_directions(matrix: Float[Tensor, "rows columns"], count: int) -> F
     return vectors * torch.where(largest < 0, -1.0, 1.0)
 
 
+def squared_singular_values(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, " count"]:
+    """Largest first, as many as the smaller side has; from the eigenvalues of the smaller Gram."""
+    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0)
+
+
 def singular_spectrum(weight: Float[Tensor, "inputs outputs"]) -> tuple[float, ...]:
     """Singular values of ``W / ‖W‖_F``, largest first, min(in, out) of them; zeros for a zero weight."""
     work = weight.double()
     norm = float(work.norm())
     if norm == 0.0:
         return (0.0,) * min(work.shape)
-    work = work / norm
-    gram = work @ work.T if work.shape[0] <= work.shape[1] else work.T @ work
-    squares = torch.linalg.eigvalsh(gram).clamp_min(0.0).flip(0)
-    return tuple(float(value) for value in squares.sqrt())
+    return tuple(float(value) for value in squared_singular_values(work / norm).sqrt())
 
 
 def eigenvectors(symmetric: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:

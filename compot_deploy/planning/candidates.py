@@ -22,6 +22,7 @@ from compot_deploy.numerics.factors import Alternation, alternation_of
 from compot_deploy.numerics.joint import SHORT_ALTERNATION, Tier, joint, split
 from compot_deploy.numerics.methods import METHODS
 from compot_deploy.numerics.quantize_factors import quantize_factors
+from compot_deploy.numerics.spectrum import squared_singular_values
 from compot_deploy.numerics.whiten import Whitening
 from compot_deploy.planning.schemes import GridChoice, Joint, Plain, Scheme, Separate
 from compot_deploy.planning.water_filling import water_filling
@@ -84,7 +85,7 @@ class Search:
             return True
         if isinstance(scheme, Plain):
             return self.method == "plain"
-        dense = isinstance(scheme, Joint) and all(tier.pattern.is_dense for tier in scheme.tiers)
+        dense = isinstance(scheme, Joint) and scheme.is_dense
         return self.method != "plain" and size < plain_size and (self.method == "compot" or dense)
 
 
@@ -107,9 +108,7 @@ class Realized:
 
 def energies_of(weight: Float[Tensor, "inputs outputs"], whitening: Whitening) -> list[float]:
     """Squared singular values of the whitened weight, largest first."""
-    whitened = whitening.apply(weight)
-    gram = whitened @ whitened.T if whitened.shape[0] <= whitened.shape[1] else whitened.T @ whitened
-    return list(torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0).tolist())
+    return list(squared_singular_values(whitening.apply(weight)).tolist())
 
 
 def schemes(

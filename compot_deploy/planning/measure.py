@@ -94,9 +94,7 @@ def _measure_predicted(
     weights, whitening = context.weights(group.names), context.whitening(group)
     path = _path(context, group, weights, whitening)
     stored = json.loads(path.read_text())
-    covered = {name: weights[name] for name in names}
-    quantizer = QUANTIZERS[context.quantizer]
-    found = realize(scheme, covered, whitening, context.search, quantizer=quantizer).errors
+    found = _errors_of(context, scheme, {name: weights[name] for name in names}, whitening)
     data = scheme_to_data(scheme)
     before = next(errors for own, one, errors in stored["predicted"] if own == list(names) and one == data)
     ratio = sum(found.values()) / max(sum(before.values()), LEAST_ERROR)
@@ -233,14 +231,20 @@ def _forced(search: Search, entries: list[tuple[Scheme, float]]) -> list[tuple[S
     return factorized if factorized and search.method in ("compot", "svd-llm") else entries
 
 
+def _errors_of(
+    context: PlanningContext, scheme: Scheme, weights: Mapping[str, Tensor], whitening: Whitening
+) -> Mapping[str, float]:
+    """Make a scheme, and say what it loses of each matrix."""
+    quantizer = QUANTIZERS[context.quantizer]
+    return realize(scheme, weights, whitening, context.search, quantizer=quantizer).errors
+
+
 def _measure(context: PlanningContext, weights: Mapping[str, Tensor], whitening: Whitening) -> dict[str, Any]:
     outputs = sum(weight.shape[1] for weight in weights.values())
 
     def errors(scheme: Scheme, names: Sequence[str]) -> Mapping[str, float]:
         # An output of a plain grid is quantized for itself: matrices of one input are done side by side, in one pass.
-        covered = {name: weights[name] for name in names}
-        quantizer = QUANTIZERS[context.quantizer]
-        return realize(scheme, covered, whitening, context.search, quantizer=quantizer).errors
+        return _errors_of(context, scheme, {name: weights[name] for name in names}, whitening)
 
     def nearest(name: str, grid: Grid) -> float:
         some = weights[name][:, :: -(-weights[name].shape[1] // _ROUNDED_OUTPUTS)]
@@ -276,7 +280,9 @@ def _predict(context: PlanningContext, weights: Mapping[str, Tensor], whitening:
     """As `_measure`, with the errors of grids from a sample of outputs, and those of other schemes predicted."""
     energies = _energies(context, weights, whitening)
     per_matrix, shared = _listed(context, weights, whitening, energies)
-    plain = {scheme: None for prices in per_matrix.values() for scheme in prices if isinstance(scheme, Plain)}
+    plain = dict.fromkeys(
+        scheme for prices in per_matrix.values() for scheme in prices if isinstance(scheme, Plain)
+    )
     errors = sampled_errors(list(plain), weights, whitening, context.quantizer)
     predicted: list[tuple[list[str], Any, dict[str, float]]] = []
     for name, prices in per_matrix.items():

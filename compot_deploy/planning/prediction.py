@@ -10,8 +10,7 @@ model, and it decides what a plan looks at: a scheme that a plan chooses is made
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import torch
@@ -59,19 +58,19 @@ def sampled_errors(
                 found[name][scheme] = 0.0
     side_by_side = torch.cat(list(samples.values()), dim=1).float()
     widths = [sample.shape[1] for sample in samples.values()]
-    for grids in _by_group(scheme.grid for scheme in plain if scheme.grid is not None):
-        for grid, whole in zip(grids, _quantized(side_by_side, grids, whitening, quantizer), strict=True):
-            missed = (side_by_side - whole.dequantize()).split(widths, dim=1)
-            for name, part in zip(weights, missed, strict=True):
-                lost = float((whitening.factor.T.float() @ part).square().sum())
-                found[name][Plain(grid)] = lost * scales[name]
+    grids = [scheme.grid for scheme in plain if scheme.grid is not None]
+    factor = whitening.factor.T.float()
+    for grid, whole in zip(grids, _quantized(side_by_side, grids, whitening, quantizer), strict=True):
+        missed = (side_by_side - whole.dequantize()).split(widths, dim=1)
+        for name, part in zip(weights, missed, strict=True):
+            found[name][Plain(grid)] = float((factor @ part).square().sum()) * scales[name]
     return found
 
 
 def spectral_errors(listed: Mapping[Scheme, int], energies: Sequence[float]) -> dict[Scheme, float]:
     """Predicted squared relative errors of factorized schemes; `listed` says their bytes."""
     joint = {scheme: size for scheme, size in listed.items() if isinstance(scheme, Joint)}
-    dense = {scheme: predicted_error(energies, scheme.tiers) for scheme in joint if is_dense(scheme)}
+    dense = {scheme: predicted_error(energies, scheme.tiers) for scheme in joint if scheme.is_dense}
     points = [(joint[scheme], error) for scheme, error in dense.items()]
     found: dict[Scheme, float] = {}
     for scheme, size in joint.items():
@@ -82,11 +81,6 @@ def spectral_errors(listed: Mapping[Scheme, int], energies: Sequence[float]) -> 
     return found
 
 
-def is_dense(scheme: Joint) -> bool:
-    """Whether all codes are kept."""
-    return all(tier.pattern.is_dense for tier in scheme.tiers)
-
-
 def _quantized(
     weight: Float[Tensor, "inputs outputs"], grids: Sequence[Grid], whitening: Whitening, quantizer: str
 ) -> Sequence[Quantized]:
@@ -95,21 +89,16 @@ def _quantized(
     return [QUANTIZERS[quantizer](weight, whitening.feedback, grid) for grid in grids]
 
 
-def _by_group(grids: Iterable[Grid]) -> list[list[Grid]]:
-    found: dict[int, list[Grid]] = {}
-    for grid in grids:
-        found.setdefault(grid.group, []).append(grid)
-    return list(found.values())
-
-
 def _scale(
     weight: Float[Tensor, "inputs outputs"], sample: Float[Tensor, "inputs some"], whitening: Whitening
 ) -> float:
     """What the whitened square of the sample's errors is multiplied with, to be the relative one of all outputs."""
     whole = float((whitening.factor.T.float() @ weight.float()).square().sum())
-    some = _squared_steps(sample)
-    return _squared_steps(weight) / some / whole if whole > 0.0 and some > 0.0 else 0.0
+    steps, some = (float(output_steps(one).square().sum()) for one in (weight, sample))
+    return steps / some / whole if whole > 0.0 and some > 0.0 else 0.0
 
 
-def _squared_steps(weight: Float[Tensor, "inputs outputs"]) -> float:
-    return math.fsum(float(group.abs().amax(0).square().sum()) for group in weight.split(_STEPS))
+def output_steps(weight: Float[Tensor, "inputs outputs"]) -> Float[Tensor, " outputs"]:
+    """How coarse the steps of each output are: the root mean square over groups of the largest weight."""
+    largest = torch.stack([group.abs().amax(0) for group in weight.split(_STEPS)])
+    return largest.square().mean(0).sqrt()

@@ -231,7 +231,7 @@ def _factorized_schemes(
 
 
 def _is_sparse(scheme: Scheme) -> bool:
-    return isinstance(scheme, Joint) and not all(tier.pattern.is_dense for tier in scheme.tiers)
+    return isinstance(scheme, Joint) and not scheme.is_dense
 
 
 def predicted_gain(predicted: float, size: int | float, hull: Sequence[Point]) -> float:

@@ -36,6 +36,11 @@ class Joint:
 
     tiers: tuple[Tier, ...]
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether all codes are kept."""
+        return all(tier.pattern.is_dense for tier in self.tiers)
+
     def bytes(self, inputs: int, outputs: int, storage: Storage) -> int:
         """As stored; `outputs` of all matrices together where they share the dictionary."""
         return sum(

@@ -17,8 +17,6 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 import torch
-from jaxtyping import Float64
-from torch import Tensor
 
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.core.store import write_text
@@ -30,6 +28,7 @@ from compot_deploy.models.whole import replaced, whole_model
 from compot_deploy.numerics.whiten import Whitening, whiten
 from compot_deploy.planning.candidates import realize, schemes
 from compot_deploy.planning.context import PlanningContext
+from compot_deploy.planning.prediction import output_steps
 from compot_deploy.planning.schemes import Joint, Plain, Scheme
 from compot_deploy.quant import QUANTIZERS
 
@@ -49,9 +48,6 @@ _SEED: Final = 0
 
 _DAMPING: Final = 1e-2
 """Of the Gram, as GPTQ has it: errors do not grow without bound where the input has no energy."""
-
-_GROUP: Final = 64
-"""Inputs whose largest weight says how coarse their steps are."""
 
 
 def measure_sensitivities(context: PlanningContext) -> dict[str, float]:
@@ -96,13 +92,12 @@ def sensitivities_backwards(context: PlanningContext) -> dict[str, float]:
     )
     units: dict[str, float] = {}
     for block, seen in products:
+        disturbances: dict[str, _Disturbance] = {}
         for group in context.source.layout.of(block):
-            disturbance = _Disturbance(context, group)
-            for name in group.names:
-                units[name] = disturbance.error(name)
-                for one in seen:
-                    if one.name == name:
-                        squares[name] += disturbance.expected_square(one)
+            disturbances |= dict.fromkeys(group.names, _Disturbance(context, group))
+        units |= {name: disturbance.error(name) for name, disturbance in disturbances.items()}
+        for one in seen:
+            squares[one.name] += disturbances[one.name].expected_square(one)
     context.progress(2 * len(context.blocks), 2 * len(context.blocks), label)
     count = sum(len(batch.real) if task.pools else int(batch.real.sum()) for batch in batches) * draws
     return {name: squares[name] / (2 * count * units[name]) if units[name] else 0.0 for name in context.names}
@@ -115,7 +110,8 @@ class _Disturbance:
         gram = context.grams(group.block)[group.name].to(context.device)
         damped = whiten(gram, ridge=_DAMPING)
         self._factor = damped.factor
-        self._weights = context.weights(group.names)
+        self._weights = {name: weight.double() for name, weight in context.weights(group.names).items()}
+        self._steps = {name: output_steps(weight) for name, weight in self._weights.items()}
         self._gram = gram.double()
         inputs = gram.shape[0]
         identity = torch.eye(inputs, dtype=torch.float64, device=gram.device)
@@ -125,24 +121,18 @@ class _Disturbance:
 
     def error(self, name: str) -> float:
         """Its squared error relative to that of leaving the matrix out."""
-        weight = self._weights[name].double()
+        weight = self._weights[name]
         whole = float((weight * (self._gram @ weight)).sum())
-        return self._dimensions * float(_steps(weight).square().sum()) / whole if whole > 0.0 else 0.0
+        return self._dimensions * float(self._steps[name].square().sum()) / whole if whole > 0.0 else 0.0
 
     def expected_square(self, product: Product) -> float:
         """The expected square of what it does to the scalar."""
-        steps = _steps(self._weights[product.name].double())
+        steps = self._steps[product.name].float()
         total = 0.0
         for values, gradient in zip(product.values, product.gradient, strict=True):
             white = torch.linalg.solve_triangular(self._factor, values.double().T, upper=False)
-            total += float((white.float() @ (gradient * steps.float())).square().sum())
+            total += float((white.float() @ (gradient * steps)).square().sum())
         return total
-
-
-def _steps(weight: Float64[Tensor, "inputs outputs"]) -> Float64[Tensor, " outputs"]:
-    """How coarse the steps of each output are: the root mean square over groups of the largest weight."""
-    largest = torch.stack([group.abs().amax(0) for group in weight.split(_GROUP)])
-    return largest.square().mean(0).sqrt()
 
 
 def sensitivities_one_by_one(context: PlanningContext) -> dict[str, float]:
@@ -152,9 +142,9 @@ def sensitivities_one_by_one(context: PlanningContext) -> dict[str, float]:
     for group in context.groups:
         whitening = context.whitening(group)
         for name in group.names:
-            context.progress(len(found), len(context.names), "Measure effects one by one")
+            context.progress(len(found), len(context.names), "Measure sensitivities one by one")
             found[name] = _sensitivity_of(name, context, group, whitening, loss_of)
-    context.progress(len(found), len(found), "Measure effects one by one")
+    context.progress(len(found), len(found), "Measure sensitivities one by one")
     return found
 
 
