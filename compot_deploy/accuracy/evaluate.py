@@ -1,6 +1,6 @@
 """Is the exported model still the model? Three losses, numerical noise, and a gate that says yes or no.
 
-Up to four models read the same tokens in lockstep:
+Up to four models read the same tokens, one after the other (`compot_deploy.accuracy.reading`):
 
     reference    the original weights in torch                             ┐ method loss
     compressed   the compressed weights, dequantized, in torch     ┐       ┘
@@ -23,14 +23,18 @@ t + 1: the first token of a window is never scored, and the last position predic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
 
 from compot_deploy.accuracy.gate import Gate
-from compot_deploy.accuracy.lockstep import NOISE_WINDOWS, batches_of, numerical_noise, read_in_lockstep
 from compot_deploy.accuracy.losses import GreedyMatch, Loss
 from compot_deploy.accuracy.metrics import Comparison, common_prefix
 from compot_deploy.accuracy.outcome import AccuracyReport, Continuation, EvaluationMetadata
+from compot_deploy.accuracy.reading import NOISE_WINDOWS, Readings, batches_of, chunk_of, numerical_noise
 from compot_deploy.accuracy.roles import evaluated_report, pairs_of, require_reference, roles_of
 from compot_deploy.accuracy.runner import Runner
 from compot_deploy.errors import InputError
@@ -69,23 +73,29 @@ class Evaluation:
             raise InputError("A prompt has no tokens: give each at least one word.")
 
 
+Opening: TypeAlias = Callable[[], Runner]
+"""Opens a runner when its turn has come; it is dropped when it has had its turn."""
+
+
 def check(
-    reference: Runner | None,
-    compressed: Runner,
-    exported: Runner,
-    exported_exact: Runner,
+    reference: Runner | Opening | None,
+    compressed: Runner | Opening,
+    exported: Runner | Opening,
+    exported_exact: Runner | Opening,
     evaluation: Evaluation,
     gate: Gate,
     *,
-    factorized: Runner | None = None,
+    factorized: Runner | Opening | None = None,
     reference_absent: str = "the original model was not given",
     factorized_absent: str = "the factors before quantization were not given",
     progress: Progress = silent,
+    scratch: Path | None = None,
 ) -> AccuracyReport:
     """Measure method, export and total loss and evaluate them.
 
     Args:
-        reference: the original model; None leaves the method and total loss out.
+        reference: the original model; None leaves the method and total loss out. A function that opens it, here and
+            below, holds no more than one model at a time.
         compressed: the dequantized model in torch.
         exported: the file as deployed.
         exported_exact: the float32 reference: the file with the runtime's approximations off. A runtime that has none
@@ -96,100 +106,160 @@ def check(
         reference_absent: why there is no reference, for the report.
         factorized_absent: why there are no factors before quantization, for the report.
         progress: called after every step.
+        scratch: folder for logits that are kept meanwhile, 4 bytes times positions times vocabulary for each of two or
+            three models; None takes the system's.
 
     Raises:
         InputError: the gate limits the total loss but there is no reference; the models disagree about the
-            vocabulary; a token is beyond it; a window or prompt is longer than a model can read.
+            vocabulary; a token is beyond it; a window or prompt is longer than a model can read; the disk is full.
     """
     require_reference(gate, reference, reference_absent)
     roles = roles_of(reference, factorized, compressed, exported_exact, exported)
-    distinct = {id(runner): runner for runner in roles.values()}
-    _check_fit(list(distinct.values()), evaluation)
-
-    batches = batches_of(evaluation.text.windows, evaluation.batch)
-    noise_batches = batches_of(evaluation.text.windows[:NOISE_WINDOWS], evaluation.batch) or batches[:1]
-    tick = Ticker(len(batches) + len(noise_batches) + len(evaluation.prompts) * len(distinct), progress)
     pairs = pairs_of(roles)
-    comparisons = read_in_lockstep(roles, list(pairs.values()), batches, tick)
-    noise = numerical_noise(reference or compressed, noise_batches, tick)
-    texts = _continue_prompts(roles, evaluation, tick)
+    took = _take_turns(roles, list(pairs.values()), evaluation, progress, scratch, noise=True)
+    assert took.noise is not None
     return evaluated_report(
         evaluation_metadata(evaluation),
-        {name: _loss(roles, pair, comparisons[pair], texts) for name, pair in pairs.items()},
-        noise,
+        {name: took.loss(pair) for name, pair in pairs.items()},
+        took.noise,
         gate,
         reference_absent=reference_absent,
         factorized_absent=factorized_absent,
-        continuations=_continuations(evaluation, texts),
+        continuations=_continuations(evaluation, took.texts),
     )
 
 
 def measure(
-    reference: Runner, candidate: Runner, evaluation: Evaluation, progress: Progress = silent
+    reference: Runner | Opening,
+    candidate: Runner | Opening,
+    evaluation: Evaluation,
+    progress: Progress = silent,
+    scratch: Path | None = None,
 ) -> Loss:
-    """One loss by itself, for a model that is shown beside another.
-
-    Args:
-        reference: taken as right.
-        candidate: measured.
-        evaluation: text and prompts.
-        progress: called after every step.
-    """
-    roles: dict[str, Runner] = {"reference": reference, "candidate": candidate}
-    _check_fit(list(roles.values()), evaluation)
-    batches = batches_of(evaluation.text.windows, evaluation.batch)
-    tick = Ticker(len(batches) + 2 * len(evaluation.prompts), progress)
+    """One loss by itself, for a model that is shown beside another; the arguments are those of `check`."""
     pair = ("reference", "candidate")
-    comparisons = read_in_lockstep(roles, [pair], batches, tick)
-    texts = _continue_prompts(roles, evaluation, tick)
-    return _loss(roles, pair, comparisons[pair], texts)
+    roles = {"reference": reference, "candidate": candidate}
+    return _take_turns(roles, [pair], evaluation, progress, scratch, noise=False).loss(pair)
 
 
-def _check_fit(runners: Sequence[Runner], evaluation: Evaluation) -> None:
-    """Refuse text that one of the models cannot read, before any of them runs."""
-    for runner in runners[1:]:
-        if runner.vocabulary != runners[0].vocabulary:
+@dataclass
+class _Turns:
+    """What the models did, by role."""
+
+    names: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    comparisons: dict[tuple[str, str], Comparison] = field(default_factory=dict)
+    noise: Loss | None = None
+
+    def loss(self, pair: tuple[str, str]) -> Loss:
+        """Between two roles."""
+        first, second = pair
+        both = zip(self.texts[first], self.texts[second], strict=True)
+        matches = tuple(_match(one, other) for one, other in both)
+        return Loss(self.names[first], self.names[second], self.comparisons[pair], matches)
+
+
+def _take_turns(
+    roles: Mapping[str, Runner | Opening],
+    pairs: Sequence[tuple[str, str]],
+    evaluation: Evaluation,
+    progress: Progress,
+    scratch: Path | None,
+    *,
+    noise: bool,
+) -> _Turns:
+    """Every model reads the text and continues the prompts, one after the other; the first one tells the noise."""
+    by_model: dict[int, list[str]] = {}
+    for role, given in roles.items():
+        by_model.setdefault(id(given), []).append(role)
+    fit = _Fit(evaluation)
+    for given in roles.values():
+        if isinstance(given, Runner):  # refused before anything runs
+            fit.check(given)
+    windows, size = evaluation.text.windows, evaluation.batch
+    first: Runner | None
+    first = runner = _opened(roles[next(iter(roles))])
+    batches = batches_of(windows, size, runner.vocabulary)
+    noise_batches = batches_of(windows[:NOISE_WINDOWS], size, runner.vocabulary) or batches[:1]
+    steps = len(by_model) * (len(batches) + len(evaluation.prompts)) + noise * len(noise_batches)
+    tick = Ticker(steps, progress)
+    took = _Turns()
+    written: dict[str, list[tuple[int, ...]]] = {}
+    with Readings(batches, pairs, scratch) as readings:
+        for names in by_model.values():
+            runner, first = first or _opened(roles[names[0]]), None
+            fit.check(runner)
+            readings.read(names, runner, tick)
+            if noise and took.noise is None:
+                took.noise = numerical_noise(runner, noise_batches, tick)
+            # What is computed exactly from the same weights should write the same, and is asked so first.
+            drafts = written.get("compressed") if "exact" in names else None
+            texts = list(_continued(runner, evaluation, tick, drafts))
+            took.names |= dict.fromkeys(names, runner.name)
+            written |= dict.fromkeys(names, texts)
+            del runner
+        for role, texts in written.items():
+            took.texts[role] = [_until_end(text, evaluation.end_tokens) for text in texts]
+        took.comparisons = {pair: readings.comparison(pair) for pair in pairs}
+    return took
+
+
+def _opened(given: Runner | Opening) -> Runner:
+    return given if isinstance(given, Runner) else given()
+
+
+class _Fit:
+    """Refuses text that a model cannot read, and models that are not the same, before they run."""
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        self._first: tuple[str, int] | None = None
+        self._sequences = [
+            (f"{evaluation.text.source}, window {number}", window.tolist(), 0)
+            for number, window in enumerate(evaluation.text.windows)
+        ] + [
+            (f"prompt {number}", list(prompt), evaluation.new_tokens)
+            for number, prompt in enumerate(evaluation.prompts)
+        ]
+
+    def check(self, runner: Runner) -> None:
+        """Refuse a model that does not fit to the text or to the models before it."""
+        name, vocabulary = self._first = self._first or (runner.name, runner.vocabulary)
+        if runner.vocabulary != vocabulary:
             raise InputError(
-                f"{runner.name} has {runner.vocabulary} logits, {runners[0].name} has {runners[0].vocabulary}: "
-                "they are not the same model."
+                f"{runner.name} has {runner.vocabulary} logits, {name} has {vocabulary}: they are not the same model."
             )
-    vocabulary = runners[0].vocabulary
-    sequences = [
-        (f"{evaluation.text.source}, window {number}", window.tolist(), 0)
-        for number, window in enumerate(evaluation.text.windows)
-    ] + [
-        (f"prompt {number}", list(prompt), evaluation.new_tokens)
-        for number, prompt in enumerate(evaluation.prompts)
-    ]
-    for where, tokens, more in sequences:
-        bad = [token for token in tokens if not 0 <= token < vocabulary]
-        if bad:
-            raise InputError(
-                f"{where} holds the token id {bad[0]}, but the model knows ids 0 to {vocabulary - 1}. The tokenizer "
-                "does not belong to this model."
-            )
-        for runner in runners:
+        for where, tokens, more in self._sequences:
+            bad = [token for token in tokens if not 0 <= token < vocabulary]
+            if bad:
+                raise InputError(
+                    f"{where} holds the token id {bad[0]}, but the model knows ids 0 to {vocabulary - 1}. The "
+                    "tokenizer does not belong to this model."
+                )
             if runner.context is not None and len(tokens) + more > runner.context:
                 raise InputError(
-                    f"{where} takes {len(tokens) + more} tokens, but {runner.name} reads at most "
-                    f"{runner.context}. Use shorter windows, prompts or continuations."
+                    f"{where} takes {len(tokens) + more} tokens, but {runner.name} reads at most {runner.context}. "
+                    "Use shorter windows, prompts or continuations."
                 )
 
 
-def _continue_prompts(
-    roles: Mapping[str, Runner], evaluation: Evaluation, tick: Ticker
-) -> dict[str, list[tuple[int, ...]]]:
-    """Greedy continuations of every prompt by every model, up to the end-of-text token."""
-    made: dict[int, list[tuple[int, ...]]] = {}
-    for runner in roles.values():
-        if id(runner) in made:
-            continue
-        made[id(runner)] = []
-        for prompt in evaluation.prompts:
-            tokens = runner.generate(prompt, evaluation.new_tokens)
-            made[id(runner)].append(_until_end(tokens, evaluation.end_tokens))
-            tick(f"continuing {len(evaluation.prompts)} prompts")
-    return {role: made[id(runner)] for role, runner in roles.items()}
+def _continued(
+    runner: Runner, evaluation: Evaluation, tick: Ticker, drafts: Sequence[tuple[int, ...]] | None
+) -> Iterable[tuple[int, ...]]:
+    """Greedy continuations of every prompt; a draft that the model would write itself is read, not written."""
+    for number, prompt in enumerate(evaluation.prompts):
+        draft = None if drafts is None else drafts[number]
+        if draft is None or not _would_write(runner, prompt, draft):
+            draft = runner.generate(prompt, evaluation.new_tokens)
+        tick(f"continuing {len(evaluation.prompts)} prompts")
+        yield draft
+
+
+def _would_write(runner: Runner, prompt: Sequence[int], text: Sequence[int]) -> bool:
+    """Whether a text is the greedy continuation of a prompt, by reading it at once."""
+    tokens = torch.tensor([[*prompt, *text]])
+    pieces = runner.logits(tokens, chunk_of(tokens, runner))
+    choices = torch.cat([piece[0].argmax(-1) for piece in pieces])
+    return bool((choices[len(prompt) - 1 : -1] == tokens[0, len(prompt) :]).all())
 
 
 def _until_end(tokens: tuple[int, ...], end_tokens: frozenset[int]) -> tuple[int, ...]:
@@ -197,17 +267,6 @@ def _until_end(tokens: tuple[int, ...], end_tokens: frozenset[int]) -> tuple[int
         if token in end_tokens:
             return tokens[: position + 1]
     return tokens
-
-
-def _loss(
-    roles: Mapping[str, Runner],
-    pair: tuple[str, str],
-    comparison: Comparison,
-    texts: Mapping[str, Sequence[tuple[int, ...]]],
-) -> Loss:
-    first, second = pair
-    matches = tuple(_match(one, other) for one, other in zip(texts[first], texts[second], strict=True))
-    return Loss(roles[first].name, roles[second].name, comparison, matches)
 
 
 def _match(first: tuple[int, ...], second: tuple[int, ...]) -> GreedyMatch:

@@ -28,8 +28,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, Final
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -43,32 +44,56 @@ KL_EDGES: Final = tuple(10.0 ** (exponent / 4) for exponent in range(-40, 9))
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What one model says at some positions, prepared once and compared with any number of others.
+class Figures:
+    """What is known of one model at some positions once it was looked at: 25 bytes each, whatever the vocabulary.
 
     Attributes:
-        logits: in float64.
-        log_probabilities: log-softmax of the logits.
-        probabilities: softmax of the logits.
-        power: Σ_v (logit − mean logit)².
+        normalizer: log Σ_v exp(logit).
         surprise: −log-probability of the token that came next, in nats.
         choice: the most likely token, the first of equals.
         finite: whether every logit of the position is finite.
         nonfinite: how many single logits are NaN or infinite.
     """
 
-    logits: Float[Tensor, "positions vocabulary"]
-    log_probabilities: Float[Tensor, "positions vocabulary"]
-    probabilities: Float[Tensor, "positions vocabulary"]
-    power: Float[Tensor, " positions"]
+    normalizer: Float[Tensor, " positions"]
     surprise: Float[Tensor, " positions"]
     choice: Int64[Tensor, " positions"]
     finite: Bool[Tensor, " positions"]
     nonfinite: int
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """What one model says at some positions, prepared once and compared with any number of others.
+
+    Attributes:
+        logits: in float64.
+        figures: one for each position.
+    """
+
+    logits: Float[Tensor, "positions vocabulary"]
+    figures: Figures
+
+    @cached_property
+    def log_probabilities(self) -> Float[Tensor, "positions vocabulary"]:
+        """Log-softmax of the logits."""
+        return self.logits - self.figures.normalizer[:, None]
+
+    @cached_property
+    def probabilities(self) -> Float[Tensor, "positions vocabulary"]:
+        """Softmax of the logits."""
+        return self.log_probabilities.exp()
+
+    @cached_property
+    def power(self) -> Float[Tensor, " positions"]:
+        """Σ_v (logit − mean logit)²."""
+        return self.logits.var(dim=-1, correction=0) * self.logits.shape[-1]
+
+
 def predict(
-    logits: Float[Tensor, "positions vocabulary"], targets: Int64[Tensor, " positions"]
+    logits: Float[Tensor, "positions vocabulary"],
+    targets: Int64[Tensor, " positions"],
+    figures: Figures | None = None,
 ) -> Prediction:
     """Log-probabilities of one model in float64.
 
@@ -77,23 +102,23 @@ def predict(
     Args:
         logits: of any floating type.
         targets: the token that came next at each position.
+        figures: of these logits and targets, where they are known already.
     """
     exact = logits.double()
-    bad = ~torch.isfinite(exact)
-    nonfinite = int(bad.sum())
+    bad = None
+    if figures is None:
+        bad = ~torch.isfinite(exact)
+        nonfinite = int(bad.sum())
+    else:
+        nonfinite = figures.nonfinite
     # Positions with a bad logit are left out by `compare`; zeros keep NaN out of the arithmetic until then.
-    safe = exact.masked_fill(bad, 0.0) if nonfinite else exact
-    log_probabilities = torch.log_softmax(safe, dim=-1)
-    return Prediction(
-        logits=safe,
-        log_probabilities=log_probabilities,
-        probabilities=log_probabilities.exp(),
-        power=safe.var(dim=-1, correction=0) * safe.shape[-1],
-        surprise=-log_probabilities.gather(-1, targets[:, None]).squeeze(-1),
-        choice=safe.argmax(dim=-1),
-        finite=~bad.any(dim=-1),
-        nonfinite=nonfinite,
-    )
+    safe = exact.nan_to_num(0.0, 0.0, 0.0) if nonfinite else exact
+    if figures is not None:
+        return Prediction(safe, figures)
+    assert bad is not None
+    normalizer = torch.logsumexp(safe, dim=-1)
+    surprise = normalizer - safe.gather(-1, targets[:, None]).squeeze(-1)
+    return Prediction(safe, Figures(normalizer, surprise, safe.argmax(dim=-1), ~bad.any(dim=-1), nonfinite))
 
 
 @dataclass(frozen=True)
@@ -136,7 +161,8 @@ def compare(reference: Prediction, candidate: Prediction) -> Positions:
             f"Logits of shape {tuple(reference.logits.shape)} and {tuple(candidate.logits.shape)} "
             "(positions, vocabulary) cannot be compared."
         )
-    usable = reference.finite & candidate.finite
+    one, other = reference.figures, candidate.figures
+    usable = one.finite & other.finite
     p, q = reference.probabilities, candidate.probabilities
     # Σ (q − p) is zero, and adding it term by term cancels the rounding error of the two normalizations, so
     # each term is ≥ 0 up to the last bit: divergences down to 1e-16 are resolved, not drowned.
@@ -144,16 +170,16 @@ def compare(reference: Prediction, candidate: Prediction) -> Positions:
     difference = candidate.logits - reference.logits
     lowest, highest = torch.aminmax(difference, dim=-1)
     return Positions(
-        reference_surprise=reference.surprise[usable],
-        candidate_surprise=candidate.surprise[usable],
+        reference_surprise=one.surprise[usable],
+        candidate_surprise=other.surprise[usable],
         divergence=terms.sum(-1).clamp(min=0.0)[usable],
-        agreement=(reference.choice == candidate.choice)[usable],
+        agreement=(one.choice == other.choice)[usable],
         squared_error=torch.linalg.vecdot(difference, difference)[usable],
         reference_power=reference.power[usable],
         largest_difference=torch.maximum(highest, -lowest)[usable],
         skipped=int((~usable).sum()),
-        nonfinite_reference=reference.nonfinite,
-        nonfinite_candidate=candidate.nonfinite,
+        nonfinite_reference=one.nonfinite,
+        nonfinite_candidate=other.nonfinite,
     )
 
 
@@ -177,6 +203,38 @@ def concatenate(parts: Sequence[Positions]) -> Positions:
         nonfinite_reference=sum(part.nonfinite_reference for part in parts),
         nonfinite_candidate=sum(part.nonfinite_candidate for part in parts),
     )
+
+
+class Collected:
+    """Room for the comparison of a whole text, filled chunk by chunk.
+
+    Nothing of a chunk is kept but numbers in this room. A thousand small tensors that outlive the large ones between
+    them would leave the memory in pieces that no large one fits into again: gigabytes, in the end.
+
+    Args:
+        positions: how many there are, at most.
+    """
+
+    def __init__(self, positions: int) -> None:
+        self._room = {name: torch.empty(positions, dtype=torch.float64) for name in _PER_POSITION}
+        self._filled, self._counts = 0, dict.fromkeys(_COUNTS, 0)
+
+    def add(self, part: Positions) -> None:
+        """Take over a chunk."""
+        start, self._filled = self._filled, self._filled + len(part.divergence)
+        for name, room in self._room.items():
+            room[start : self._filled] = getattr(part, name)
+        for name in _COUNTS:
+            self._counts[name] += getattr(part, name)
+
+    def positions(self) -> Positions:
+        """All that was taken over."""
+        found: dict[str, Any] = {name: room[: self._filled] for name, room in self._room.items()}
+        return Positions(**{**found, "agreement": found["agreement"].bool(), **self._counts})
+
+
+_COUNTS: Final = ("skipped", "nonfinite_reference", "nonfinite_candidate")
+_PER_POSITION: Final = tuple(entry.name for entry in fields(Positions) if entry.name not in _COUNTS)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ Outputs are compared where they are: of every token, of every text, or pooled ov
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -41,6 +42,10 @@ class TextRunner(Protocol):
     def outputs(self, batch: Batch) -> Tensor:
         """Its output for a batch, float32 on the CPU, padding included."""
         ...
+
+
+Opening: TypeAlias = Callable[[], TextRunner]
+"""Opens a runner when its turn has come; it is dropped when it has had its turn."""
 
 
 class TorchTexts:
@@ -99,14 +104,14 @@ class OnnxTexts:
 
 def check_texts(
     task: Task,
-    reference: TextRunner | None,
-    compressed: TextRunner,
-    exported: TextRunner,
-    exported_exact: TextRunner,
+    reference: TextRunner | Opening | None,
+    compressed: TextRunner | Opening,
+    exported: TextRunner | Opening,
+    exported_exact: TextRunner | Opening,
     evaluation: Evaluation,
     gate: Gate,
     *,
-    factorized: TextRunner | None = None,
+    factorized: TextRunner | Opening | None = None,
     reference_absent: str = "the original model was not given",
     factorized_absent: str = "the factors before quantization were not given",
     progress: Progress = silent,
@@ -118,44 +123,67 @@ def check_texts(
     """
     require_reference(gate, reference, reference_absent)
     roles = roles_of(reference, factorized, compressed, exported_exact, exported)
-    windows = evaluation.text.windows
-    pieces = [windows[start : start + _WINDOWS] for start in range(0, len(windows), _WINDOWS)]
-    batches = [batch for piece in pieces for batch in task.batches(piece)]
-    singly = [batch for window in pieces[0] for batch in task.batches([window])]
-    read: dict[str, list[Tensor]] = {}
-    for number, (role, runner) in enumerate(roles.items()):
-        progress(number, len(roles) + 1, f"Read {len(windows)} texts with {len(roles)} models")
-        read[role] = [runner.outputs(batch) for batch in batches]
-    first = reference or compressed
-    noise = _noise(task, first, batches[0], singly)
-    progress(len(roles) + 1, len(roles) + 1, f"Read {len(windows)} texts with {len(roles)} models")
-
-    losses = {
-        name: Loss(
-            roles[one].name,
-            roles[other].name,
-            compare_outputs(task, batches, read[one], read[other]),
-            (),
-        )
-        for name, (one, other) in pairs_of(roles).items()
-    }
+    pairs = pairs_of(roles)
+    took = _take_turns(task, roles, list(pairs.values()), evaluation, progress)
     return evaluated_report(
         evaluation_metadata(evaluation),
-        losses,
-        noise,
+        {name: took.losses[pair] for name, pair in pairs.items()},
+        took.noise,
         gate,
         reference_absent=reference_absent,
         factorized_absent=factorized_absent,
     )
 
 
-def measure_texts(task: Task, reference: TextRunner, candidate: TextRunner, evaluation: Evaluation) -> Loss:
+def measure_texts(
+    task: Task, reference: TextRunner | Opening, candidate: TextRunner | Opening, evaluation: Evaluation
+) -> Loss:
     """One loss by itself, for a model that is shown beside another."""
+    pair = ("reference", "candidate")
+    roles = {"reference": reference, "candidate": candidate}
+    return _take_turns(task, roles, [pair], evaluation).losses[pair]
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """What the models did."""
+
+    losses: Mapping[tuple[str, str], Loss]
+    noise: Loss
+
+
+def _take_turns(
+    task: Task,
+    roles: Mapping[str, TextRunner | Opening],
+    pairs: Sequence[tuple[str, str]],
+    evaluation: Evaluation,
+    progress: Progress = silent,
+) -> _Turns:
+    """Every model reads the texts, one after the other; the first one tells the numerical noise."""
     windows = evaluation.text.windows
     pieces = [windows[start : start + _WINDOWS] for start in range(0, len(windows), _WINDOWS)]
     batches = [batch for piece in pieces for batch in task.batches(piece)]
-    first, second = ([runner.outputs(batch) for batch in batches] for runner in (reference, candidate))
-    return Loss(reference.name, candidate.name, compare_outputs(task, batches, first, second), ())
+    singly = [batch for window in pieces[0] for batch in task.batches([window])]
+    kept: dict[str, tuple[str, list[Tensor]]] = {}
+    losses: dict[tuple[str, str], Loss] = {}
+    noise: Loss | None = None
+    label = f"Read {len(windows)} texts with {len(roles)} models"
+    for number, (role, given) in enumerate(roles.items()):
+        progress(number, len(roles), label)
+        runner = given if isinstance(given, TextRunner) else given()
+        outputs = [runner.outputs(batch) for batch in batches]
+        noise = noise or _noise(task, runner, batches[0], singly)
+        for pair in pairs:
+            if pair[1] == role:
+                name, earlier = kept[pair[0]]
+                figures = compare_outputs(task, batches, earlier, outputs)
+                losses[pair] = Loss(name, runner.name, figures, ())
+        if any(role == first for first, _ in pairs):
+            kept[role] = runner.name, outputs
+        del runner, given
+    progress(len(roles), len(roles), label)
+    assert noise is not None
+    return _Turns(losses, noise)
 
 
 def compare_outputs(

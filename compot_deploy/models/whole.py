@@ -60,6 +60,15 @@ def replaced(model: Any, sites: Mapping[str, Site], matrices: Mapping[str, Matri
             place_of(model, sites[name]).copy_(values)
 
 
+def put_in(model: Any, sites: Mapping[str, Site], matrices: Mapping[str, Matrix]) -> Any:
+    """The same model with the values of some matrices in the place of its own, for good; see `replaced`."""
+    for name, matrix in matrices.items():
+        if name in sites:
+            target = place_of(model, sites[name])
+            target.copy_(oriented(matrix.dequantize(), sites[name]).to(target))
+    return model
+
+
 def place_of(model: Any, site: Site) -> Tensor:
     """The memory of a matrix in a model, as its parameter keeps it."""
     parameter: Tensor = model.get_parameter(site.parameter).data

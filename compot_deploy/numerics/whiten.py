@@ -7,7 +7,7 @@ arXiv 2602.15200). All of it in float64: a Gram squares the condition number of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
 
@@ -32,21 +32,18 @@ class Whitening:
         factor: L, lower triangular, float64, with ``G + ridge · mean(diag G) · I = L Lᵀ``.
         ridge: what was added to the diagonal, relative to its mean.
         attempts: Cholesky factorizations tried, one for a healthy Gram.
+        gram: the Gram with its ridge, ``L Lᵀ``.
     """
 
     factor: Float64[Tensor, "inputs inputs"]
     ridge: float
     attempts: int
+    gram: Float64[Tensor, "inputs inputs"] = field(repr=False, compare=False)
 
     @property
     def escalated(self) -> bool:
         """Whether the first ridge was too small, which a report should mention."""
         return self.attempts > 1
-
-    @cached_property
-    def gram(self) -> Float64[Tensor, "inputs inputs"]:
-        """The Gram with its ridge, ``L Lᵀ``."""
-        return self.factor @ self.factor.T
 
     @cached_property
     def feedback(self) -> Feedback:
@@ -64,10 +61,13 @@ class Whitening:
     def error(
         self, weight: Float[Tensor, "inputs outputs"], approximation: Float[Tensor, "inputs outputs"]
     ) -> float:
-        """Relative whitened error ``‖Lᵀ(W − Ŵ)‖ / ‖LᵀW‖``; see `relative_error` for a zero weight."""
-        return relative_error(
-            self.apply(weight), self.apply(weight.to(self.factor) - approximation.to(self.factor))
-        )
+        """Relative whitened error ``‖Lᵀ(W − Ŵ)‖ / ‖LᵀW‖``; see `relative_error` for a zero weight.
+
+        The difference is taken in float64 and multiplied in float32: six digits of an error are enough.
+        """
+        exact, factor = weight.to(self.factor), self.factor.T.float()
+        missed = exact - approximation.to(self.factor)
+        return relative_error(factor @ exact.float(), factor @ missed.float())
 
 
 def relative_error(target: Float[Tensor, "rows columns"], residual: Float[Tensor, "rows columns"]) -> float:
@@ -107,13 +107,14 @@ def whiten(gram: Float[Tensor, "inputs inputs"], *, ridge: float = FIRST_RIDGE) 
             f"The Gram matrix of {inputs} inputs has no energy (mean of its diagonal {mean:g}): "
             "no calibration token reached this layer with a non-zero input. Use more or other text."
         )
-    identity = torch.eye(inputs, dtype=torch.float64, device=gram.device)
     attempts = 0
     while True:
         attempts += 1
-        factor, info = torch.linalg.cholesky_ex(symmetric + ridge * mean * identity)
+        damped = symmetric.clone()
+        damped.diagonal().add_(ridge * mean)
+        factor, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
-            return Whitening(factor, ridge, attempts)
+            return Whitening(factor, ridge, attempts, damped)
         ridge = max(ridge * 10, FIRST_RIDGE)
         if ridge > _LARGEST_RIDGE:
             raise InputError(

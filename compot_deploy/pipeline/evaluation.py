@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -31,7 +30,7 @@ from compot_deploy.exporters.manifest import MANIFEST, Manifest
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.tasks import Task, task_of
-from compot_deploy.models.whole import model_of, replaced, whole_model
+from compot_deploy.models.whole import model_of, put_in, whole_model
 from compot_deploy.progress import Progress, silent
 from compot_deploy.recipe import DEFAULT_GROUP
 from compot_deploy.report.document import Alternative, Report, Sizes
@@ -64,6 +63,7 @@ class Subject:
         factors: factorized matrices before quantization, multiplied out; they split the method loss.
         factors_absent: why there are none.
         beside: matrices of the same model compressed otherwise, by what that is called.
+        scratch: folder for logits that are kept meanwhile; None takes the system's.
     """
 
     folder: Path
@@ -75,6 +75,7 @@ class Subject:
     factors: Mapping[str, Matrix] | None = None
     factors_absent: str = "the folder does not hold the factors before quantization"
     beside: Mapping[str, Mapping[str, Matrix]] = field(default_factory=dict)
+    scratch: Path | None = None
 
     @property
     def task(self) -> Task:
@@ -122,51 +123,56 @@ def evaluate_folder(
 def measure_losses(
     subject: Subject, evaluation: Evaluation, gate: Gate, progress: Progress = silent
 ) -> AccuracyReport:
-    """Method, export and total loss of a folder, by the measures of its task."""
+    """Method, export and total loss of a folder, by the measures of its task; one model in memory at a time."""
     task, original, kind = subject.task, subject.original, subject.manifest.exporter
-    whole = None if original is None else whole_model(original)
-    factored = None
-    with ExitStack() as stack:
-        if original is not None and subject.factors is not None:
-            factored = whole_model(original)
-            stack.enter_context(replaced(factored, original.sites, subject.factors))
-        names = ("original", FACTORED, f"torch {torch.__version__}, dequantized weights")
-        models = (whole, factored, model_of(subject.model))
-        absent = {"reference_absent": subject.absent, "factorized_absent": subject.factors_absent}
-        if task.generates:
-            reference, factorized, compressed = (
-                None if model is None else TorchRunner(model, name)
-                for name, model in zip(names, models, strict=True)
-            )
-            assert compressed is not None
-            return check(
-                reference,
-                compressed,
-                RUNNERS[kind](subject.folder),
-                RUNNERS[kind](subject.folder, exact=True),
-                evaluation,
-                gate,
-                factorized=factorized,
-                progress=progress,
-                **absent,
-            )
-        texts = [
-            None if model is None else TorchTexts(model, task, name)
-            for name, model in zip(names, models, strict=True)
-        ]
-        assert texts[2] is not None
-        return check_texts(
-            task,
-            texts[0],
-            texts[2],
-            TEXT_RUNNERS[kind](subject.folder, task),
-            TEXT_RUNNERS[kind](subject.folder, task, exact=True),
+
+    def open_original() -> Any:
+        assert original is not None
+        return whole_model(original)
+
+    def open_factored() -> Any:
+        assert original is not None and subject.factors is not None
+        return put_in(whole_model(original), original.sites, subject.factors)
+
+    def open_compressed() -> Any:
+        return model_of(subject.model)
+
+    reference = None if original is None else _opening(task, open_original, "original")
+    factored = (
+        None if original is None or subject.factors is None else _opening(task, open_factored, FACTORED)
+    )
+    compressed = _opening(task, open_compressed, f"torch {torch.__version__}, dequantized weights")
+    absent = {"reference_absent": subject.absent, "factorized_absent": subject.factors_absent}
+    if task.generates:
+        return check(
+            reference,
+            compressed,
+            lambda: RUNNERS[kind](subject.folder),
+            lambda: RUNNERS[kind](subject.folder, exact=True),
             evaluation,
             gate,
-            factorized=texts[1],
+            factorized=factored,
             progress=progress,
+            scratch=subject.scratch,
             **absent,
         )
+    return check_texts(
+        task,
+        reference,
+        compressed,
+        lambda: TEXT_RUNNERS[kind](subject.folder, task),
+        lambda: TEXT_RUNNERS[kind](subject.folder, task, exact=True),
+        evaluation,
+        gate,
+        factorized=factored,
+        progress=progress,
+        **absent,
+    )
+
+
+def _opening(task: Task, model: Callable[[], Any], name: str) -> Callable[[], Any]:
+    """Opens a model in torch when its turn has come."""
+    return lambda: TorchRunner(model(), name) if task.generates else TorchTexts(model(), task, name)
 
 
 FACTORED: Final = "factorized, before quantization"
@@ -183,19 +189,12 @@ def _beside(
     task, manifest, model = subject.task, subject.manifest, subject.model
     exporter = EXPORTERS[manifest.exporter]
     sizes = matrix_bytes(matrices, exporter.storage(exporter.options(manifest.recipe)))
-    models = whole_model(original), model_of(replace(model, matrices=matrices))
+    first = _opening(task, lambda: whole_model(original), "original")
+    second = _opening(task, lambda: model_of(replace(model, matrices=matrices)), name)
     if task.generates:
-        first, second = (
-            TorchRunner(torch_model, label)
-            for torch_model, label in zip(models, ("original", name), strict=True)
-        )
-        loss = measure(first, second, evaluation)
+        loss = measure(first, second, evaluation, scratch=subject.scratch)
     else:
-        one, two = (
-            TorchTexts(torch_model, task, label)
-            for torch_model, label in zip(models, ("original", name), strict=True)
-        )
-        loss = measure_texts(task, one, two, evaluation)
+        loss = measure_texts(task, first, second, evaluation)
     linears = [path for path in matrices if model.role(path) == "linear"]
     weights = sum(math.prod(matrices[path].shape) for path in linears)
     return Alternative(

@@ -65,6 +65,7 @@ def export(
             factors=compression.unquantized,
             factors_absent=compression.unquantized_absent,
             beside=compression.beside,
+            scratch=folder,
         )
         report = evaluate_folder(subject, evaluation, gate, progress)
         write_report(folder, report, manifest)

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import tiny
 import torch
 from toy_models import VOCABULARY, ToyRunner, save_toy_onnx, toy_weights
 
-from compot_deploy.accuracy import lockstep
+from compot_deploy.accuracy import reading
 from compot_deploy.accuracy.evaluate import Evaluation, check
 from compot_deploy.accuracy.gate import Criterion, Gate, apply_gate
 from compot_deploy.accuracy.metrics import Comparison, compare, concatenate, predict, summarize
@@ -150,8 +151,8 @@ def test_chunks_and_batches_are_irrelevant(
 ) -> None:
     models = toy(), toy(0.3, seed=1), toy(0.4, seed=2), toy(0.5, seed=3)
     whole = check(*models, evaluation(), Gate())
-    monkeypatch.setattr(lockstep, "LOGITS_AT_ONCE", logits_at_once)
-    monkeypatch.setattr(lockstep, "ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(reading, "LOGITS_AT_ONCE", logits_at_once)
+    monkeypatch.setattr(reading, "ROWS_AT_ONCE", rows_at_once)
     pieces = check(*models, evaluation(batch=batch), Gate())
     for name in ("method", "export_reference", "export_deployed", "total"):
         assert close(getattr(pieces, name).comparison, getattr(whole, name).comparison, 1e-4)
@@ -170,20 +171,21 @@ class Spy(ToyRunner):
 
 
 def test_only_a_few_logits_exist_at_a_time_and_each_model_reads_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lockstep, "LOGITS_AT_ONCE", 6 * VOCABULARY)
+    monkeypatch.setattr(reading, "LOGITS_AT_ONCE", 6 * VOCABULARY)
     embedding, output = toy_weights()
     spies = [Spy(embedding, output.dequantize()) for _ in range(4)]
     check(*spies, evaluation(), Gate())
     assert 0 < max(spy.largest for spy in spies) <= 6 * VOCABULARY
-    batches = 4  # 2 + 1 windows of 20, 2 of 9, 1 of 30
-    assert [spy.calls for spy in spies[1:]] == [batches] * 3
+    batches = 6  # windows whose logits have no room beside each other are read alone
+    prompts = 2  # which the exact one is asked whether it would continue as the compressed one did
+    assert [spy.calls for spy in spies[1:]] == [batches, batches, batches + prompts]
 
 
 def test_one_runner_in_two_roles_runs_once() -> None:
     exported = toy(0.1)
     compressed = toy()
     report = check(None, compressed, exported, exported, evaluation(), Gate())
-    assert exported.calls == 4
+    assert exported.calls == 4 + 2
     assert report.export_reference.comparison == report.export_deployed.comparison
 
 
@@ -390,3 +392,36 @@ def test_progress_counts_to_its_end() -> None:
     total = seen[0][1]
     assert [done for done, _, _ in seen] == list(range(1, total + 1))
     assert {whole for _, whole, _ in seen} == {total} and all(label for _, _, label in seen)
+
+
+def test_one_model_is_open_at_a_time() -> None:
+    now: list[str] = []
+    most = 0
+
+    class Counted(ToyRunner):
+        def __del__(self) -> None:
+            now.remove(self.name)
+
+    def opening(name: str, damage: float) -> Callable[[], Runner]:
+        def open_it() -> Runner:
+            nonlocal most
+            made = toy(damage)
+            now.append(name)
+            most = max(most, len(now))
+            return Counted(made.embedding, made.output, name)
+
+        return open_it
+
+    openings = [opening(name, damage) for name, damage in (("a", 0.0), ("b", 0.3), ("c", 0.4), ("d", 0.5))]
+    report = check(*openings, evaluation(), Gate())
+    assert most == 1 and not now
+    assert report == run(toy(name="a"), toy(0.3, "b"), toy(0.4, "c"), toy(0.5, "d"))
+
+
+def test_no_room_for_logits_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("there is no device that is always full here")
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: full.open("r+b", buffering=0))
+    with pytest.raises(InputError, match=r"The logits of 108 positions cannot be kept in .*take 0 MB"):
+        check(toy(), toy(), toy(), toy(), evaluation(), Gate(), scratch=tmp_path)
