@@ -2,7 +2,7 @@
 
 ::
 
-    python benchmarks/tables.py MODEL --calibration TEXT --evaluation TEXT [--samples 128] [--positions 2048]
+    python benchmarks/tables.py [MODEL --calibration TEXT] --evaluation TEXT [--samples 128] [--positions 2048]
 
 For each grid: bytes as stored packed, the KL divergence on held-out text after rounding to nearest and as a plan rounds
 it (GPTQ), and the loss that a plan predicts. An output head that is not tied to the embedding is a table of its own.
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Quantized
+from compot_deploy.embedded import MODEL
 from compot_deploy.models.source import open_source
 from compot_deploy.models.tasks import Batch
 from compot_deploy.models.whole import whole_model
@@ -67,8 +68,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
+    parser.add_argument("model", nargs="?", help="folder; without, the model that ships")
+    parser.add_argument("--calibration")
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--positions", type=int, default=2048)
@@ -80,7 +81,7 @@ def main() -> None:
         bits=4.0,
         format=("huggingface",),
     )
-    settings = resolve(recipe, open_source(options.model))
+    settings = resolve(recipe, open_source(options.model or MODEL))
     with tempfile.TemporaryDirectory() as work:
         context = context_of(settings, Path(work))
         start = time.process_time()

@@ -89,8 +89,8 @@ class BlockStream:
         device: where it runs.
         dtype: of weights and activations.
         finish: also run what comes behind the last block, head included; see `outputs`.
-        at_head: given the Gram of what the output head reads, as soon as all batches have come there. The head itself
-            is not run. Not for a stream that finishes.
+        at_head: given the Gram of what the output head reads, as soon as all batches have come there; None where the
+            model has not asked its head. The head itself is not run. Not for a stream that finishes.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class BlockStream:
         device: str = "cpu",
         dtype: str = "float32",
         finish: bool = False,
-        at_head: Callable[[Gram], None] | None = None,
+        at_head: Callable[[Gram | None], None] | None = None,
     ) -> None:
         self._source, self._finish = source, finish
         self._at_head = None if finish or source.layout.head is None else at_head
@@ -158,8 +158,9 @@ class BlockStream:
         self._next += 1
         if self._next == len(self._source.layout.blocks) and not self._finish:
             self.close()
-            if self._at_head is not None and self._head:
-                self._at_head(_on_cpu(self._head[_HEAD]))
+            if self._at_head is not None:
+                found = self._head.get(_HEAD)
+                self._at_head(None if found is None else _on_cpu(found))
         return {name: _on_cpu(gram) for name, gram in grams.items()}
 
     def skip_to(self, number: int, replacements: Callable[[str], Replacements] | None = None) -> None:

@@ -82,15 +82,19 @@ class PlanningContext:
         """Values of matrices, in float32."""
         return {name: self.source.weight(name).float().to(self.device) for name in names}
 
-    def stream(self) -> BlockStream:
-        """The model as it reads the calibration text, in front of its first block."""
+    def stream(self, *, original: bool = False) -> BlockStream:
+        """The model as it reads the calibration text, in front of its first block.
+
+        Args:
+            original: no block is going to be replaced, even where matrices are made one block after the other.
+        """
         return BlockStream(
             self.source,
             self.batches,
             device=self.device,
             dtype=self.dtype,
             # What reaches the head behind compressed blocks is known only after they are kept.
-            at_head=None if self.sequential else self._keep_head_gram,
+            at_head=self._keep_head_gram if original or not self.sequential else None,
         )
 
     # -- Grams in the work folder --------------------------------------------------------------------
@@ -142,10 +146,10 @@ class PlanningContext:
 
     def head_gram(self) -> Tensor | None:
         """Gram of what the output head reads; None for a model without a head, and where it was not collected."""
-        return load_file(self._head_file)[_HEAD] if self._head_file.exists() else None
+        return load_file(self._head_file).get(_HEAD) if self._head_file.exists() else None
 
-    def _keep_head_gram(self, gram: Gram) -> None:
-        write_tensors(self._head_file, {_HEAD: gram.matrix}, {})
+    def _keep_head_gram(self, gram: Gram | None) -> None:
+        write_tensors(self._head_file, {} if gram is None else {_HEAD: gram.matrix}, {})
 
     @property
     def _head_file(self) -> Path:
@@ -163,10 +167,10 @@ def collect_grams(context: PlanningContext) -> None:
     label = "Calibrate"
     blocks = context.blocks
     missing = [number for number, block in enumerate(blocks) if not context.has_grams(block)]
-    if not context.sequential and not context.has_head_gram:
+    if not context.has_head_gram:
         missing = sorted({*missing, len(blocks) - 1})
     if missing:
-        with context.stream() as stream:
+        with context.stream(original=True) as stream:
             for number in range(missing[0], missing[-1] + 1):
                 context.progress(number, len(blocks), label)
                 stream.skip_to(number)
