@@ -67,13 +67,7 @@ def search_scales(
     Raises:
         InputError: a scale beyond float16.
     """
-    largest = group.abs().amax(0)
-    base = largest / -grid.lowest
-    if float(base.amax()) > _LARGEST / 2:
-        raise InputError(
-            f"A weight of {float(largest.amax()):.3g} needs a scale beyond float16 ({_LARGEST:.0f}) at "
-            f"{grid.bits} bits: the checkpoint holds a value that no format here can store."
-        )
+    base = _base(group, grid)
     search = _Search(
         group, grid, torch.ones_like(group[:, 0]) if importance is None else importance.to(group)
     )
@@ -84,6 +78,31 @@ def search_scales(
     for _ in range(_REFITS):
         search.attempt(_stored(search.fitted()))
     return search.best
+
+
+def largest_scales(group: Float[Tensor, "rows outputs"], grid: Grid) -> Float[Tensor, " outputs"]:
+    """One scale per output, with which its largest weight is the end of the shorter side of the grid.
+
+    Returns:
+        As `search_scales`.
+
+    Raises:
+        InputError: a scale beyond float16.
+    """
+    base = _base(group, grid) * (-grid.lowest / grid.highest)
+    return torch.nan_to_num(_stored(base), nan=1.0)
+
+
+def _base(group: Float[Tensor, "rows outputs"], grid: Grid) -> Float[Tensor, " outputs"]:
+    """The scale with which the largest weight is the end of the longer side."""
+    largest = group.abs().amax(0)
+    base = largest / -grid.lowest
+    if float(base.amax()) > _LARGEST / 2:
+        raise InputError(
+            f"A weight of {float(largest.amax()):.3g} needs a scale beyond float16 ({_LARGEST:.0f}) at "
+            f"{grid.bits} bits: the checkpoint holds a value that no format here can store."
+        )
+    return base
 
 
 class _Search:

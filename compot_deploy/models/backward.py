@@ -4,6 +4,9 @@ Forwards the hidden states in front of every block are kept. Behind the last blo
 and a scalar of it its gradient. Backwards each block is loaded once more, run on its kept input with gradients switched
 on, and asked for those at its products and at its input, which is the output of the block before.
 
+Who wants to know what the tables do is told by a `TableWatch`: of the output head its input and the gradient of its
+output, and of the token table the ids and the gradients of their rows, through whatever stands before the first block.
+
 This needs blocks that hand nothing to each other but hidden states. A model that does otherwise is noticed: what
 a block gives is then not what the next one was given.
 """
@@ -12,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.models.sites import Products
@@ -43,6 +47,26 @@ class Product:
     gradient: Float[Tensor, "texts rows outputs"]
 
 
+@runtime_checkable
+class TableWatch(Protocol):
+    """Who is told what the tables of a model do to the scalars: all batches at the head, then all at the rows."""
+
+    def head(
+        self, batch: int, values: Float[Tensor, "rows hidden"], gradients: Sequence[Float[Tensor, "rows out"]]
+    ) -> None:
+        """What the output head multiplied in a batch, and the gradient of each scalar at what came out."""
+        ...
+
+    def rows(
+        self, batch: int, ids: Int[Tensor, " rows"], gradients: Sequence[Float[Tensor, "rows hidden"]]
+    ) -> None:
+        """Which rows of the token table a batch read, and the gradient of each scalar at every one of them.
+
+        Not called for a model that does not look rows up before its first block.
+        """
+        ...
+
+
 def products_backwards(
     source: ModelSource,
     batches: Sequence[Batch],
@@ -52,6 +76,7 @@ def products_backwards(
     device: str = "cpu",
     dtype: str = "float32",
     step: Callable[[], None] = lambda: None,
+    watch: TableWatch | None = None,
 ) -> Iterator[tuple[str, list[Product]]]:
     """Block after block, the last one first: its products, for every batch and every draw of the scalar.
 
@@ -63,6 +88,7 @@ def products_backwards(
         device: where to compute.
         dtype: of weights and activations.
         step: called after every block, forwards and backwards.
+        watch: told of the tables: of the head before the first block is given, of the rows behind the last.
 
     Raises:
         UnsupportedModelError: the model's blocks hand each other more than hidden states.
@@ -75,7 +101,10 @@ def products_backwards(
             stream.advance(capture=False)
             step()
         given.append(stream.given())
-        behind = stream.finish_with(lambda output, batch: [scalar(output, batch) for _ in range(draws)])
+        behind = stream.finish_with(
+            lambda output, batch: [scalar(output, batch) for _ in range(draws)],
+            None if watch is None else watch.head,
+        )
         step()
         model, batches = stream.model, stream.batches
     gradients = [one.gradients for one in behind]
@@ -90,6 +119,12 @@ def products_backwards(
         source.unload(model.get_submodule(block))
         step()
         yield block, found
+    if watch is not None and source.layout.embedding is not None:
+        table = model.get_submodule(source.layout.embedding).weight
+        for number, (batch, hidden) in enumerate(zip(batches, gradients, strict=True)):
+            found_rows = _at_the_table(model, blocks[0], table, batch, hidden)
+            if found_rows is not None:
+                watch.rows(number, found_rows.ids, found_rows.gradients)
 
 
 def _through(
@@ -124,3 +159,72 @@ def _through(
 def _by_text(values: Tensor, texts: int) -> Tensor:
     rows = values.detach().reshape(-1, values.shape[-1])
     return rows.reshape(texts if len(rows) % texts == 0 else 1, -1, rows.shape[-1])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What was looked up, and the gradient of every scalar at each of the rows."""
+
+    ids: Tensor
+    gradients: list[Tensor]
+
+
+class _Reached(Exception):
+    """Leaves a model in front of its first block, with the hidden states there."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+class _LookedUp(TorchFunctionMode):
+    """Sees which rows of a table are looked up, and lets gradients end there."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self._table = table
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See `torch.overrides.TorchFunctionMode`."""
+        result = function(*args, **(kwargs or {}))
+        if function is nn.functional.embedding and args[1] is self._table:
+            result = result.detach().requires_grad_(True)
+            self.seen.append((args[0], result))
+        return result
+
+
+def _at_the_table(
+    model: Any, block: str, table: Tensor, batch: Batch, gradients: Sequence[Tensor]
+) -> _Rows | None:
+    """Rows that a model looks up before its first block, from the gradients at the block's input; None without any.
+
+    What stands before the first block is run once more, now with gradients.
+    """
+
+    def reached(*args: Any, **kwargs: Any) -> Any:
+        raise _Reached(hidden_of(Given(args, kwargs)))
+
+    module = model.get_submodule(block)
+    module.forward, mode = reached, _LookedUp(table)
+    try:
+        with torch.enable_grad(), mode:
+            model(**batch.arguments)
+    except _Reached as stopped:
+        hidden = stopped.hidden
+    finally:
+        del module.forward
+    if not mode.seen:
+        return None
+    ids = torch.cat([one.flatten() for one, _ in mode.seen])
+    width = table.shape[-1]
+    found = []
+    for number, gradient in enumerate(gradients):
+        parts = torch.autograd.grad(
+            hidden,
+            [rows for _, rows in mode.seen],
+            gradient.view_as(hidden),
+            retain_graph=number + 1 < len(gradients),
+        )
+        found.append(torch.cat([part.reshape(-1, width) for part in parts]))
+    return _Rows(ids, found)

@@ -44,6 +44,7 @@ class Given:
 
 
 _HIDDEN: Final = "hidden_states"
+_HEAD: Final = "head"
 
 
 def hidden_of(given: Given) -> Tensor:
@@ -88,6 +89,8 @@ class BlockStream:
         device: where it runs.
         dtype: of weights and activations.
         finish: also run what comes behind the last block, head included; see `outputs`.
+        at_head: given the Gram of what the output head reads, as soon as all batches have come there; None where the
+            model has not asked its head. The head itself is not run. Not for a stream that finishes.
     """
 
     def __init__(
@@ -98,8 +101,11 @@ class BlockStream:
         device: str = "cpu",
         dtype: str = "float32",
         finish: bool = False,
+        at_head: Callable[[Gram | None], None] | None = None,
     ) -> None:
         self._source, self._finish = source, finish
+        self._at_head = None if finish or source.layout.head is None else at_head
+        self._head: dict[str, Gram] = {}
         self._device, self._dtype = torch.device(device), getattr(torch, dtype)
         self._model = source.skeleton(device=self._device, dtype=self._dtype, head=finish)
         self._batches = [batch.to(self._device) for batch in batches]
@@ -152,6 +158,9 @@ class BlockStream:
         self._next += 1
         if self._next == len(self._source.layout.blocks) and not self._finish:
             self.close()
+            if self._at_head is not None:
+                found = self._head.get(_HEAD)
+                self._at_head(None if found is None else _on_cpu(found))
         return {name: _on_cpu(gram) for name, gram in grams.items()}
 
     def skip_to(self, number: int, replacements: Callable[[str], Replacements] | None = None) -> None:
@@ -181,24 +190,44 @@ class BlockStream:
             self._start()
         return [one.given for one in self._passes]
 
-    def finish_with(self, scalars: Callable[[Tensor, Batch], Sequence[Tensor]]) -> list[Behind]:
+    def finish_with(
+        self,
+        scalars: Callable[[Tensor, Batch], Sequence[Tensor]],
+        at_head: Callable[[int, Tensor, Sequence[Tensor]], None] | None = None,
+    ) -> list[Behind]:
         """Run the last block and what comes behind it, and differentiate; one batch at a time; needs ``finish``.
 
         Args:
             scalars: of an output; what is differentiated.
+            at_head: told, by number of the batch, what the output head multiplied (rows, in) and the gradient of each
+                scalar at what came out (rows, out); not called for a model without a head.
         """
         path = self._source.layout.blocks[self._next]
         self._source.load(self._model, path, device=self._device, dtype=self._dtype)
         found = []
-        for one, batch in zip(self._passes, self._batches, strict=True):
+        products: list[tuple[Tensor, Tensor]] = []
+        head = self._source.layout.head
+        watched = None
+        if at_head is not None and head is not None:
+            watched = self._model.get_submodule(head).register_forward_hook(
+                lambda _, args, product: products.append((args[0], product))
+            )
+        for place, (one, batch) in enumerate(zip(self._passes, self._batches, strict=True)):
             hidden = one.go_on_with_gradients()
             sums = scalars(self._source.task.output(one.result), batch)
             one.result = None
+            wanted = [hidden, *(product for _, product in products)]
             gradients = [
-                torch.autograd.grad(value, hidden, retain_graph=number + 1 < len(sums))[0]
+                torch.autograd.grad(value, wanted, retain_graph=number + 1 < len(sums))
                 for number, value in enumerate(sums)
             ]
-            found.append(Behind(hidden.detach(), gradients))
+            if at_head is not None and products:
+                values, product = products.pop()
+                outs = [parts[1].reshape(-1, product.shape[-1]) for parts in gradients]
+                at_head(place, values.detach().reshape(-1, values.shape[-1]), outs)
+            found.append(Behind(hidden.detach(), [parts[0] for parts in gradients]))
+        if watched is not None:
+            watched.remove()
         self._source.unload(self._model.get_submodule(path))
         self._next += 1
         return found
@@ -213,8 +242,9 @@ class BlockStream:
             one.end()
         if not self._finish:
             self._passes = []
-        for path in self._source.layout.blocks:
-            self._model.get_submodule(path).__dict__.pop("forward", None)
+        replaced = [*self._source.layout.blocks, *([self._source.layout.head] if self._at_head else [])]
+        for path in replaced:
+            self._model.get_submodule(str(path)).__dict__.pop("forward", None)
 
     def _start(self) -> None:
         by_thread: dict[int, _Pass] = {}
@@ -228,11 +258,24 @@ class BlockStream:
         for path in self._source.layout.blocks:
             module = self._model.get_submodule(path)
             module.forward = paused(path, module.forward)
-        last = None if self._finish else self._source.layout.blocks[-1]
+        last = None if self._finish or self._at_head is not None else self._source.layout.blocks[-1]
+        if self._at_head is not None:
+            assert self._source.layout.head is not None
+            self._model.get_submodule(self._source.layout.head).forward = self._stop_at_head(by_thread)
         for batch in self._batches:
             one = _Pass(self._model, batch, by_thread, last)
             self._passes.append(one)
             one.begin()
+
+    def _stop_at_head(self, by_thread: Mapping[int, _Pass]) -> Any:
+        """What runs in the place of the head: nothing behind its input matters."""
+
+        def forward(values: Tensor, *_: Any, **__: Any) -> Any:
+            real = by_thread[threading.get_ident()].real
+            add_gram(self._head, _HEAD, real_rows(values, real))
+            raise _Ended
+
+        return forward
 
 
 class _Ended(BaseException):
@@ -259,6 +302,11 @@ class _Pass(threading.Thread):
         """What that block is going to be called with."""
         self._differentiates = False
         self._hidden: Tensor | None = None
+
+    @property
+    def real(self) -> Tensor:
+        """Which tokens of the batch are text."""
+        return self._batch.real
 
     def begin(self) -> None:
         """Run up to the first block."""

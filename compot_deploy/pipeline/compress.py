@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +15,7 @@ from compot_deploy.errors import RecipeError
 from compot_deploy.models.compressed import CompressedModel, Tables
 from compot_deploy.models.tokens import TokenWindows
 from compot_deploy.pipeline.size import fit_size, other_bytes
+from compot_deploy.pipeline.tables import make_tables
 from compot_deploy.pipeline.texts import calibration_windows
 from compot_deploy.planning.by_rule import plan_by_rule
 from compot_deploy.planning.carry_out import Extras, LinearRecord, Outcome, carry_out, choose
@@ -26,8 +27,14 @@ from compot_deploy.planning.rate_points import RatePoints
 from compot_deploy.planning.schemes import Joint
 from compot_deploy.planning.sensitivity import measure_sensitivities
 from compot_deploy.planning.settings import Settings, resolve
+from compot_deploy.planning.tables import (
+    measure_tables,
+    notes_on_tables,
+    smallest_tables,
+    table_weights,
+    with_tables,
+)
 from compot_deploy.progress import Progress, silent
-from compot_deploy.quant import rtn
 from compot_deploy.recipe import default_of, one_scheme_options, override
 from compot_deploy.report.facts import Frontier
 from compot_deploy.report.plan import frontier_of
@@ -79,8 +86,8 @@ def compress(settings: Settings, work: Path, progress: Progress = silent) -> Com
         plan = plan_by_rule(settings, progress)  # refuses what cannot be met before text is asked for
         context = context_of(settings, work, progress)
         outcome = carry_out(context, [plan], _extras(settings, plan))
-    tables = _tables(settings, work)
-    files = {**tables, **_outside(settings, work)}
+    tables = make_tables(settings, context, outcome.plan, () if draft is None else draft.tables)
+    files = {**tables.files, **_outside(settings, work)}
     beside: dict[str, Mapping[str, Matrix]] = {}
     if settings.baseline is not None and outcome.baseline:
         name = f"gptq {settings.baseline.dictionary_grid}"
@@ -89,13 +96,16 @@ def compress(settings: Settings, work: Path, progress: Progress = silent) -> Com
     beside |= {name: StoredMatrices({**made, **files}) for name, made in compared.items()}
     plan_notes = _notes_of_plan(settings, outcome.plan) if draft is not None else ()
     return Compression(
-        model=_model(settings, {**outcome.files, **tables}, work),
+        model=_model(settings, {**outcome.files, **tables.files}, work),
         plan=outcome.plan,
-        linears=outcome.linears,
+        linears=(*outcome.linears, *tables.records),
         calibration=context.windows,
         notes=(
             *plan_notes,
             *(notes_on(draft.rate_points) if draft is not None else ()),
+            *notes_on_tables(
+                outcome.plan, {one.name: one.error for one in tables.records}, settings.table_grids
+            ),
             *outcome.notes,
             *_notes(context.windows, outcome.linears),
             *complaints,
@@ -169,24 +179,23 @@ def draft_of(settings: Settings, context: PlanningContext) -> Draft:
     recipe = settings.recipe
     rest = _Rest(settings)
     sizes = context.sizes(context.names)
-    plain = plain_plan(sizes, recipe.dictionary_grid, settings.storage)
-    budget = settings.budget(rest.of(plain) if recipe.size_bytes is not None else 0)
+    size = recipe.size_bytes
+    budget = settings.budget(0) if size is None else _first_guess(settings, sizes, rest)
     collect_grams(context)
-    if recipe.size_bytes is None:
+    if size is None:
         check_budget(context, budget)
     rate_points: tuple[RatePoints, ...] = measure_rate_points(context)
     sensitivities = measure_sensitivities(context)
-    size = recipe.size_bytes
+    tables = measure_tables(context, settings.table_grids)
 
     def plans_at(limit: int) -> tuple[Plan, ...]:
-        return choose(rate_points, sensitivities, limit)
+        return choose(rate_points, sensitivities, limit, tables)
 
     def plans_within() -> tuple[Plan, ...]:
         if size is None:
-            return plans_at(budget)
-        return fit_size(
-            size, budget, smallest_bytes(rate_points), plans_at, lambda plan: plan.bytes + rest.of(plan)
-        )
+            return with_tables(choose(rate_points, sensitivities, budget), tables)
+        smallest = smallest_bytes([*rate_points, *(one.points for one in tables)])
+        return fit_size(size, budget, smallest, plans_at, lambda plan: plan.bytes + rest.of(plan))
 
     plans = plans_within()
     turns = 0
@@ -195,7 +204,16 @@ def draft_of(settings: Settings, context: PlanningContext) -> Draft:
         # In the end only what is measured has a say.
         rate_points = corrected if turns < _CORRECTIONS else tuple(one.measured() for one in corrected)
         plans = plans_within()
-    return Draft(context, rate_points, sensitivities, plans, sizes, rest.of(plans[0]))
+    sensitivities = {**sensitivities, **table_weights(tables)}
+    return Draft(context, rate_points, sensitivities, plans, sizes, rest.of(plans[0]), tables)
+
+
+def _first_guess(settings: Settings, sizes: Mapping[str, tuple[int, int]], rest: _Rest) -> int:
+    """What a size leaves for the linears, and for the tables that compete with them, before anything is measured."""
+    plain = plain_plan(sizes, settings.recipe.dictionary_grid, settings.storage)
+    smallest = smallest_tables(settings.source, settings.table_grids, settings.storage)
+    plain = replace(plain, tables=smallest)
+    return settings.budget(rest.of(plain) - plain.table_bytes)
 
 
 class _Rest:
@@ -223,8 +241,6 @@ def _extras(settings: Settings, plan: Plan) -> Extras:
 
 def with_grids_of(plan: Plan, settings: Settings) -> Plan:
     """The same plan on the grids of other settings."""
-    from dataclasses import replace
-
     from compot_deploy.planning.rate_points import Candidate
     from compot_deploy.planning.schemes import Scheme, Separate
 
@@ -270,17 +286,6 @@ def _outside(settings: Settings, work: Path) -> dict[str, Path]:
     if names and not path.exists():
         save_matrices(path, {name: Dense(source.weight(name).float().contiguous()) for name in names})
     return dict.fromkeys(names, path)
-
-
-def _tables(settings: Settings, work: Path) -> dict[str, Path]:
-    """The token embedding and, where it is a matrix of its own, the output head; (hidden, vocabulary)."""
-    files = {}
-    for name, grid in settings.tables.items():
-        files[name] = work / f"{name.rsplit('.', 1)[-1]}.safetensors"
-        if not files[name].exists():
-            weight = settings.source.weight(name).float()
-            save_matrices(files[name], {name: Dense(weight) if grid is None else rtn(weight, None, grid)})
-    return files
 
 
 def _notes_of_plan(settings: Settings, plan: Plan) -> tuple[str, ...]:

@@ -56,7 +56,7 @@ def fit_size(
 
     Args:
         size: of the model's files, in bytes.
-        budget: for the matrices, a first guess.
+        budget: for the matrices and the tables that compete with them, a first guess.
         smallest: least budget there is a plan for.
         plans_at: plans of a budget.
         predict: size of a plan's files.
@@ -71,14 +71,14 @@ def fit_size(
     for _ in range(_ATTEMPTS):
         plans = plans_at(budget)
         largest = max(predict(plan) for plan in plans)
-        if largest <= size and (not best or plans[0].loss < best[0].loss):
+        if largest <= size and (not best or plans[0].total_loss < best[0].total_loss):
             best = plans
         if largest > size and budget == smallest:
             break
         left = size - largest
         if 0 <= left <= size * _CLOSE or (left > 0 and plans[0].notes):
             break
-        spent = plans[0].bytes
+        spent = plans[0].bytes + plans[0].table_bytes
         if before is not None and before[0] != spent:
             slope = min(8.0, max(0.5, (largest - before[1]) / (spent - before[0])))
         before = (spent, largest)
@@ -101,7 +101,7 @@ def model_of_stand_ins(settings: Settings, plan: Plan) -> CompressedModel:
     for entry in plan.chosen:
         made |= _stand_ins(entry.candidate.scheme, {name: source.shape(name) for name in entry.names})
     matrices = {name: made[name] for name in layout.names}
-    matrices |= {name: _leaf(*source.shape(name), grid) for name, grid in settings.tables.items()}
+    matrices |= {name: _leaf(*source.shape(name), grid) for name, grid in settings.tables(plan).items()}
     matrices |= {name: _leaf(*source.shape(name), None) for name in source.outside}
     written = {f"{name}.weight" for name in (layout.embedding, layout.head) if name is not None}
     written |= {site.parameter for site in layout.sites} | {f"{name}.weight" for name in source.outside}

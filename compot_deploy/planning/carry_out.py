@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -28,6 +28,7 @@ from compot_deploy.planning.knapsack import Chosen, Plan, knapsack, smallest_byt
 from compot_deploy.planning.rate_points import RatePoints
 from compot_deploy.planning.schemes import Plain, Scheme, Separate, describe, scheme_to_data
 from compot_deploy.planning.sensitivity import ReplacedLoss
+from compot_deploy.planning.tables import TablePoints, split_tables, table_weights
 from compot_deploy.quant import QUANTIZERS
 
 _FINAL: Final = 4
@@ -94,16 +95,29 @@ class Outcome:
     baseline: Mapping[str, Path] = field(default_factory=dict)
 
 
-def choose(rate_points: Sequence[RatePoints], weights: Mapping[str, float], budget: int) -> tuple[Plan, ...]:
+def choose(
+    rate_points: Sequence[RatePoints],
+    weights: Mapping[str, float],
+    budget: int,
+    tables: Sequence[TablePoints] = (),
+) -> tuple[Plan, ...]:
     """The plan, then what it must not be worse than: the best mix of plain grids and the best single grid.
 
     All within the same budget; those that are possible and differ.
+
+    Args:
+        rate_points: of the linears.
+        weights: what one unit of relative squared error of a matrix costs the model.
+        budget: of the linears, and of `tables`.
+        tables: that the budget is for as well; what the plan is compared with has the plan's.
     """
 
     def possible(some: Sequence[RatePoints]) -> bool:
         return all(all(one.per_matrix) for one in some) and smallest_bytes(some) <= budget
 
-    plan = knapsack(rate_points, budget, weights)
+    every = (*rate_points, *(one.points for one in tables))
+    plan = split_tables(knapsack(every, budget, {**weights, **table_weights(tables)}), tables)
+    budget = plan.budget
     plain = [one.only(lambda scheme: isinstance(scheme, Plain)) for one in rate_points]
     contenders = [plain] if possible(plain) else []
     singles = [
@@ -113,6 +127,7 @@ def choose(rate_points: Sequence[RatePoints], weights: Mapping[str, float], budg
     made = [knapsack(some, budget, weights) for some in singles if possible(some)]
     plans = [plan, *(knapsack(some, budget, weights) for some in contenders)]
     plans += [min(made, key=lambda one: one.loss)] if made else []
+    plans = [replace(one, tables=plan.tables, table_loss=plan.table_loss) for one in plans]
     different = {schemes_of(one): one for one in reversed(plans)}
     return tuple(one for one in plans if different[schemes_of(one)] is one)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Final
 
 from jaxtyping import Float
 from safetensors.torch import load_file
@@ -21,6 +22,8 @@ from compot_deploy.models.tokens import TokenWindows
 from compot_deploy.numerics.whiten import Whitening, whiten
 from compot_deploy.planning.candidates import Search
 from compot_deploy.progress import Progress, silent
+
+_HEAD: Final = "head"
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,20 @@ class PlanningContext:
         """Values of matrices, in float32."""
         return {name: self.source.weight(name).float().to(self.device) for name in names}
 
-    def stream(self) -> BlockStream:
-        """The model as it reads the calibration text, in front of its first block."""
-        return BlockStream(self.source, self.batches, device=self.device, dtype=self.dtype)
+    def stream(self, *, original: bool = False) -> BlockStream:
+        """The model as it reads the calibration text, in front of its first block.
+
+        Args:
+            original: no block is going to be replaced, even where matrices are made one block after the other.
+        """
+        return BlockStream(
+            self.source,
+            self.batches,
+            device=self.device,
+            dtype=self.dtype,
+            # What reaches the head behind compressed blocks is known only after they are kept.
+            at_head=self._keep_head_gram if original or not self.sequential else None,
+        )
 
     # -- Grams in the work folder --------------------------------------------------------------------
 
@@ -125,6 +139,22 @@ class PlanningContext:
         """A file of the work folder that belongs to one block."""
         return self.work / f"{kind}-{self.blocks.index(block):04d}.safetensors"
 
+    @property
+    def has_head_gram(self) -> bool:
+        """Whether the Gram of what the output head reads is in the work folder; True for a model without a head."""
+        return self.source.layout.head is None or self._head_file.exists()
+
+    def head_gram(self) -> Tensor | None:
+        """Gram of what the output head reads; None for a model without a head, and where it was not collected."""
+        return load_file(self._head_file).get(_HEAD) if self._head_file.exists() else None
+
+    def _keep_head_gram(self, gram: Gram | None) -> None:
+        write_tensors(self._head_file, {} if gram is None else {_HEAD: gram.matrix}, {})
+
+    @property
+    def _head_file(self) -> Path:
+        return self.work / "head-gram.safetensors"
+
     def _gram_file(self, block: str) -> Path:
         return self.block_file("grams", block)
 
@@ -137,8 +167,10 @@ def collect_grams(context: PlanningContext) -> None:
     label = "Calibrate"
     blocks = context.blocks
     missing = [number for number, block in enumerate(blocks) if not context.has_grams(block)]
+    if not context.has_head_gram:
+        missing = sorted({*missing, len(blocks) - 1})
     if missing:
-        with context.stream() as stream:
+        with context.stream(original=True) as stream:
             for number in range(missing[0], missing[-1] + 1):
                 context.progress(number, len(blocks), label)
                 stream.skip_to(number)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from compot_deploy.planning.context import PlanningContext
 from compot_deploy.planning.knapsack import Plan
 from compot_deploy.planning.rate_points import RatePoints
+from compot_deploy.planning.tables import TablePoints
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Draft:
         plans: the plan; behind it what it will be compared with, see `compot_deploy.planning.carry_out.choose`.
         sizes: (in, out) of each matrix.
         other_bytes: predicted bytes of everything in the model's files that is not a matrix of a block.
+        tables: what could be chosen for the token embedding and the output head; none where nothing is known of them.
     """
 
     context: PlanningContext
@@ -29,3 +31,4 @@ class Draft:
     plans: tuple[Plan, ...]
     sizes: Mapping[str, tuple[int, int]]
     other_bytes: int
+    tables: tuple[TablePoints, ...] = ()

@@ -60,17 +60,32 @@ class Plan:
         budget: bytes that were allowed.
         loss: predicted: sum of the weighted squared errors.
         notes: facts that a report must state.
+        tables: schemes of the token embedding and the output head, which `bytes`, `budget` and `loss` leave out; none
+            where their precision is settled.
+        table_loss: predicted: what the tables add to the loss.
     """
 
     chosen: tuple[Chosen, ...]
     budget: int
     loss: float
     notes: tuple[str, ...] = ()
+    tables: tuple[Chosen, ...] = ()
+    table_loss: float = 0.0
 
     @property
     def bytes(self) -> int:
         """Bytes of all matrices."""
         return sum(entry.candidate.bytes for entry in self.chosen)
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the tables whose schemes were chosen."""
+        return sum(entry.candidate.bytes for entry in self.tables)
+
+    @property
+    def total_loss(self) -> float:
+        """Predicted, tables included."""
+        return self.loss + self.table_loss
 
 
 def knapsack(

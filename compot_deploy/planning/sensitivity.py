@@ -6,6 +6,8 @@ leaves. To second order the model's loss (KL divergence, or one minus the cosine
 the disturbance does to a scalar that is sampled from the model's own output (`Task.sampled`), and the expectation over
 Z has a closed form: for a text with inputs x and output gradients g it is ``‖Σ_t (L⁻¹x_t)(C g_t)ᵀ‖²``, ``H = L Lᵀ``.
 
+The same pass tells what the token embedding and the output head do, see `compot_deploy.planning.table_effects`.
+
 Where gradients cannot be had each matrix is disturbed alone, and outputs are compared on calibration text. That is also
 what the backward pass is tested against.
 """
@@ -30,6 +32,7 @@ from compot_deploy.planning.candidates import realize, schemes
 from compot_deploy.planning.context import PlanningContext
 from compot_deploy.planning.prediction import output_steps
 from compot_deploy.planning.schemes import Joint, Plain, Scheme
+from compot_deploy.planning.table_effects import TableGradients, has_effects, keep_effects
 from compot_deploy.quant import QUANTIZERS
 
 _POSITIONS: Final = 1024
@@ -53,19 +56,28 @@ _DAMPING: Final = 1e-2
 def measure_sensitivities(context: PlanningContext) -> dict[str, float]:
     """What a unit of squared relative error of each matrix costs the model, in units of the task's loss."""
     path = context.work / "sensitivities.json"
-    if path.exists():
+    if path.exists() and has_effects(context.work):
         known: dict[str, float] = json.loads(path.read_text())
         return known
+    tables = TableGradients(context.source, _some(context, 1), context.device)
     try:
-        found = sensitivities_backwards(context)
+        found = sensitivities_backwards(context, tables)
+        keep_effects(context.work, tables.effects())
     except UnsupportedModelError:
         found = sensitivities_one_by_one(context)
+        keep_effects(context.work, {})
     write_text(path, json.dumps(found))
     return found
 
 
-def sensitivities_backwards(context: PlanningContext) -> dict[str, float]:
+def sensitivities_backwards(
+    context: PlanningContext, tables: TableGradients | None = None
+) -> dict[str, float]:
     """Sensitivities of all matrices from one backward pass.
+
+    Args:
+        context: model and text.
+        tables: told what the tables do.
 
     Raises:
         UnsupportedModelError: the model's blocks hand each other more than hidden states.
@@ -89,6 +101,7 @@ def sensitivities_backwards(context: PlanningContext) -> dict[str, float]:
         draws=draws,
         device=context.device,
         step=step,
+        watch=tables,
     )
     units: dict[str, float] = {}
     for block, seen in products:

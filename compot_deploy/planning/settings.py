@@ -15,6 +15,7 @@ from compot_deploy.errors import RecipeError, UnsupportedModelError
 from compot_deploy.exporters import EXPORTERS, Exporter
 from compot_deploy.models.source import ModelSource
 from compot_deploy.planning.candidates import Search
+from compot_deploy.planning.knapsack import Plan
 from compot_deploy.planning.schemes import GridChoice, Plain
 from compot_deploy.quant.bnb import require_bitsandbytes
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe, override
@@ -26,6 +27,12 @@ _GROUPS: Final = {
     8: (16, 32, 64, 128),
 }
 """Groups that are tried, by bits. Scales of groups of 128 are 6 % of the bytes at 2 bits, half of that at 4."""
+
+_TABLE_GROUPS: Final = (32, 64, 128)
+"""Groups of token embeddings and output heads that are tried."""
+
+_TABLE_GRID: Final = Grid(8, DEFAULT_GROUP)
+"""Of tables that nothing is known of: hardly measurable in any model so far."""
 
 _MEASURE_ALL: Final = 1_000_000
 """Weights of all linears up to which every scheme is measured: a plan of small matrices needs all sizes to fill its
@@ -94,15 +101,56 @@ class Settings:
         )
 
     @property
-    def tables(self) -> dict[str, Grid | None]:
-        """Grid of the token embedding and, where it is a matrix of its own, of the output head."""
+    def precisions(self) -> dict[str, str]:
+        """What was asked for the token embedding and, where it is a matrix of its own, for the output head."""
         layout, recipe = self.source.layout, self.recipe
-        found = {}
+        found: dict[str, str] = {}
         if layout.embedding is not None:
-            found[layout.embedding] = table_grid(recipe.embeddings)
+            found[layout.embedding] = recipe.embeddings
         if layout.head is not None and not layout.tied:
-            found[layout.head] = table_grid(recipe.head)
+            found[layout.head] = recipe.head
         return found
+
+    def tables(self, plan: Plan) -> dict[str, Grid | None]:
+        """Grids of the tables: those that a plan chose, the others as they were asked for."""
+        found = {name: table_grid(precision) for name, precision in self.precisions.items()}
+        for entry in plan.tables:
+            assert isinstance(entry.candidate.scheme, Plain)
+            found[entry.names[0]] = entry.candidate.scheme.grid
+        return found
+
+    @cached_property
+    def table_grids(self) -> dict[str, tuple[Grid, ...]]:
+        """Grids that a plan chooses from, of every table that is to be quantized; those that all formats hold."""
+        if not self.recipe.planned:
+            return {}
+        found = {}
+        for name, precision in self.precisions.items():
+            grid = table_grid(precision)
+            if grid is not None:
+                found[name] = self._grids_of(name) if precision == "auto" else (grid,)
+        return found
+
+    def _grids_of(self, name: str) -> tuple[Grid, ...]:
+        if self.multiplies_out:
+            return tuple(Grid(bits, DEFAULT_GROUP) for bits in (4, 8))  # finer ones cost as much as Q4_0
+        layout = self.source.layout
+        roles = ["embedding"] if name == layout.embedding else []
+        roles += ["head"] if name == layout.head or layout.tied else []
+
+        def takes(grid: Grid) -> bool:
+            try:
+                for kind in self.recipe.format:
+                    exporter = EXPORTERS[kind]
+                    grids = dict.fromkeys(roles, grid)
+                    exporter.check(self.source, grids, options_of(self.recipe, exporter))
+            except RecipeError:
+                return False
+            return stores(self.storage, grid)
+
+        tried = [Grid(bits, group) for bits, groups in _GROUPS.items() for group in groups]
+        found = tuple(grid for grid in tried if grid.group in _TABLE_GROUPS and takes(grid))
+        return found or (_TABLE_GRID,)
 
     @property
     def baseline(self) -> Recipe | None:
@@ -170,7 +218,9 @@ def options_of(recipe: Recipe, exporter: Exporter, **more: Any) -> Any:
 
 
 def table_grid(precision: str) -> Grid | None:
-    """Grid of a token embedding or head; None for floating point."""
+    """Grid of a token embedding or head; None for floating point, and where a plan chooses, what it falls back on."""
+    if precision == "auto":
+        return _TABLE_GRID
     return None if precision == "none" else Grid(int(precision.removeprefix("int")), DEFAULT_GROUP)
 
 

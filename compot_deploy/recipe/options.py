@@ -15,7 +15,7 @@ from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.errors import RecipeError
 
 Quant = Literal["none", "int8", "int4", "nf4", "fp4"]
-Precision = Literal["none", "int8", "int4"]
+Precision = Literal["auto", "none", "int8", "int4", "int3", "int2"]
 
 DEFAULT_GROUP: Final = 32
 """Inputs per scale: the finest that every runtime runs fast, 0.5 bit per weight."""
@@ -82,9 +82,15 @@ class Recipe:
         group="size",
     )
     embeddings: Precision = _option(
-        "int8", "precision of the token embedding (and of a tied head)", group="size"
+        "auto",
+        "precision of the token embedding (and of a tied head); auto lets a plan choose bits and group: with --size "
+        "they compete with the linears for bytes, else they may add 5 % to the linears' predicted loss; int8 without "
+        "a plan",
+        group="size",
     )
-    head: Precision = _option("int8", "precision of an untied output head", group="size")
+    head: Precision = _option(
+        "auto", "precision of an output head that is not tied to the embedding; auto as above", group="size"
+    )
     dictionary_bits: int | None = _option(
         None, "bits of dictionaries (default: --quant)", unit="bits", group="size"
     )

@@ -13,7 +13,7 @@ from compot_deploy.core.storage import InMemory
 from compot_deploy.errors import MissingDependencyError
 from compot_deploy.planning.carry_out import name_of
 from compot_deploy.planning.draft import Draft
-from compot_deploy.planning.knapsack import Plan, frontier, smallest_bytes
+from compot_deploy.planning.knapsack import Chosen, Plan, frontier, smallest_bytes
 from compot_deploy.planning.measure import counted, notes_on
 from compot_deploy.planning.rate_points import RatePoints
 from compot_deploy.planning.schemes import Plain, describe, scheme_to_data
@@ -91,8 +91,11 @@ def overview(planned: Planned) -> Overview:
     rows.append(
         ("all linears", f"{bits:.3f} bits", "", f"{plan.loss:.3g}", f"{plan.bytes:,}", f"{total_plain:,}")
     )
+    rows += [_table_row(planned, entry) for entry in plan.tables]
+    beside = draft.other_bytes - plan.table_bytes
+    tables = f", tables {plan.table_bytes:,}" if plan.tables else ""
     lines = [
-        f"Budget {plan.budget:,} bytes for the linears; everything else takes {draft.other_bytes:,}: "
+        f"Budget {plan.budget:,} bytes for the linears{tables}; everything else takes {beside:,}: "
         f"predicted size of the model's files {planned.artifact_bytes:,} bytes.",
         f"Loaded, the tensors of the linears take {planned.tensor_memory_bytes:,} bytes; what a runtime keeps "
         "beside them (scales once more, packing buffers) is not counted.",
@@ -111,6 +114,21 @@ def overview(planned: Planned) -> Overview:
         columns=("linears", "choice", "error", "loss", "bytes", "plain int4"),
         rows=tuple(rows),
         lines=tuple(lines),
+    )
+
+
+def _table_row(planned: Planned, entry: Chosen) -> tuple[str, str, str, str, str, str]:
+    """The token embedding or the output head: what was chosen for it."""
+    (name,), candidate, source = entry.names, entry.candidate, planned.draft.context.source
+    both = " (embedding and head)" if source.layout.tied else ""
+    plain = _PLAIN_INT4.bytes(*source.shape(name), planned.draft.context.storage)
+    return (
+        f"{_label(entry.names)}{both}",
+        describe(candidate.scheme),
+        f"{candidate.errors[0] ** 0.5:.3f}",
+        f"{planned.draft.sensitivities[name] * candidate.errors[0]:.2g}",
+        f"{candidate.bytes:,}",
+        f"{plain:,}",
     )
 
 
@@ -136,6 +154,17 @@ def as_json(planned: Planned) -> str:
             }
             for entry in plan.chosen
         ],
+        "tables": [
+            {
+                "table": entry.names[0],
+                "form": scheme_to_data(entry.candidate.scheme),
+                "bytes": entry.candidate.bytes,
+                "squared_error": entry.candidate.errors[0],
+            }
+            for entry in plan.tables
+        ],
+        "table_bytes": plan.table_bytes,
+        "predicted_table_loss": plan.table_loss,
         "effects": dict(draft.sensitivities),
         "frontier": [
             {"bytes": one.bytes, "predicted_loss": one.loss} for one in _frontier(planned, draft.rate_points)

@@ -26,8 +26,8 @@ NBITS_BITS: Final = (2, 4, 8)
 PACKED_BITS: Final = (2, 3, 4, 8)
 """Bits that MatMulNBits is given where the graph expands 3 bits to 4."""
 
-GATHER_BITS: Final = (4, 8)
-"""Bits that GatherBlockQuantized runs."""
+GATHER_BITS: Final = (2, 4, 8)
+"""Bits that GatherBlockQuantized runs; 2 from 1.28 on."""
 
 BLOCKS: Final = (16, 32, 64, 128, 256)
 """Block sizes that MatMulNBits and GatherBlockQuantized accept."""

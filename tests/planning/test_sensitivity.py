@@ -27,6 +27,7 @@ from compot_deploy.planning.sensitivity import (
     sensitivities_one_by_one,
 )
 from compot_deploy.planning.settings import resolve
+from compot_deploy.planning.table_effects import known_effects
 from compot_deploy.recipe import Recipe
 
 
@@ -113,8 +114,9 @@ def test_where_gradients_cannot_be_had_each_matrix_is_disturbed(
         tiny.save(tmp_path / "model", num_hidden_layers=1), tmp_path / "work", samples=4, length=16
     )
 
-    def refused(context: PlanningContext) -> dict[str, float]:
+    def refused(context: PlanningContext, tables: object) -> dict[str, float]:
         raise UnsupportedModelError("blocks that hand each other something else")
 
     monkeypatch.setattr(sensitivity, "sensitivities_backwards", refused)
     assert measure_sensitivities(made) == sensitivities_one_by_one(made)
+    assert known_effects(made.work) == {}, "nothing is known of the tables then"

@@ -38,6 +38,10 @@ def lint_operators(subject: Subject) -> Iterator[Diagnostic]:
         yield in_graph(
             "note", "MatMulNBits", f"{two} products with 2 bits: they need ONNX Runtime 1.24 or later."
         )
+    if any(node.op_type == "GatherBlockQuantized" and integers_of(node).get("bits") == 2 for node in nodes):
+        yield in_graph(
+            "note", "GatherBlockQuantized", "A token table with 2 bits: it needs ONNX Runtime 1.28 or later."
+        )
     packed = sum(expansion_of(node.input[1], subject.producers) is not None for node in products)
     if packed:
         yield in_graph(

@@ -399,8 +399,8 @@ def test_grids_and_contexts_out_of_range_are_refused_before_any_work(tmp_path: P
     EXPORTER.check(source, {"dictionary": Grid(4, 32), "codes": Grid(2, 64), "head": None}, OnnxOptions())
     with pytest.raises(RecipeError, match="codes: ONNX stores 2-bit integers in groups of 32, 64 or 128"):
         EXPORTER.check(source, {"codes": Grid(2, 16)}, OnnxOptions())
-    with pytest.raises(RecipeError, match="embedding: ONNX stores token embeddings in 4 or 8 bits, not 2"):
-        EXPORTER.check(source, {"embedding": Grid(2, 32)}, OnnxOptions())
+    with pytest.raises(RecipeError, match="embedding: ONNX stores token embeddings in 2, 4 or 8 bits, not 3"):
+        EXPORTER.check(source, {"embedding": Grid(3, 32)}, OnnxOptions())
     with pytest.raises(RecipeError, match="written as qdq in 4 or 8 bits, not 2"):
         EXPORTER.check(source, {"codes": Grid(2, 32)}, OnnxOptions(ops="qdq"))
     with pytest.raises(RecipeError, match="context of 129 tokens is out of range: the model has 1 to 128"):

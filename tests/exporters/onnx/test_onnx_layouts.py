@@ -140,7 +140,7 @@ def test_bytes_of_another_size_are_refused() -> None:
     [
         (Grid(3, 32), "matmulnbits", False, "in 2, 4 or 8 bits, not 3"),
         (Grid(2, 32), "qdq", False, "written as qdq in 4 or 8 bits, not 2"),
-        (Grid(2, 32), "matmulnbits", True, "token embeddings in 4 or 8 bits, not 2"),
+        (Grid(3, 32), "matmulnbits", True, "token embeddings in 2, 4 or 8 bits, not 3"),
         (Grid(2, 16), "matmulnbits", False, "2-bit integers in groups of 32, 64 or 128, not 16"),
         (Grid(4, 96), "matmulnbits", False, "groups of 16, 32, 64, 128 or 256, not 96"),
     ],

@@ -139,10 +139,10 @@ MATMUL = "/model/layers.0/mlp/up_proj/MatMul"
         (lambda m: node(m, MATMUL).input.extend(["", UP + ".integers"]), "error", MATMUL, "has a g_idx"),
         (lambda m: node(m, MATMUL).input.append(UP + ".scales"), "warning", MATMUL, "has zero points"),
         (
-            lambda m: setattr(node(m, "/model/embed_tokens/Gather").attribute[0], "i", 2),
+            lambda m: setattr(node(m, "/model/embed_tokens/Gather").attribute[0], "i", 3),
             "error",
             "/model/embed_tokens/Gather",
-            "2 bits: onnxruntime runs",
+            "3 bits: onnxruntime runs",
         ),
         (lambda m: setattr(node(m, MATMUL), "name", "up"), "warning", "up", "name is not a path"),
         (
