@@ -12,14 +12,13 @@ what the backward pass is tested against.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Final
 
 import torch
 
 from compot_deploy.core.matrix import Matrix
-from compot_deploy.core.store import write_text
+from compot_deploy.core.work_files import is_sound, read_value, write_value
 from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.models.backward import Product, products_backwards
 from compot_deploy.models.sites import InputGroup
@@ -53,14 +52,14 @@ _DAMPING: Final = 1e-2
 def measure_sensitivities(context: PlanningContext) -> dict[str, float]:
     """What a unit of squared relative error of each matrix costs the model, in units of the task's loss."""
     path = context.work / "sensitivities.json"
-    if path.exists():
-        known: dict[str, float] = json.loads(path.read_text())
+    if is_sound(path):
+        known: dict[str, float] = read_value(path)
         return known
     try:
         found = sensitivities_backwards(context)
     except UnsupportedModelError:
         found = sensitivities_one_by_one(context)
-    write_text(path, json.dumps(found))
+    write_value(path, found)
     return found
 
 
