@@ -11,7 +11,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +19,7 @@ from typing import Final
 
 from safetensors import SafetensorError
 
-from compot_deploy.errors import InputError
+from compot_deploy.errors import CompotDeployError, InputError
 
 REFUSALS: Final = MappingProxyType(
     {
@@ -31,45 +31,54 @@ REFUSALS: Final = MappingProxyType(
         errno.EROFS: "the file system is read-only",
         errno.ENAMETOOLONG: "the path is too long",
         errno.EIO: "the disk does not answer as it should",
-        errno.EMFILE: "too many files are open",
     }
 )
 """What the user can mend, by the number of the error."""
 
+FULL: Final = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))
+"""Of these, what only writing can meet; a file that may not be read is refused with the same number as one to write."""
+
 NOTHING_LEFT: Final = "Nothing was left behind; choose another folder, or make room, and run again."
 
 
-def refusal(error: BaseException) -> str | None:
-    """What a disk refused, in words; None for an error of another kind."""
-    if not isinstance(error, OSError):
-        return _refusal_of_library(error)
-    if error.errno is None and "written" in str(error):  # numpy's tofile gives a short write no number
-        return REFUSALS[errno.ENOSPC]
-    return REFUSALS.get(error.errno or 0)
+def refusal(error: BaseException, numbers: Collection[int] = REFUSALS.keys()) -> str | None:
+    """What a disk refused, in words; None for an error of another kind.
+
+    Args:
+        error: of Python, or of a library in Rust, which tells the system's number in its text alone.
+        numbers: of the system's errors that are meant.
+    """
+    number = error.errno if isinstance(error, OSError) else _number_of(error)
+    if number is None and isinstance(error, OSError) and "written" in str(error):
+        number = errno.ENOSPC  # numpy's tofile gives a short write no number
+    return REFUSALS.get(number) if number is not None and number in numbers else None
 
 
 @contextmanager
-def disk_errors(target: Path, advice: str = NOTHING_LEFT) -> Iterator[None]:
+def disk_errors(
+    target: Path, advice: str = NOTHING_LEFT, numbers: Collection[int] = REFUSALS.keys()
+) -> Iterator[None]:
     """Turn what a disk refuses into one sentence; leave every other error alone.
 
     Args:
         target: what was to be written.
         advice: what to do next.
+        numbers: of the system's errors that are meant.
 
     Raises:
         InputError: says what could not be written, why, and how much room there is.
     """
     try:
         yield
-    except InputError:
+    except CompotDeployError:
         raise
     except Exception as error:
-        reason = refusal(error)
+        reason = refusal(error, numbers)
         if reason is None:
             raise
         named = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else None
         place = Path(named) if named is not None else target
-        outside = "" if named is None or _inside(place, target.parent) else f" at {place}"
+        outside = "" if _inside(place, target.parent) else f" at {place}"
         free = shutil.disk_usage(_existing(place)).free
         raise InputError(
             f"{target} could not be written: {reason}{outside} ({free:,} bytes are free there). {advice}"
@@ -108,15 +117,8 @@ def flush_entries(folder: Path) -> None:
 
 
 def _number_of(error: BaseException) -> int | None:
-    found = re.search(r"\(os error (\d+)\)|\bcode: (\d+)", str(error))
+    found = re.search(r"\(os error (\d+)\)|\bOs \{ code: (\d+)", str(error))
     return None if found is None else int(found[1] or found[2])
-
-
-def _refusal_of_library(error: BaseException) -> str | None:
-    """Of a library whose errors are no `OSError` and tell the number of the system's error in their text."""
-    if not isinstance(error, SafetensorError):
-        return None
-    return REFUSALS.get(_number_of(error) or 0)
 
 
 def _existing(path: Path) -> Path:

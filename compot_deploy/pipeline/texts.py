@@ -132,7 +132,8 @@ class _Reader:
 
     def own(self, name: str) -> TokenWindows:
         """Sampled from the model itself."""
-        path = self._work / f"{name}.safetensors"
+        samples, length, seed = (self._common[key] for key in ("samples", "length", "seed"))
+        path = self._work / f"{name}-{samples}x{length}-{seed}.safetensors"
         origin = "text sampled from the model itself"
         if is_sound(path):
             return make_windows(list(read_tensors(path)["windows"]), origin, self._source.vocabulary)

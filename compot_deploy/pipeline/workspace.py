@@ -7,15 +7,17 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Final
 
-from compot_deploy.core.disk import disk_errors
+from compot_deploy.core.disk import FULL, disk_errors
 from compot_deploy.core.lock import locked
+from compot_deploy.core.work_files import is_sound, read_value, write_value
 from compot_deploy.errors import InputError, InterruptedRunError
 from compot_deploy.exporters.archive import archive_path
-from compot_deploy.exporters.staging import clear_leftovers
+from compot_deploy.exporters.manifest import MANIFEST
+from compot_deploy.exporters.staging import aside_of, clear_leftovers
 from compot_deploy.models.source import TOKENIZER_FILES, ModelSource
 from compot_deploy.models.tokens import text_of_dataset
 from compot_deploy.pipeline.code_version import code_version
@@ -119,10 +121,46 @@ def reserved(recipe: Recipe, work: Path | None = None) -> Iterator[None]:
             raise InputError(
                 f"{base.parent} cannot be written: {error.strerror}. Choose another --out."
             ) from None
-        for target in targets:
+        for target in {base, *targets}:
             clear_leftovers(target)
             clear_leftovers(archive_path(target))
         yield
+
+
+def note_finished(work: Path, recipe: Recipe, kind: str, folder: Path) -> None:
+    """Note which folder is about to take its place: the same command takes it as finished, see `is_finished`.
+
+    Args:
+        work: folder for what is finished.
+        recipe: that is followed.
+        kind: format of the folder.
+        folder: sealed, not in its place yet.
+    """
+    write_value(work / f"finished-{kind}.json", [_hash_of_recipe(recipe), _hash_of(folder / MANIFEST)])
+
+
+def is_finished(work: Path, recipe: Recipe, kind: str, target: Path) -> bool:
+    """Whether the folder at a target is what a run of the same recipe put there before it was stopped."""
+    path = work / f"finished-{kind}.json"
+    if not is_sound(path) or not (target / MANIFEST).is_file():
+        return False
+    return bool(read_value(path) == [_hash_of_recipe(recipe), _hash_of(target / MANIFEST)])
+
+
+def remove_work(work: Path, recipe: Recipe) -> None:
+    """Remove a work folder that has served; half of it is never taken for work, however this is stopped."""
+    rubbish = aside_of(_base(recipe), "staging")
+    work.rename(rubbish)
+    shutil.rmtree(rubbish, ignore_errors=True)
+
+
+def _hash_of_recipe(recipe: Recipe) -> str:
+    values = {name: value for name, value in asdict(recipe).items() if name not in ("force", "archive")}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextmanager
@@ -136,7 +174,7 @@ def kept_when_interrupted(work: Path) -> Iterator[None]:
             f"{work.parent} cannot be written: {error.strerror}. Choose another --out."
         ) from None
     try:
-        with disk_errors(work, _GOES_ON):
+        with disk_errors(work, _GOES_ON, FULL):
             yield
     except KeyboardInterrupt:
         raise InterruptedRunError(

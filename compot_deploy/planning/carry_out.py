@@ -215,8 +215,14 @@ class _Known:
 
 
 def _digest(plan: Plan, context: PlanningContext, extras: Extras) -> str:
-    """Names what is made: schemes, and how."""
-    named = json.dumps([(names, scheme_to_data(scheme)) for names, scheme in schemes_of(plan)])
+    """Names what is made: schemes, how, and what is told of it."""
+    named = json.dumps(
+        [
+            (entry.names, scheme_to_data(entry.candidate.scheme), entry.reason, bool(entry.candidate.errors))
+            for entry in plan.chosen
+        ]
+    )
+    named += repr((context.quantizer, context.search.rounds, context.search.alternation))
     named += "sequential" * context.sequential + "factors" * extras.factors
     named += "" if extras.baseline is None else f"beside {extras.baseline_quantizer}"
     return hashlib.sha256(named.encode()).hexdigest()[:12]

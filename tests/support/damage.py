@@ -33,9 +33,13 @@ class Damage:
 
     @property
     def elsewhere(self) -> Path:
-        """The file of the same name of another run."""
+        """The file of the same kind of another run, whose folder lies beside."""
+        kind = self.path.name.partition("-")[0]
         runs = sorted(run for run in self.path.parent.parent.iterdir() if run != self.path.parent)
-        return next(run / self.path.name for run in runs if (run / self.path.name).exists())
+        found = (one for run in runs for one in sorted(run.iterdir()))
+        return next(
+            one for one in found if one.name.partition("-")[0] == kind and one.suffix == self.path.suffix
+        )
 
 
 def _cut(damage: Damage) -> None:
