@@ -12,7 +12,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import IO, cast
 
+from compot_deploy.core.disk import disk_errors, put_in_place
 from compot_deploy.errors import InputError
+from compot_deploy.exporters.staging import aside_of
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that zip can hold
 
@@ -30,15 +32,17 @@ def write_archive(folder: Path, force: bool = False) -> Path:
         force: replace an existing archive.
 
     Raises:
-        InputError: the archive exists and `force` is not given.
+        InputError: the archive exists and `force` is not given; or the disk refuses it.
     """
     target = archive_path(folder)
     check_archive(folder, force)
-    temporary = target.with_name(target.name + ".part")
+    temporary = aside_of(target, "staging")
+    advice = f"{folder} itself is finished; make room, and zip it, or run again with --force."
     try:
-        with temporary.open("wb") as file:
-            _zip(folder, _Stream(file))
-        temporary.replace(target)
+        with disk_errors(target, advice):
+            with temporary.open("xb") as file:
+                _zip(folder, _Stream(file))
+            put_in_place(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
     return target

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from compot_deploy import __version__
+from compot_deploy.core.disk import disk_errors
 from compot_deploy.core.grid import DENSE, Grid
 from compot_deploy.core.json_files import as_object
 from compot_deploy.core.matrix import Factorized, Leaf, Matrix, Quantized, leaves
@@ -41,7 +42,6 @@ from compot_deploy.exporters.manifest import (
     read_manifest,
     role_by_name,
 )
-from compot_deploy.exporters.staging import disk_errors
 from compot_deploy.models.compressed import CompressedModel
 
 PLAIN_INT4: Final = Grid(bits=4, group=32)

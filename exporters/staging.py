@@ -6,27 +6,18 @@ error, Ctrl-C, a full disk), the target is as it was before.
 
 from __future__ import annotations
 
-import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
 
+from compot_deploy.core.disk import disk_errors, flush_entries
+from compot_deploy.core.lock import folder_lock, is_written
 from compot_deploy.errors import InputError
 from compot_deploy.exporters.manifest import MANIFEST
-
-_DISK_ERRORS: Final = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "a file would grow beyond the largest size allowed here",
-    errno.EACCES: "writing is not permitted",
-    errno.EPERM: "writing is not permitted",
-    errno.EROFS: "the file system is read-only",
-    errno.ENAMETOOLONG: "the path is too long",
-}
 
 
 def check_target(target: Path, force: bool) -> None:
@@ -70,13 +61,14 @@ def staged_folder(target: Path, force: bool = False) -> Iterator[Path]:
     target = Path(os.path.realpath(target))
     check_target(target, force)
     made = [parent for parent in target.parents if not parent.exists()]
-    staging = target.parent / f".{target.name}.staging-{uuid.uuid4().hex[:8]}"
+    staging = aside_of(target, "staging")
     try:
         with disk_errors(target):
             staging.mkdir(parents=True)
-            yield staging
-            _flush(staging)
-            _publish(staging, target, force)
+            with folder_lock(staging):
+                yield staging
+                _flush(staging)
+                _publish(staging, target, force)
     except BaseException:
         _remove(staging)
         with suppress(OSError):  # somebody else may have put something there
@@ -85,24 +77,32 @@ def staged_folder(target: Path, force: bool = False) -> Iterator[Path]:
         raise
 
 
-@contextmanager
-def disk_errors(target: Path) -> Iterator[None]:
-    """Turn an error of the file system into one sentence; leave every other error alone."""
-    try:
-        yield
-    except OSError as error:
-        reason = _DISK_ERRORS.get(error.errno or 0)
-        # numpy's tofile reports a short write without an error number.
-        if reason is None and error.errno is None and "written" in str(error):
-            reason = _DISK_ERRORS[errno.ENOSPC]
-        if reason is None:
-            raise
-        place = next((p for p in target.parents if p.exists()), target.parent)
-        free = shutil.disk_usage(place).free
-        raise InputError(
-            f"{target} could not be written: {reason} ({free:,} bytes are free there). "
-            "Nothing was left behind; choose another folder, or make room, and run again."
-        ) from error
+def aside_of(target: Path, kind: str) -> Path:
+    """A hidden name beside a target that nobody else has: of a folder or file on its way there, or out of it."""
+    return target.parent / f".{target.name}.{kind}-{uuid.uuid4().hex[:8]}"
+
+
+def clear_leftovers(target: Path) -> None:
+    """Remove what runs that were killed left beside a target; whoever calls it holds the target's lock.
+
+    A folder that such a run had moved aside, and put nothing in its place, is put back. Names of ours alone are
+    touched, links are not, and nothing that a living process writes.
+    """
+    target = Path(os.path.realpath(target))
+    if not target.parent.is_dir():
+        return
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(staging|replaced)-[0-9a-f]{{8}}")
+    for path in sorted(target.parent.iterdir()):
+        found = pattern.fullmatch(path.name)
+        if found is None or path.is_symlink() or is_written(path):
+            continue
+        with suppress(OSError):  # of another user, perhaps: it is in nobody's way
+            if path.is_file():
+                path.unlink()
+            elif found[1] == "replaced" and not os.path.lexists(target):
+                path.rename(target)
+            else:
+                _remove(path)
 
 
 def _flush(folder: Path) -> None:
@@ -112,18 +112,8 @@ def _flush(folder: Path) -> None:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
         else:
-            _flush_entries(path)
-    _flush_entries(folder)
-
-
-def _flush_entries(folder: Path) -> None:
-    if os.name == "nt":  # a directory cannot be opened there
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            flush_entries(path)
+    flush_entries(folder)
 
 
 def _publish(staging: Path, target: Path, force: bool) -> None:
@@ -131,7 +121,7 @@ def _publish(staging: Path, target: Path, force: bool) -> None:
     check_target(target, force)  # someone may have made it meanwhile
     aside: Path | None = None
     if target.exists():
-        aside = target.parent / f".{target.name}.replaced-{uuid.uuid4().hex[:8]}"
+        aside = aside_of(target, "replaced")
         target.rename(aside)
     try:
         staging.rename(target)
@@ -139,9 +129,11 @@ def _publish(staging: Path, target: Path, force: bool) -> None:
         if aside is not None:
             aside.rename(target)
         raise
-    _flush_entries(target.parent)
+    flush_entries(target.parent)
     if aside is not None:
-        _remove(aside)
+        rubbish = aside_of(target, "staging")  # half of it is never put back, see `clear_leftovers`
+        aside.rename(rubbish)
+        _remove(rubbish)
 
 
 def _remove(folder: Path) -> None:

@@ -1,23 +1,22 @@
 """Matrices on disk, exactly: the work folder's file of one block, and a lazy mapping over many of them.
 
-Each file is safetensors, written under a temporary name and renamed, so a file that exists is complete.
+Each file has a digest that is checked before it is read, see `compot_deploy.core.work_files`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import assert_never
 
+from compot_deploy.core.disk import put_in_place
 from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Leaf, Matrix, Quantized
+from compot_deploy.core.work_files import open_tensors, write_tensors
 
 
 def save_matrices(path: Path, matrices: Mapping[str, Matrix]) -> None:
@@ -33,27 +32,25 @@ def save_matrices(path: Path, matrices: Mapping[str, Matrix]) -> None:
 
 
 def load_matrices(path: Path) -> dict[str, Matrix]:
-    """Read what `save_matrices` wrote."""
-    with safe_open(path, framework="pt") as reader:
+    """Read what `save_matrices` wrote.
+
+    Raises:
+        InputError: it is not there any more, or damaged.
+    """
+    with open_tensors(path) as reader:
         layout = json.loads(reader.metadata()["matrices"])
         return {name: _get(entry, reader) for name, entry in layout.items()}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors as safetensors under a temporary name, then rename."""
-    temporary = path.with_name(path.name + ".part")
-    save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata=dict(metadata))
-    temporary.replace(path)
-
-
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file under a temporary name, then rename."""
+    """Write a small text file under a temporary name, then flush and rename it."""
     temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        put_in_place(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class StoredMatrices(Mapping[str, Matrix]):

@@ -237,12 +237,13 @@ class ModelSource:
                 setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
-def open_source(model: str | Path, *, allow_pickle: bool = False) -> ModelSource:
+def open_source(model: str | Path, *, allow_pickle: bool = False, ask_hub: bool = True) -> ModelSource:
     """Open a local folder or a hub id; reads names and configuration, no weights.
 
     Args:
         model: a folder with config.json and safetensors, or a hub id such as ``org/name``.
         allow_pickle: read ``.bin`` files by torch's weights-only reader when there are no safetensors.
+        ask_hub: ask the hub for a hub id; otherwise only what was had from it before is looked at.
 
     Raises:
         InputError: not there, not a transformers folder, damaged, or pickles without the flag.
@@ -250,7 +251,7 @@ def open_source(model: str | Path, *, allow_pickle: bool = False) -> ModelSource
     """
     folder = Path(model)
     if not folder.exists():
-        folder = _download(str(model))
+        folder = _download(str(model), ask_hub)
     if not folder.is_dir():
         raise InputError(f"{folder} is a file. Give the folder that holds config.json.")
     config = read_json(folder, "config.json")
@@ -428,15 +429,19 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _download(model: str) -> Path:
+def _download(model: str, ask_hub: bool) -> Path:
     if model.count("/") > 1 or model.startswith((".", "/", "~")) or "\\" in model:
         raise InputError(f"The folder {model} does not exist.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_PATTERNS))
+        return Path(snapshot_download(model, allow_patterns=_HUB_PATTERNS, local_files_only=not ask_hub))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        if not ask_hub:
+            raise InputError(
+                f"there is no folder {model} here, and the hub is not asked for it unasked"
+            ) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"{model} is neither a local folder nor a model that the hub answers for ({reason})."

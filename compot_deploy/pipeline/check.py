@@ -68,7 +68,7 @@ def check(
 
     The compressed weights are read back from the files, so nothing but the folder is needed for the export
     loss; method and total loss also need the original model, which is looked for under the name that the recipe gives,
-    here and beside the folder.
+    here, beside the folder, and among what was had from the hub before. Nothing else is followed unasked.
 
     Args:
         folder: written by `deploy`.
@@ -94,12 +94,12 @@ def check(
     original: ModelSource | None = None
     absent = "the folder does not hold it"
     try:
-        place = reference or _original(folder, recipe.model) or MODEL
-        original = open_source(place, allow_pickle=recipe.allow_pickle)
+        place = reference or _original(folder, recipe.model)
+        original = open_source(place, allow_pickle=recipe.allow_pickle, ask_hub=reference is not None)
     except InputError as error:
         if reference is not None:
             raise
-        absent = f"it is not where the recipe says ({error})"
+        absent = f"it is not where the recipe says ({str(error).rstrip('.')})"
     if original is not None and original.fingerprint != manifest.metadata.get("source"):
         if reference is not None:
             raise InputError(
@@ -130,12 +130,20 @@ def check(
     return Deployment(folder, requirements.apply(report))
 
 
-def _original(folder: Path, name: str | None) -> str | Path | None:
-    """Where the original may be: under its name here, beside the folder, or on the hub."""
-    if name is None or Path(name).exists():
-        return name
+def _original(folder: Path, name: str | None) -> str | Path:
+    """Where the original may be: under its name here or beside the folder; whatever else a folder says is not followed.
+
+    A folder may come from anybody, and its recipe with it: no path of its own leads anywhere, and the hub is not asked.
+
+    Raises:
+        InputError: the recipe names a path.
+    """
+    if name is None:
+        return MODEL
+    if Path(name).is_absolute() or ".." in Path(name).parts or name.startswith("~"):
+        raise InputError(f"{name} is a path, which is not followed unasked")
     beside = folder.resolve().parent / name
-    return beside if beside.exists() else name
+    return beside if beside.exists() and not Path(name).exists() else name
 
 
 def _check_exporter(folder: Path, manifest: Manifest) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from compot_deploy.core.matrix import Dense, Matrix
 from compot_deploy.core.store import StoredMatrices, Without, save_matrices
+from compot_deploy.core.work_files import is_sound
 from compot_deploy.errors import RecipeError
 from compot_deploy.models.compressed import CompressedModel, Tables
 from compot_deploy.models.tokens import TokenWindows
@@ -283,7 +284,7 @@ def _outside(settings: Settings, work: Path) -> dict[str, Path]:
     """Linears outside of the blocks, as they are: poolers, classifiers."""
     source, path = settings.source, work / "outside.safetensors"
     names = source.outside
-    if names and not path.exists():
+    if names and not is_sound(path):
         save_matrices(path, {name: Dense(source.weight(name).float().contiguous()) for name in names})
     return dict.fromkeys(names, path)
 

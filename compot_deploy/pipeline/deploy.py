@@ -7,7 +7,6 @@ removed when the output is complete.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,17 @@ from compot_deploy.exporters.staging import check_target
 from compot_deploy.models.source import open_source
 from compot_deploy.pipeline.check import Deployment
 from compot_deploy.pipeline.compress import compress, context_of, draft_of
-from compot_deploy.pipeline.export import export
+from compot_deploy.pipeline.export import export, finished
 from compot_deploy.pipeline.limits import gate_of
 from compot_deploy.pipeline.texts import evaluation_of
-from compot_deploy.pipeline.workspace import kept_when_interrupted, targets_of, work_folder
+from compot_deploy.pipeline.workspace import (
+    is_finished,
+    kept_when_interrupted,
+    remove_work,
+    reserved,
+    targets_of,
+    work_folder,
+)
 from compot_deploy.planning.draft import Draft
 from compot_deploy.planning.settings import resolve
 from compot_deploy.progress import Progress, silent
@@ -67,25 +73,34 @@ def run(recipe: Recipe, progress: Progress = silent, work: Path | None = None) -
         progress: told how far the work is.
         work: folder for what is finished, kept afterwards, so that recipes that differ in their budgets alone share
             what was measured; None takes one of its own and removes it.
+
+    Raises:
+        CompotDeployError: see `compot_deploy.errors`; another run that writes the same output is an `InputError`.
     """
-    source = open_source(recipe.model or MODEL, allow_pickle=recipe.allow_pickle)
-    targets = targets_of(recipe)
-    for target in targets.values():
-        check_target(target, recipe.force)
-        if recipe.archive:
-            check_archive(target, recipe.force)
-    settings = resolve(recipe, source)
-    gate = gate_of(recipe, source.task)
-    own = work_folder(recipe, source) if work is None else work
-    with kept_when_interrupted(own):
-        compression = compress(settings, own, progress)
-        evaluation = evaluation_of(recipe, source, own, progress)
-        deployments = tuple(
-            export(settings, compression, evaluation, gate, kind, target, progress)
-            for kind, target in targets.items()
-        )
-    if work is None:
-        shutil.rmtree(own)
+    with reserved(recipe, work):
+        source = open_source(recipe.model or MODEL, allow_pickle=recipe.allow_pickle)
+        targets = targets_of(recipe)
+        own = work_folder(recipe, source) if work is None else work
+        there = {kind for kind, target in targets.items() if is_finished(own, recipe, kind, target)}
+        for kind, target in targets.items():
+            if kind in there:
+                continue
+            check_target(target, recipe.force)
+            if recipe.archive:
+                check_archive(target, recipe.force)
+        settings = resolve(recipe, source)
+        gate = gate_of(recipe, source.task)
+        with kept_when_interrupted(own):
+            compression = compress(settings, own, progress)
+            evaluation = evaluation_of(recipe, source, own, progress)
+            deployments = tuple(
+                finished(target, recipe)
+                if kind in there
+                else export(settings, compression, evaluation, gate, kind, target, own, progress)
+                for kind, target in targets.items()
+            )
+        if work is None:
+            remove_work(own, recipe)
     return deployments
 
 
@@ -99,8 +114,9 @@ def plan_only(recipe: Recipe, progress: Progress = silent) -> Draft:
         raise RecipeError(
             f"--allocation {recipe.allocator} has no rate–distortion points to plan with: use knapsack."
         )
-    source = open_source(recipe.model or MODEL, allow_pickle=recipe.allow_pickle)
-    settings = resolve(recipe, source)
-    work: Path = work_folder(recipe, source)
-    with kept_when_interrupted(work):
-        return draft_of(settings, context_of(settings, work, progress))
+    with reserved(recipe):
+        source = open_source(recipe.model or MODEL, allow_pickle=recipe.allow_pickle)
+        settings = resolve(recipe, source)
+        work = work_folder(recipe, source)
+        with kept_when_interrupted(work):
+            return draft_of(settings, context_of(settings, work, progress))

@@ -18,13 +18,14 @@ from compot_deploy.exporters.staging import staged_folder
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.pipeline.check import Deployment
 from compot_deploy.pipeline.compress import Compression
-from compot_deploy.pipeline.evaluation import Subject, evaluate_folder, write_report
+from compot_deploy.pipeline.evaluation import REPORT, Subject, evaluate_folder, write_report
 from compot_deploy.pipeline.provenance import published, stamp
 from compot_deploy.pipeline.texts import EVALUATION, evaluation_json
-from compot_deploy.pipeline.workspace import RECIPE
+from compot_deploy.pipeline.workspace import RECIPE, note_finished
 from compot_deploy.planning.settings import Settings, options_of
 from compot_deploy.progress import Progress, silent
-from compot_deploy.recipe import recipe_to_toml
+from compot_deploy.recipe import Recipe, recipe_to_toml
+from compot_deploy.report.json import from_json
 
 
 def export(
@@ -34,9 +35,10 @@ def export(
     gate: Gate,
     kind: str,
     target: Path,
+    work: Path,
     progress: Progress = silent,
 ) -> Deployment:
-    """Write one format, evaluate it, and put the folder in its place."""
+    """Write one format, evaluate it, and put the folder in its place; the work folder keeps that it is finished."""
     recipe, source, exporter = settings.recipe, settings.source, EXPORTERS[kind]
     options = options_of(
         recipe,
@@ -69,8 +71,17 @@ def export(
         )
         report = evaluate_folder(subject, evaluation, gate, progress)
         write_report(folder, report, manifest)
+        note_finished(work, recipe, kind, folder)
     if recipe.archive:
         write_archive(target, recipe.force)
+    return Deployment(target, report)
+
+
+def finished(target: Path, recipe: Recipe) -> Deployment:
+    """A folder that was put in its place by a run that was stopped behind it, and its archive, which may be there."""
+    report = from_json((target / REPORT).read_text(encoding="utf-8"), str(target / REPORT))
+    if recipe.archive:
+        write_archive(target, force=True)
     return Deployment(target, report)
 
 

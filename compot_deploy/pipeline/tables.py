@@ -8,6 +8,7 @@ from pathlib import Path
 
 from compot_deploy.core.matrix import Dense, Quantized
 from compot_deploy.core.store import load_matrices, save_matrices
+from compot_deploy.core.work_files import is_sound
 from compot_deploy.planning.carry_out import LinearRecord
 from compot_deploy.planning.context import PlanningContext
 from compot_deploy.planning.knapsack import Plan
@@ -55,7 +56,7 @@ def make_tables(
                 how, gram = ("-fitted", effects[name].gram(gram)) if known[name].gptq else ("", None)
         scheme = "" if grid is None else f"-{grid.bits}-{grid.group}{how}"
         path = files[name] = work / f"{name.rsplit('.', 1)[-1]}{scheme}.safetensors"
-        if not path.exists():
+        if not is_sound(path):
             made = (
                 Dense(source.weight(name).float()) if grid is None else round_table(source, name, grid, gram)
             )

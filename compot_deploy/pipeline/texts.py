@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import load_file
 
 from compot_deploy.accuracy.evaluate import Evaluation
-from compot_deploy.core.store import write_tensors
+from compot_deploy.core.work_files import is_sound, read_tensors, write_tensors
 from compot_deploy.embedded import HELD_OUT_TEXT, TRAINING_TEXT
 from compot_deploy.errors import ArtifactError, InputError
 from compot_deploy.models.source import ModelSource
@@ -55,10 +54,15 @@ def calibration_windows(
         return reader.text(lzma.decompress(TRAINING_TEXT.read_bytes()).decode(), _SHIPPED_TRAINING)
     if text is None or text == SELF:
         return reader.own("calibration")
-    path = Path(text)
-    if path.exists() or path.suffix in (".txt", ".jsonl", ".json", ".md"):
-        return reader.file(path, _first_part if recipe.evaluation is None else _all)
+    if not names_dataset(text):
+        return reader.file(Path(text), _first_part if recipe.evaluation is None else _all)
     return reader.text(text_of_dataset(text), text)
+
+
+def names_dataset(text: str) -> bool:
+    """Whether a calibration text is asked for by the name of a data set, not as a file or from the model itself."""
+    path = Path(text)
+    return text != SELF and not path.exists() and path.suffix not in (".txt", ".jsonl", ".json", ".md")
 
 
 def evaluation_windows(
@@ -128,10 +132,11 @@ class _Reader:
 
     def own(self, name: str) -> TokenWindows:
         """Sampled from the model itself."""
-        path = self._work / f"{name}.safetensors"
+        samples, length, seed = (self._common[key] for key in ("samples", "length", "seed"))
+        path = self._work / f"{name}-{samples}x{length}-{seed}.safetensors"
         origin = "text sampled from the model itself"
-        if path.exists():
-            return make_windows(list(load_file(path)["windows"]), origin, self._source.vocabulary)
+        if is_sound(path):
+            return make_windows(list(read_tensors(path)["windows"]), origin, self._source.vocabulary)
         self._progress(0, 1, "Sample text from the model")
         model = whole_model(self._source, device=device_of(self._recipe))
         windows = sample_from_model(model, self._tokenizer, **self._common)

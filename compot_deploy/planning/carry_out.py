@@ -18,7 +18,8 @@ from typing import Final
 from torch import Tensor
 
 from compot_deploy.core.matrix import Dense, Matrix
-from compot_deploy.core.store import StoredMatrices, load_matrices, save_matrices, write_text
+from compot_deploy.core.store import StoredMatrices, load_matrices, save_matrices
+from compot_deploy.core.work_files import is_sound, read_value, write_value
 from compot_deploy.models.sites import Gram
 from compot_deploy.models.streaming import Replacements
 from compot_deploy.numerics.whiten import Whitening, whiten
@@ -229,8 +230,14 @@ class _Known:
 
 
 def _digest(plan: Plan, context: PlanningContext, extras: Extras) -> str:
-    """Names what is made: schemes, and how."""
-    named = json.dumps([(names, scheme_to_data(scheme)) for names, scheme in schemes_of(plan)])
+    """Names what is made: schemes, how, and what is told of it."""
+    named = json.dumps(
+        [
+            (entry.names, scheme_to_data(entry.candidate.scheme), entry.reason, bool(entry.candidate.errors))
+            for entry in plan.chosen
+        ]
+    )
+    named += repr((context.quantizer, context.search.rounds, context.search.alternation))
     named += "sequential" * context.sequential + "factors" * extras.factors
     named += "" if extras.baseline is None else f"beside {extras.baseline_quantizer}"
     return hashlib.sha256(named.encode()).hexdigest()[:12]
@@ -250,8 +257,16 @@ class _Blocks:
         return self.context.block_file(f"planned-{self.digest}", block)
 
     def finished(self, block: str) -> bool:
-        """Whether everything of a block is there."""
-        return self.path(block).exists() and self.context.has_importance(block)
+        """Whether everything of a block is there, as it was written."""
+        path = self.path(block)
+        files = [path, path.with_suffix(".json")]
+        files += [self._beside(block, "factors")] if self.extras.factors else []
+        files += [self._beside(block, "baseline")] if self._has_baseline else []
+        return all(map(is_sound, files)) and self.context.has_importance(block)
+
+    @property
+    def _has_baseline(self) -> bool:
+        return self.extras.baseline is not None and bool(self.extras.baseline.chosen)
 
     def names(self, block: str) -> tuple[str, ...]:
         """Matrices of a block, in running order."""
@@ -293,10 +308,10 @@ class _Blocks:
                     baseline |= self._realize(beside[first], whitening, quantizer, known).matrices
         path = self.path(block)
         self.context.keep_importance(block, grams)
-        write_text(path.with_suffix(".json"), json.dumps([asdict(record) for record in linears]))
+        write_value(path.with_suffix(".json"), [asdict(record) for record in linears])
         if self.extras.factors:
             save_matrices(self._beside(block, "factors"), factors)
-        if beside:
+        if self._has_baseline:
             save_matrices(self._beside(block, "baseline"), baseline)
         # Storage order is running order, also where a later matrix shares with an earlier one.
         save_matrices(path, {name: matrices[name] for name in self.names(block)})
@@ -307,7 +322,7 @@ class _Blocks:
         linears = [
             LinearRecord(**record)
             for block in blocks
-            for record in json.loads(self.path(block).with_suffix(".json").read_text())
+            for record in read_value(self.path(block).with_suffix(".json"))
         ]
         factored = {
             name

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Final
 
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor
 
 from compot_deploy.core.storage import Storage
-from compot_deploy.core.store import write_tensors
+from compot_deploy.core.work_files import is_sound, read_tensors, write_tensors
 from compot_deploy.models.sites import Gram, InputGroup, importance
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.streaming import BlockStream
@@ -101,11 +100,11 @@ class PlanningContext:
 
     def has_grams(self, block: str) -> bool:
         """Whether the Grams of a block are in the work folder."""
-        return self._gram_file(block).exists()
+        return is_sound(self._gram_file(block))
 
     def grams(self, block: str) -> Mapping[str, Tensor]:
         """Grams of the inputs of a block in the original model, by name of the group."""
-        return load_file(self._gram_file(block))
+        return read_tensors(self._gram_file(block))
 
     def whitening(self, group: InputGroup) -> Whitening:
         """Of one input of the original model."""
@@ -118,7 +117,7 @@ class PlanningContext:
 
     def has_importance(self, block: str) -> bool:
         """Whether it is known how much the inputs of a block matter."""
-        return self._importance_file(block).exists()
+        return is_sound(self._importance_file(block))
 
     def keep_importance(self, block: str, grams: Mapping[str, Tensor]) -> None:
         """Put how much the inputs of a block matter into the work folder."""
@@ -130,7 +129,7 @@ class PlanningContext:
         """How much each input of every matrix matters, for formats that round."""
         found: dict[str, Tensor] = {}
         for block in self.blocks:
-            stored = load_file(self._importance_file(block))
+            stored = read_tensors(self._importance_file(block))
             for group in self.source.layout.of(block):
                 found |= dict.fromkeys(group.names, stored[group.name])
         return found
@@ -142,11 +141,11 @@ class PlanningContext:
     @property
     def has_head_gram(self) -> bool:
         """Whether the Gram of what the output head reads is in the work folder; True for a model without a head."""
-        return self.source.layout.head is None or self._head_file.exists()
+        return self.source.layout.head is None or is_sound(self._head_file)
 
     def head_gram(self) -> Tensor | None:
         """Gram of what the output head reads; None for a model without a head, and where it was not collected."""
-        return load_file(self._head_file).get(_HEAD) if self._head_file.exists() else None
+        return read_tensors(self._head_file).get(_HEAD) if is_sound(self._head_file) else None
 
     def _keep_head_gram(self, gram: Gram | None) -> None:
         write_tensors(self._head_file, {} if gram is None else {_HEAD: gram.matrix}, {})

@@ -1,12 +1,12 @@
 """Rate–distortion points of every input: which schemes there are, and the error of each, measured.
 
-Files in the work folder are named after the numbers that were measured, so measurements serve every budget.
+Files in the work folder are named after the numbers that were measured, so measurements serve every budget. They only
+save time: a plan follows from the errors that it asked for itself, not from what else was measured before.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compot_deploy.core.grid import Grid
-from compot_deploy.core.store import write_text
+from compot_deploy.core.work_files import is_sound, read_value, write_value
 from compot_deploy.models.sites import InputGroup
 from compot_deploy.numerics.whiten import Whitening
 from compot_deploy.planning.candidates import VERSION, Search, energies_of, realize, schemes
@@ -23,7 +23,7 @@ from compot_deploy.planning.context import PlanningContext
 from compot_deploy.planning.knapsack import Plan, too_little
 from compot_deploy.planning.prediction import sampled_errors, spectral_errors
 from compot_deploy.planning.pruning import prune
-from compot_deploy.planning.rate_points import LEAST_ERROR, RatePoints, price_candidates
+from compot_deploy.planning.rate_points import RatePoints, price_candidates
 from compot_deploy.planning.schemes import Joint, Plain, Scheme, scheme_from_data, scheme_to_data
 from compot_deploy.quant import QUANTIZERS, rtn
 
@@ -77,38 +77,29 @@ def measure_chosen(
         return None
     label = "Measure what was chosen"
     groups = {name: group for group in context.groups for name in group.names}
+    corrected = {one.names: one for one in rate_points}
     for number, entry in enumerate(chosen):
         context.progress(number, len(chosen), label)
-        _measure_predicted(context, groups[entry.names[0]], entry.names, entry.candidate.scheme)
+        group, scheme = groups[entry.names[0]], entry.candidate.scheme
+        found = _measured(context, group, entry.names, scheme)
+        corrected[group.names] = corrected[group.names].corrected(entry.names, scheme, found)
     context.progress(len(chosen), len(chosen), label)
-    changed = {groups[entry.names[0]].names for entry in chosen}
-    return tuple(
-        _points_of(context, groups[one.names[0]]) if one.names in changed else one for one in rate_points
-    )
+    return tuple(corrected.values())
 
 
-def _measure_predicted(
+def _measured(
     context: PlanningContext, group: InputGroup, names: tuple[str, ...], scheme: Scheme
-) -> None:
-    """Put the measured error in the place of the predicted one; what else is predicted moves by the same ratio."""
+) -> Mapping[str, float]:
+    """What a scheme loses of each matrix; what was measured once is kept for other plans."""
     weights, whitening = context.weights(group.names), context.whitening(group)
-    path = _path(context, group, weights, whitening)
-    stored = json.loads(path.read_text())
-    found = _errors_of(context, scheme, {name: weights[name] for name in names}, whitening)
-    data = scheme_to_data(scheme)
-    before = next(errors for own, one, errors in stored["predicted"] if own == list(names) and one == data)
-    ratio = sum(found.values()) / max(sum(before.values()), LEAST_ERROR)
-    rest = []
-    for own, one, errors in stored["predicted"]:
-        if own == list(names) and one == data:
-            continue
-        rest.append((own, one, {name: error * ratio for name, error in errors.items()}))
-    stored["predicted"] = rest
-    if names == group.names and len(names) > 1:
-        stored["shared"].append((data, dict(found)))
-    else:
-        stored["per_matrix"][names[0]].append((data, found[names[0]]))
-    write_text(path, json.dumps(stored))
+    path = _path(context, group, weights, whitening, "errors")
+    known: list[tuple[list[str], Any, dict[str, float]]] = read_value(path) if is_sound(path) else []
+    for own, data, errors in known:
+        if own == list(names) and scheme_from_data(data) == scheme:
+            return errors
+    found = dict(_errors_of(context, scheme, {name: weights[name] for name in names}, whitening))
+    write_value(path, [*known, (names, scheme_to_data(scheme), found)])
+    return found
 
 
 def counted(rate_points: Sequence[RatePoints]) -> tuple[int, int]:
@@ -136,11 +127,11 @@ def notes_on(rate_points: Sequence[RatePoints]) -> tuple[str, ...]:
 
 def _points_of(context: PlanningContext, group: InputGroup) -> RatePoints:
     weights, whitening = context.weights(group.names), context.whitening(group)
-    path = _path(context, group, weights, whitening)
-    if not path.exists():
+    path = _path(context, group, weights, whitening, "points")
+    if not is_sound(path):
         measure = _predict if context.search.predicted else _measure
-        write_text(path, json.dumps(measure(context, weights, whitening)))
-    stored = json.loads(path.read_text())
+        write_value(path, measure(context, weights, whitening))
+    stored = read_value(path)
     per_matrix = {
         name: [(scheme_from_data(scheme), error) for scheme, error in entries]
         for name, entries in stored["per_matrix"].items()
@@ -166,10 +157,14 @@ def _points_of(context: PlanningContext, group: InputGroup) -> RatePoints:
 
 
 def _path(
-    context: PlanningContext, group: InputGroup, weights: Mapping[str, Tensor], whitening: Whitening
+    context: PlanningContext,
+    group: InputGroup,
+    weights: Mapping[str, Tensor],
+    whitening: Whitening,
+    kind: str,
 ) -> Path:
     number = context.blocks.index(group.block)
-    return context.work / f"points-{number:04d}-{group.name}-{_content(context, weights, whitening)}.json"
+    return context.work / f"{kind}-{number:04d}-{group.name}-{_content(context, weights, whitening)}.json"
 
 
 Energies: TypeAlias = Mapping[tuple[str, ...], Sequence[float]]

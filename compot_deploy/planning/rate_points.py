@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final, TypeAlias
 
@@ -67,6 +67,39 @@ class RatePoints:
             ),
             tuple(entry for entry in self.shared if (self.names, entry.scheme) not in self.predicted),
             len(self.predicted),
+        )
+
+    def corrected(self, names: tuple[str, ...], scheme: Scheme, errors: Mapping[str, float]) -> RatePoints:
+        """The points with measured errors in the place of predicted ones.
+
+        What else is predicted of the same input moves by the same ratio.
+
+        Args:
+            names: of the matrices that the scheme covers.
+            scheme: whose errors were measured.
+            errors: of each of them.
+        """
+        shared = len(names) == len(self.names) > 1
+        place = self.names.index(names[0])
+        candidates = self.shared if shared else self.per_matrix[place]
+        before = next(entry for entry in candidates if entry.scheme == scheme)
+        ratio = sum(errors.values()) / max(sum(before.errors), LEAST_ERROR)
+
+        def moved(covered: tuple[str, ...], entry: Candidate) -> Candidate:
+            if (covered, entry.scheme) == (names, scheme):
+                return replace(entry, errors=tuple(errors[name] for name in names))
+            if (covered, entry.scheme) in self.predicted:
+                return replace(entry, errors=tuple(error * ratio for error in entry.errors))
+            return entry
+
+        return replace(
+            self,
+            per_matrix=tuple(
+                tuple(moved((name,), entry) for entry in entries)
+                for name, entries in zip(self.names, self.per_matrix, strict=True)
+            ),
+            shared=tuple(moved(self.names, entry) for entry in self.shared),
+            predicted=self.predicted - {(names, scheme)},
         )
 
     def only(self, keep: Callable[[Scheme], bool]) -> RatePoints:

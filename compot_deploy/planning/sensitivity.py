@@ -14,14 +14,13 @@ what the backward pass is tested against.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Final
 
 import torch
 
 from compot_deploy.core.matrix import Matrix
-from compot_deploy.core.store import write_text
+from compot_deploy.core.work_files import is_sound, read_value, write_value
 from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.models.backward import Product, products_backwards
 from compot_deploy.models.sites import InputGroup
@@ -56,8 +55,8 @@ _DAMPING: Final = 1e-2
 def measure_sensitivities(context: PlanningContext) -> dict[str, float]:
     """What a unit of squared relative error of each matrix costs the model, in units of the task's loss."""
     path = context.work / "sensitivities.json"
-    if path.exists() and has_effects(context.work):
-        known: dict[str, float] = json.loads(path.read_text())
+    if is_sound(path) and has_effects(context.work):
+        known: dict[str, float] = read_value(path)
         return known
     tables = TableGradients(context.source, _some(context, 1), context.device)
     try:
@@ -66,7 +65,7 @@ def measure_sensitivities(context: PlanningContext) -> dict[str, float]:
     except UnsupportedModelError:
         found = sensitivities_one_by_one(context)
         keep_effects(context.work, {})
-    write_text(path, json.dumps(found))
+    write_value(path, found)
     return found
 
 

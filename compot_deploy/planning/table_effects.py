@@ -20,10 +20,9 @@ from typing import Final
 
 import torch
 from jaxtyping import Float, Float64, Int
-from safetensors.torch import load_file
 from torch import Tensor
 
-from compot_deploy.core.store import write_tensors
+from compot_deploy.core.work_files import is_sound, read_tensors, write_tensors
 from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.tasks import Batch
@@ -88,7 +87,7 @@ def loss_of(effects: Float64[Tensor, "hidden hidden"], errors: Float[Tensor, "hi
 
 def has_effects(work: Path) -> bool:
     """Whether F is known in a work folder."""
-    return (work / _FILE).exists()
+    return is_sound(work / _FILE)
 
 
 def keep_effects(work: Path, effects: Mapping[str, TableEffects]) -> None:
@@ -105,7 +104,7 @@ def keep_effects(work: Path, effects: Mapping[str, TableEffects]) -> None:
 def known_effects(work: Path) -> dict[str, TableEffects]:
     """What `keep_effects` kept."""
     found: dict[str, dict[str, list[Tensor]]] = {}
-    for key, tensor in sorted(load_file(work / _FILE).items()):
+    for key, tensor in sorted(read_tensors(work / _FILE).items()):
         kind, _, name = key.split("/", 2)
         found.setdefault(name, {"halves": [], "rows": []})[kind].append(tensor)
     return {name: TableEffects(tuple(one["halves"]), tuple(one["rows"])) for name, one in found.items()}

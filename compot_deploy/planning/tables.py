@@ -11,7 +11,6 @@ with that of the other. Figures are in LOG.md.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +23,7 @@ from torch import Tensor
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Quantized
 from compot_deploy.core.storage import Storage
-from compot_deploy.core.store import write_text
+from compot_deploy.core.work_files import is_sound, read_value, write_value
 from compot_deploy.models.source import ModelSource
 from compot_deploy.planning.candidates import VERSION
 from compot_deploy.planning.context import PlanningContext
@@ -95,11 +94,11 @@ def measure_tables(context: PlanningContext, grids: Mapping[str, Sequence[Grid]]
             continue
         digest = hashlib.sha256(repr((VERSION, tried, context.quantizer)).encode()).hexdigest()[:12]
         path = work / f"{name.rsplit('.', 1)[-1]}-points-{digest}.json"
-        if not path.exists():
+        if not is_sound(path):
             head = head_gram(context, name)
             measured = _measured(source, name, effects[name], head, tried, context.quantizer)
-            write_text(path, json.dumps(asdict(measured)))
-        losses = _Losses(**json.loads(path.read_text()))
+            write_value(path, asdict(measured))
+        losses = _Losses(**read_value(path))
         found.append(_priced(name, losses, tried, source.shape(name), context.storage))
     return tuple(found)
 

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compot_deploy.core.disk import safetensors_errors
 from compot_deploy.core.json_files import write_object
 from compot_deploy.transformers_plugin.weight_files import INDEX, SAFETENSORS_TYPES, WEIGHTS
 
@@ -60,7 +61,8 @@ class Shards:
             self.missing += self._bytes
         else:
             # transformers refuses files without this note.
-            save_file(self._pending, part, metadata={"format": "pt"})
+            with safetensors_errors(part):
+                save_file(self._pending, part, metadata={"format": "pt"})
             part.chmod((self._folder.stat().st_mode & 0o444) | 0o200)  # safetensors lets nobody else read it
         self._closed.append(tuple(self._pending))
         self._pending, self._bytes = {}, 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from folders import differences
 
 from compot_deploy import Recipe, check, deploy
 from compot_deploy.pipeline.provenance import public_name, published, stamp
@@ -50,6 +51,23 @@ def test_no_published_file_names_a_folder_of_this_machine(format: str, given: st
     shutil.copytree(model, moved.parent / "tiny")
     again = check(moved).report.accuracy
     assert again.method == done.report.accuracy.method, "the original is found beside the folder"
+
+
+@pytest.mark.slow
+def test_published_bytes_do_not_depend_on_where_they_are_written(tmp_path: Path) -> None:
+    model = tiny.save(tmp_path / "tiny", num_hidden_layers=1)
+    outs = [tmp_path / "a", tmp_path / "a-long-name" / ("and-a-longer-one" * 5)]
+    for out in outs:
+        deploy(
+            model=str(model),
+            out=str(out),
+            format=("onnx", "gguf", "huggingface"),
+            max_perplexity_ratio=1e9,
+            archive=True,
+            **SETTINGS,
+        )
+    for kind in ("onnx", "gguf", "huggingface"):
+        assert list(differences(outs[0] / kind, outs[1] / kind)) == []
 
 
 def test_local_paths_are_kept_by_their_last_part_and_names_whole(

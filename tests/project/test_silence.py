@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import tiny
 from watched import Watched, watch
 
+from compot_deploy.exporters.manifest import MANIFEST
 from compot_deploy.silence import GENERAL, SWITCHES, silence
 
 QUICK = ["--samples", "2", "--length", "32", "--evaluation-tokens", "64", "--max-perplexity-ratio", "1e9"]
@@ -89,6 +92,23 @@ def test_a_command_looks_nothing_up_and_leaves_nothing_at_home(
     assert seen.code == 0, seen.output
     assert (seen.network, seen.home) == ((), ())
     assert command != "serving" or '"text_completion"' in seen.output
+
+
+@pytest.mark.parametrize(
+    "named", ["someone/private-model", "private-model", "/root/private-model", "../private-model"]
+)
+def test_a_folder_of_somebody_else_leads_nowhere(exported: Path, tmp_path: Path, named: str) -> None:
+    """Its recipe may name what it likes: neither the hub nor a path of this machine is asked unasked."""
+    folder = tmp_path / "foreign"
+    shutil.copytree(exported, folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["recipe"]["model"] = named
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    program = f"from compot_deploy.cli.main import main\nassert main(['check', {str(folder)!r}]) == 2"
+    seen = watch(program, tmp_path / "watched")
+    assert (seen.code, seen.network, seen.home) == (0, (), ()), seen.output
+    said = " ".join(seen.output.split())
+    assert "unasked. Give it with --reference MODEL" in said and named in said
 
 
 @pytest.mark.slow
