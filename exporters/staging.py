@@ -18,6 +18,9 @@ from typing import Final
 from compot_deploy.errors import InputError
 from compot_deploy.exporters.manifest import MANIFEST
 
+_LONGEST_NAME: Final = 200
+"""Bytes of a name; file systems take 255, and what is not complete is called ``.NAME.staging-`` and more."""
+
 _DISK_ERRORS: Final = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -34,8 +37,14 @@ def check_target(target: Path, force: bool) -> None:
 
     Raises:
         InputError: it exists and `force` is not given; or it exists, `force` is given, and it is neither an
-            artifact of this package nor an empty folder; or it is not a folder.
+            artifact of this package nor an empty folder; or it is not a folder, or its name is too long.
     """
+    name = os.fsencode(target.name)
+    if len(name) > _LONGEST_NAME or "\0" in str(target):
+        raise InputError(
+            f"{os.fsdecode(name[:40])}…: a name of {len(name)} bytes is too long for an output, which stands under a "
+            f"longer one until it is complete: give an --out of at most {_LONGEST_NAME}."
+        )
     if not os.path.lexists(target):
         return
     if not target.is_dir():

@@ -189,7 +189,7 @@ class LlamaModel:
         """Continue a prompt greedily.
 
         Args:
-            prompt: text, or token ids.
+            prompt: text, in which special tokens are read as such, or token ids.
             max_tokens: most tokens to add; the context may end sooner.
             on_token: called with each piece of text as it comes.
             stop: end at an end-of-generation token.
@@ -197,7 +197,7 @@ class LlamaModel:
         Raises:
             InputError: see `logits`.
         """
-        ids = self._checked(self.tokenize(prompt) if isinstance(prompt, str) else prompt)
+        ids = self._checked(self.tokenize(prompt, markers=True) if isinstance(prompt, str) else prompt)
         begin = first = time.perf_counter()
         made: list[int] = []
         sent = ""

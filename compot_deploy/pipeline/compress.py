@@ -28,6 +28,7 @@ from compot_deploy.planning.sensitivity import measure_sensitivities
 from compot_deploy.planning.settings import Settings, resolve
 from compot_deploy.progress import Progress, silent
 from compot_deploy.quant import rtn
+from compot_deploy.quant.scales import check_scales
 from compot_deploy.recipe import default_of, one_scheme_options, override
 from compot_deploy.report.facts import Frontier
 from compot_deploy.report.plan import frontier_of
@@ -94,6 +95,7 @@ def compress(settings: Settings, work: Path, progress: Progress = silent) -> Com
         linears=outcome.linears,
         calibration=context.windows,
         notes=(
+            *settings.source.notes,
             *plan_notes,
             *(notes_on(draft.rate_points) if draft is not None else ()),
             *outcome.notes,
@@ -279,6 +281,8 @@ def _tables(settings: Settings, work: Path) -> dict[str, Path]:
         files[name] = work / f"{name.rsplit('.', 1)[-1]}.safetensors"
         if not files[name].exists():
             weight = settings.source.weight(name).float()
+            if grid is not None:
+                check_scales(name, weight, grid)
             save_matrices(files[name], {name: Dense(weight) if grid is None else rtn(weight, None, grid)})
     return files
 
@@ -304,6 +308,12 @@ def _why_not_split(settings: Settings, outcome: Outcome) -> str:
 
 def _notes(windows: TokenWindows, linears: Sequence[LinearRecord]) -> tuple[str, ...]:
     notes = list(windows.notes)
+    unused = [linear.name for linear in linears if linear.unused]
+    if unused:
+        notes.append(
+            f"{len(unused)} linears read an input that was zero on all calibration text (first: {unused[0]}): a part "
+            "that is switched off costs nothing, however it is rounded"
+        )
     escalated = [linear.name for linear in linears if linear.ridge_escalated]
     if escalated:
         largest = max(linear.ridge for linear in linears)

@@ -112,8 +112,8 @@ class LlamaEngine:
         self.model, self.context, self.vocabulary = model, model.context, model.vocabulary
 
     def encode(self, text: str, rendered: bool) -> list[int]:
-        """See `Engine.encode`."""
-        return self.model.tokenize(text, special=not rendered, markers=rendered)
+        """See `Engine.encode`; special tokens in writing are read as such in any text."""
+        return self.model.tokenize(text, special=not rendered, markers=True)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """See `Engine.decode`."""
