@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from compot_deploy.exporters.gguf import metadata as gguf_metadata
 from compot_deploy.models.hints import Architecture
 
 
+@runtime_checkable
 class NamedSizes(Protocol):
     """The sizes that names and orders depend on; `DecoderShape` has them."""
 
