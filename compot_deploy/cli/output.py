@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from types import TracebackType
-from typing import IO, Final, Protocol, TextIO, cast
+from typing import IO, Any, Final, Protocol, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -103,7 +103,7 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def console(stream: TextIO | None) -> Console:
+def console(stream: Any) -> Console:
     """A console that never fails; without a terminal tables get room rather than being folded at 80."""
     file = Forgiving(stream)
     return Console(file=cast(IO[str], file), width=None if file.isatty() else 140, highlight=False)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import sys
-from typing import Any, TextIO
+from typing import Any
 
 
 class Forgiving:
@@ -18,13 +19,16 @@ class Forgiving:
         stream: to write to; None, as Python has it for a descriptor that was closed before it began, takes nothing.
     """
 
-    def __init__(self, stream: TextIO | None) -> None:
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     @property
     def encoding(self) -> str:
-        """Of the stream; what it does not tell is the least of them."""
-        return getattr(self._stream, "encoding", None) or "ascii"
+        """Of the stream; where it has none that is known, the least of them."""
+        try:
+            return codecs.lookup(self._stream.encoding).name
+        except (AttributeError, TypeError, LookupError):
+            return "ascii"
 
     def isatty(self) -> bool:
         """Whether it is a terminal."""
@@ -61,19 +65,13 @@ class Forgiving:
                 self._lose()
 
     def _shown(self, text: str) -> str:
-        try:
-            text.encode(self.encoding)
-        except (UnicodeEncodeError, LookupError):
-            return text.encode("ascii" if self.encoding == "ascii" else self.encoding, "replace").decode(
-                self.encoding, "replace"
-            )
-        return text
+        return text.encode(self.encoding, "replace").decode(self.encoding, "replace")
 
     def _lose(self) -> None:
         """Nothing more goes there, and Python, which flushes when it ends, has nothing to complain about."""
         stream, self._stream = self._stream, None
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def forgive_characters() -> None:

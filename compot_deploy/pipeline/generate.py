@@ -14,11 +14,12 @@ from compot_deploy.accuracy.runner import Runner
 from compot_deploy.accuracy.runners import huggingface_runner
 from compot_deploy.core.json_files import read_object
 from compot_deploy.errors import ArtifactError, InputError
-from compot_deploy.models.configuration import CONFIG
+from compot_deploy.models.configuration import CONFIG, read_config
 from compot_deploy.models.generation import end_tokens, read_generation
 from compot_deploy.models.tasks import task_of
 from compot_deploy.models.tokens import load_tokenizer
-from compot_deploy.transformers_plugin.folder import MODEL_TYPE, read_config, reveal
+from compot_deploy.transformers_plugin.folder import MODEL_TYPE, reveal
+from compot_deploy.transformers_plugin.folder import read_config as read_compressed_config
 
 
 @dataclass(frozen=True)
@@ -92,5 +93,6 @@ def generate(path: Path, prompt: str, *, tokens: int = 64, threads: int = 1) -> 
 
 def _config(folder: Path) -> Mapping[str, Any]:
     """The configuration of a folder's model; of the model that was compressed, where the folder is of our type."""
-    config = read_object(folder / CONFIG)
-    return reveal(read_config(folder)["base_config"]) if config.get("model_type") == MODEL_TYPE else config
+    if read_object(folder / CONFIG).get("model_type") != MODEL_TYPE:
+        return read_config(folder)
+    return reveal(read_compressed_config(folder)["base_config"])
