@@ -11,7 +11,8 @@ The tree::
     ├── MissingBundleError         4   the page of `compot-deploy serve` was not built
     └── InterruptedRunError       75   stopped on request; the same command resumes
 
-A failed accuracy gate is not an exception: it is a verdict, and exit code 1 (`GATE_FAILED`).
+A failed accuracy gate is not an exception: it is a verdict, and exit code 1 (`EXIT_GATE_FAILED`), which means nothing
+else. Whatever is not of this tree was not foreseen: exit code 70 (`EXIT_UNFORESEEN`), and the traceback in a file.
 
 Every message is one sentence or two: what, where, why, and what to do next, with both numbers where two
 numbers disagree.
@@ -31,6 +32,7 @@ EXIT_GATE_FAILED: Final = 1
 EXIT_BAD_INPUT: Final = 2
 EXIT_UNSUPPORTED_MODEL: Final = 3
 EXIT_MISSING_DEPENDENCY: Final = 4
+EXIT_UNFORESEEN: Final = 70
 EXIT_INTERRUPTED: Final = 75
 
 
@@ -85,12 +87,13 @@ class InterruptedRunError(CompotDeployError):
 
 EXIT_CODES = (
     "exit codes: 0 done and gate passed, 1 gate failed, 2 bad usage or input, 3 unsupported model, "
-    "4 missing runtime or extra, 75 interrupted (the same command resumes)"
+    "4 missing runtime or extra, 70 an error that nobody foresaw (its log says how to report it), "
+    "75 interrupted (the same command resumes)"
 )
 """For the end of every help text."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error of a library says, in one line without its full stop; its kind where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

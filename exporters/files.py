@@ -6,6 +6,20 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from compot_deploy.core.json_files import write_object
+from compot_deploy.models.generation import GENERATION, read_generation
+
+
+def copy_generation(source: str, folder: Path) -> None:
+    """What the original says about generating text, where it says anything; JSON in the strict sense.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    found = read_generation(Path(source)) if source else {}
+    if found:
+        write_object(folder / GENERATION, found)
+
 
 def copy_present(source: str, folder: Path, names: Iterable[str]) -> None:
     """Copy those files that there are.

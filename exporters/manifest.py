@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Final, TypeAlias, Union, cast, get_args, get_origin, get_type_hints
 
 from compot_deploy.core.json_files import key_of
+from compot_deploy.core.parsing import UnreadableError, decoded, json_of
 from compot_deploy.errors import ArtifactError
 
 MANIFEST: Final = "compot/manifest.json"
@@ -171,15 +172,11 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is not a folder: give the folder that compot-deploy wrote.")
     try:
-        text = path.read_text(encoding="utf-8")
+        raw = json_of(decoded(path.read_bytes()))
     except FileNotFoundError:
         raise ArtifactError(f"{folder} has no {MANIFEST}: give a folder that compot-deploy wrote.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}.") from error
-    try:
-        raw = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not JSON: {error}. Export the model again.") from error
+    except (OSError, UnreadableError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}. Export the model again.") from error
     version = raw.get("format") if isinstance(raw, dict) else None
     if isinstance(version, int) and version > MANIFEST_FORMAT:
         raise ArtifactError(

@@ -13,11 +13,15 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
 
 from compot_deploy.core.disk import disk_errors, flush_entries
 from compot_deploy.core.lock import folder_lock, is_written
 from compot_deploy.errors import InputError
 from compot_deploy.exporters.manifest import MANIFEST
+
+_LONGEST_NAME: Final = 200
+"""Bytes of a name; file systems take 255, and what is not complete is called ``.NAME.staging-`` and more."""
 
 
 def check_target(target: Path, force: bool) -> None:
@@ -25,8 +29,14 @@ def check_target(target: Path, force: bool) -> None:
 
     Raises:
         InputError: it exists and `force` is not given; or it exists, `force` is given, and it is neither an
-            artifact of this package nor an empty folder; or it is not a folder.
+            artifact of this package nor an empty folder; or it is not a folder, or its name is too long.
     """
+    name = os.fsencode(target.name)
+    if len(name) > _LONGEST_NAME or "\0" in str(target):
+        raise InputError(
+            f"{os.fsdecode(name[:40])}…: a name of {len(name)} bytes is too long for an output, which stands under a "
+            f"longer one until it is complete: give an --out of at most {_LONGEST_NAME}."
+        )
     if not os.path.lexists(target):
         return
     if not target.is_dir():

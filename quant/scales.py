@@ -26,6 +26,30 @@ _FACTORS: Final = {
 }  # each holds 1: a weight that lies on the grid already is met
 _REFITS: Final = 2
 _LARGEST: Final = torch.finfo(torch.float16).max
+_SMALLEST: Final = 2.0**-20
+"""Of numbers that float16 holds with 4 bits of precision; its smallest is 2⁻²⁴."""
+
+
+def check_scales(name: str, weight: Float[Tensor, "*rows outputs"], grid: Grid) -> None:
+    """Refuse a matrix whose scales float16 cannot hold: what is stored would be another matrix.
+
+    Args:
+        name: of the matrix, for messages.
+        weight: its values.
+        grid: that it is going to be stored on.
+
+    Raises:
+        InputError: its largest weight is too large, or so small that steps of float16 are a sixteenth of its scale.
+    """
+    largest = float(weight.abs().max()) if weight.numel() else 0.0
+    scale = largest / -grid.lowest
+    if scale > _LARGEST / 2 or 0 < scale < _SMALLEST:
+        side = "large" if scale > 1 else "small"
+        raise InputError(
+            f"{name}: its largest weight is {largest:.3g}, and a scale of {grid.bits} bits for it is too {side} for "
+            f"float16, whose numbers go from {_SMALLEST:.1g} (with 4 bits of precision) to {_LARGEST:.0f}. Rescale the "
+            "matrix and the one that it is multiplied with in turn, or use --quant none."
+        )
 
 
 def round_to_grid(

@@ -34,8 +34,8 @@ class Gate:
     def __post_init__(self) -> None:
         for name in ("max_perplexity_ratio", "max_kl", "max_export_nmse"):
             limit = getattr(self, name)
-            if limit is not None and not limit >= 0:
-                raise RecipeError(f"{name} = {limit}: a limit is a number that is not negative.")
+            if limit is not None and not 0 <= limit < math.inf:
+                raise RecipeError(f"{name} = {limit}: a limit is a number from 0 on; leave it out for none.")
         if self.min_top1 is not None and not 0 <= self.min_top1 <= 1:
             raise RecipeError(f"min_top1 = {self.min_top1}: give a fraction between 0 and 1.")
         if self.min_cosine is not None and not -1 <= self.min_cosine <= 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from compot_deploy.accuracy.runner import Choose, continued, greedy, stream
+from compot_deploy.core.json_files import read_object
 from compot_deploy.errors import ArtifactError, a_few, first_line
 
 if TYPE_CHECKING:
@@ -149,12 +149,4 @@ def _empty_cache(entry: Any, path: Path) -> Tensor:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise ArtifactError(f"{path} does not hold a JSON object.")
-    return config
+    return read_object(path) if path.is_file() else {}

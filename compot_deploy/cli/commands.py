@@ -53,6 +53,8 @@ def _plan(arguments: list[str], out: Console, err: Console) -> int:
     if options.allocation in (None, "auto"):
         options.allocation = "knapsack"
     recipe = recipe_of(options)
+    if picture is not None:
+        plan_report.check_plot(picture)
     with progress_on(err) as progress:
         planned = plan_report.Planned(recipe.model or "the model that ships", plan_only(recipe, progress))
     if picture is not None:

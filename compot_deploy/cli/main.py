@@ -12,12 +12,12 @@
     compot-deploy demo                                              the model that ships, four ways, in one table
 
 Exit codes: 0 done and gate passed · 1 gate failed (the folder is kept, marked) · 2 bad usage or input ·
-3 unsupported model · 4 missing runtime or extra · 75 interrupted, the same command resumes.
+3 unsupported model · 4 missing runtime or extra · 70 an error that nobody foresaw · 75 interrupted, the same command
+resumes.
 """
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -27,15 +27,21 @@ from rich.console import Console
 from rich.text import Text
 
 from compot_deploy.cli.commands import COMMANDS, deploy_command
+from compot_deploy.cli.crash import crash_sentence
 from compot_deploy.cli.output import console, quiet_libraries
-from compot_deploy.errors import EXIT_OK, CompotDeployError, InterruptedRunError
+from compot_deploy.cli.printing import forgive_characters, settle
+from compot_deploy.errors import EXIT_UNFORESEEN, CompotDeployError, InterruptedRunError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    ours = argv is None  # the process, its streams and its libraries
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if ours:
+        forgive_characters()
     out, err = console(sys.stdout), console(sys.stderr)
     command: Callable[[list[str], Console, Console], int] = deploy_command
+    given = list(arguments)
     if arguments and arguments[0] in COMMANDS:
         command = COMMANDS[arguments.pop(0)]
     requests: list[int] = []
@@ -46,27 +52,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        quiet_libraries(warnings_too=argv is None)
+        quiet_libraries(warnings_too=ours)
         return command(arguments, out, err)
     except CompotDeployError as error:
-        err.print(Text(f"compot-deploy: {error}"), style="bold red" if err.is_terminal else "")
+        _tell(err, str(error))
         return error.exit_code
-    except KeyboardInterrupt:
-        err.print("compot-deploy: Interrupted; the same command goes on with what is finished.")
-        return InterruptedRunError.exit_code
-    except BrokenPipeError:
-        # Whoever read the output has gone; there is nobody to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
-    except Exception:
+    except SystemExit:  # --help, --version
+        raise
+    except BaseException as error:  # libraries written in Rust throw what is no `Exception`
         # Libraries written in C may answer an interruption with an exception of their own.
-        if not requests:
-            raise
-        err.print("compot-deploy: Interrupted; the same command goes on with what is finished.")
-        return InterruptedRunError.exit_code
+        if requests or isinstance(error, KeyboardInterrupt):
+            err.print("compot-deploy: Interrupted; the same command goes on with what is finished.")
+            return InterruptedRunError.exit_code
+        _tell(err, crash_sentence(error, given))
+        return EXIT_UNFORESEEN
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        if ours:
+            settle()
+
+
+def _tell(err: Console, sentence: str) -> None:
+    err.print(Text(f"compot-deploy: {sentence}"), style="bold red" if err.is_terminal else "", soft_wrap=True)
 
 
 if __name__ == "__main__":

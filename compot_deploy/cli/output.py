@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Final, Protocol
+from typing import IO, Any, Final, Protocol, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -25,6 +25,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from compot_deploy.cli.printing import Forgiving
 from compot_deploy.errors import EXIT_GATE_FAILED, EXIT_OK
 from compot_deploy.pipeline.check import Deployment
 from compot_deploy.progress import Progress
@@ -103,8 +104,9 @@ def _minutes(seconds: float) -> str:
 
 
 def console(stream: Any) -> Console:
-    """A console without a terminal has no width: tables get room there rather than being folded at 80."""
-    return Console(file=stream, width=None if stream.isatty() else 140, highlight=False)
+    """A console that never fails; without a terminal tables get room rather than being folded at 80."""
+    file = Forgiving(stream)
+    return Console(file=cast(IO[str], file), width=None if file.isatty() else 140, highlight=False)
 
 
 def progress_on(stream: Console) -> ProgressOnScreen:

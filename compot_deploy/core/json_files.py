@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+from compot_deploy.core.parsing import UnreadableError, decoded, json_of, strict
 from compot_deploy.errors import ArtifactError, InputError
 
 _KEYS: Final[Mapping[tuple[str, str], str]] = MappingProxyType(
@@ -42,10 +43,10 @@ def read_object(path: Path) -> dict[str, Any]:
         ArtifactError: it is missing or damaged.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json_of(decoded(path.read_bytes()))
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing: give a folder that compot-deploy wrote.") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, UnreadableError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}.") from None
     if not isinstance(value, dict):
         raise ArtifactError(f"{path} does not hold a JSON object.")
@@ -53,13 +54,13 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def write_object(path: Path, value: Mapping[str, Any], *, indent: int = 2) -> None:
-    """Write a JSON object as every file of a folder has it.
+    """Write a JSON object as every file of a folder has it; NaN and infinity, which JSON does not know, become null.
 
     Raises:
         InputError: a value that JSON does not know.
     """
     try:
-        text = json.dumps(value, indent=indent, ensure_ascii=False)
+        text = json.dumps(strict(value), indent=indent, ensure_ascii=False, allow_nan=False)
     except TypeError as error:
         raise InputError(f"{path.name} cannot be written: {error}.") from None
     path.write_text(text + "\n", encoding="utf-8", newline="\n")

@@ -22,10 +22,11 @@ from compot_deploy.exporters.gguf.library import (
     load_library,
     set_field,
 )
-from compot_deploy.exporters.gguf.reader import GgufFile, read_header
+from compot_deploy.exporters.gguf.reader import read_header
 from compot_deploy.llama.generation import Generation
 from compot_deploy.llama.loading import Execution, Loading, refusal
 from compot_deploy.llama.plugin import load_plugin
+from compot_deploy.llama.probe import check_keys, probe
 
 MAX_THREADS: Final = 512
 """ggml's own limit, GGML_MAX_N_THREADS."""
@@ -44,6 +45,7 @@ class LlamaModel:
             original model; a dense file of any type likewise); ``auto`` takes the plug-in where there is one, and
             leaves dense files to llama.cpp.
         batch: most tokens computed at a time.
+        foreign: the file came from anywhere: it is loaded in a child process first, see `probe`.
 
     Attributes:
         layout: of the file.
@@ -68,6 +70,7 @@ class LlamaModel:
         exact: bool = False,
         execution: Execution = "auto",
         batch: int = 512,
+        foreign: bool = False,
     ) -> None:
         self._context: int | None = None
         self._loaded: Loading | None = None
@@ -78,13 +81,17 @@ class LlamaModel:
         self.layout = gguf_index.read_layout(file)
         self._library = load_library()
         check_parameters(self._library)
-        longest = self._promised(file)
+        base = file.text("general.architecture" if self.layout == "dense" else "compot.base_architecture")
+        check_keys(file, base)
+        longest = file.count(f"{base}.context_length")
         self.context = min(longest, 4096) if context is None else context
         if not 1 <= self.context <= longest:
             raise InputError(
                 f"A context of {context} positions: {self.path.name} was made for 1 to {longest}."
             )
         self._batch = max(1, min(batch, self.context))
+        if foreign:
+            probe(self.path)
         self._loaded = Loading(file, self._library, threads, self._batch)
         try:
             if self.layout == "dense":
@@ -189,7 +196,7 @@ class LlamaModel:
         """Continue a prompt greedily.
 
         Args:
-            prompt: text, or token ids.
+            prompt: text, in which special tokens are read as such, or token ids.
             max_tokens: most tokens to add; the context may end sooner.
             on_token: called with each piece of text as it comes.
             stop: end at an end-of-generation token.
@@ -197,7 +204,7 @@ class LlamaModel:
         Raises:
             InputError: see `logits`.
         """
-        ids = self._checked(self.tokenize(prompt) if isinstance(prompt, str) else prompt)
+        ids = self._checked(self.tokenize(prompt, markers=True) if isinstance(prompt, str) else prompt)
         begin = first = time.perf_counter()
         made: list[int] = []
         sent = ""
@@ -247,10 +254,6 @@ class LlamaModel:
             if made + 1 == max_tokens or len(ids) + made + 1 > self.context:
                 return
             last = self._decode([token], len(ids) + made, False)
-
-    def _promised(self, file: GgufFile) -> int:
-        base = file.text("general.architecture" if self.layout == "dense" else "compot.base_architecture")
-        return file.count(f"{base}.context_length")
 
     def _open_context(self, loaded: Loading, exact: bool) -> None:
         parameters = self._library.llama_context_default_params()
@@ -341,7 +344,7 @@ def generate(
     Raises:
         ArtifactError, InputError, MissingDependencyError, UnsupportedLlamaError, LlamaError: see `LlamaModel`.
     """
-    with LlamaModel(path, threads=threads, context=context) as model:
+    with LlamaModel(path, threads=threads, context=context, foreign=True) as model:
         return model.generate(prompt, max_tokens=max_tokens, on_token=on_token)
 
 

@@ -66,6 +66,7 @@ class Architecture:
         ggml_name: ``general.architecture`` in GGUF.
         ggml_names: block-relative module path to GGUF tensor stem.
         ggml_interleaved_rope: llama.cpp wants the rows of q and k permuted to interleaved pairs.
+        ggml_biased: ends of the paths whose biases llama.cpp reads.
         genai_type: ``model.type`` in genai_config.json.
     """
 
@@ -79,6 +80,7 @@ class Architecture:
     ggml_name: str = "llama"
     ggml_names: Mapping[str, str] = field(default_factory=lambda: _DECODER_GGML)
     ggml_interleaved_rope: bool = False
+    ggml_biased: tuple[str, ...] = ()
     genai_type: str = "llama"
 
     @property
@@ -100,7 +102,7 @@ class Architecture:
         return int(explicit) if explicit else int(config["hidden_size"]) // int(config["num_attention_heads"])
 
 
-_LLAMA: Final = Architecture("llama", ggml_interleaved_rope=True)
+_LLAMA: Final = Architecture("llama", ggml_interleaved_rope=True, ggml_biased=("_proj",))
 
 ARCHITECTURES: Final[Mapping[str, Architecture]] = MappingProxyType(
     {
@@ -108,7 +110,9 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = MappingProxyType(
         # Mistral is Llama with an optional sliding window; llama.cpp knows it as llama.
         "mistral": replace(_LLAMA, model_type="mistral", genai_type="mistral"),
         # Qwen2 is Llama with biases on q, k and v.
-        "qwen2": Architecture("qwen2", ggml_name="qwen2", genai_type="qwen2"),
+        "qwen2": Architecture(
+            "qwen2", ggml_name="qwen2", ggml_biased=("q_proj", "k_proj", "v_proj"), genai_type="qwen2"
+        ),
         # Qwen3 is Llama with norms on queries and keys and a head size of its own.
         "qwen3": Architecture("qwen3", query_key_norm=True, ggml_name="qwen3", genai_type="qwen3"),
     }

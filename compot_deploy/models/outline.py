@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.core.store import Without
-from compot_deploy.errors import ArtifactError, InputError, UnsupportedModelError
+from compot_deploy.errors import ArtifactError, InputError, UnsupportedModelError, first_line
 from compot_deploy.models.compressed import CompressedModel, Tables
+from compot_deploy.models.configuration import settings_of
 from compot_deploy.models.hints import ARCHITECTURES
 from compot_deploy.models.sites import Layout, discover
 from compot_deploy.models.skeleton import on_meta
@@ -130,14 +131,12 @@ def outline_of(model: CompressedModel) -> Outline:
         InputError: transformers refuses its configuration.
         UnsupportedModelError: transformers has no model for it.
     """
-    try:
-        return _outline(json.dumps(model.stored_config, sort_keys=True), model.task)
-    except UnsupportedModelError:
-        raise
-    except Exception as error:  # validation errors differ from version to version
-        raise InputError(
-            f"transformers refuses the configuration of this {model.model_type}: {error}"
-        ) from error
+    return _outline(
+        json.dumps(model.stored_config, sort_keys=True),
+        model.task,
+        f"The configuration of this {model.model_type}",
+        InputError,
+    )
 
 
 def outline_of_config(config: Mapping[str, Any], where: str) -> Outline:
@@ -157,18 +156,17 @@ def outline_of_config(config: Mapping[str, Any], where: str) -> Outline:
             f"{where}: a {', '.join(map(str, config['architectures']))} is not a model of a task that is known here: "
             "load it with transformers."
         )
-    try:
-        return _outline(json.dumps(dict(config), sort_keys=True), task)
-    except UnsupportedModelError:
-        raise
-    except Exception as error:  # KeyError, TypeError, validation: whatever a damaged file provokes
-        raise ArtifactError(f"{where} is not understood: {type(error).__name__}: {error}.") from None
+    return _outline(json.dumps(dict(config), sort_keys=True), task, where, ArtifactError)
 
 
 @lru_cache(maxsize=4)
-def _outline(config: str, task: Task) -> Outline:
-    from transformers import AutoConfig
-
-    meta = on_meta(AutoConfig.for_model(**json.loads(config)), task)
-    layout = discover(meta, {"input_ids": torch.zeros(1, 4, dtype=torch.int64, device="meta")})
+def _outline(config: str, task: Task, where: str, kind: type[InputError]) -> Outline:
+    settings = settings_of(json.loads(config), where, kind)
+    try:
+        meta = on_meta(settings, task)
+        layout = discover(meta, {"input_ids": torch.zeros(1, 4, dtype=torch.int64, device="meta")})
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever a model's own code says to sizes that do not fit each other
+        raise kind(f"{where} is not understood: {type(error).__name__}: {first_line(error)}.") from None
     return Outline(task, meta, layout)

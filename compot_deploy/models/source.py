@@ -7,7 +7,6 @@ transformers builds from the configuration, on the device ``meta``: nothing is d
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,12 +16,15 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from compot_deploy.errors import InputError, UnsupportedModelError
+from compot_deploy.errors import InputError, UnsupportedModelError, first_line
+from compot_deploy.models.checkpoint import match_checkpoint
+from compot_deploy.models.configuration import CONFIG, config_of, context_of, read_settings
+from compot_deploy.models.generation import read_generation
 from compot_deploy.models.hints import ARCHITECTURES, Architecture, find_architecture
-from compot_deploy.models.sites import Layout, Site, blocks_of, discover
-from compot_deploy.models.skeleton import on_meta, without_parameters
+from compot_deploy.models.sites import Layout, Site, discover
+from compot_deploy.models.skeleton import without_parameters
 from compot_deploy.models.tasks import Task, task_of
-from compot_deploy.models.weights import Held, LazyTensors, Renamed, read_json, weight_files
+from compot_deploy.models.weights import LazyTensors, weight_files
 
 TOKENIZER_FILES: Final = (
     "tokenizer.json",
@@ -47,13 +49,6 @@ _HUB_PATTERNS: Final = [
     "vocab.txt",
     "*/config.json",
 ]
-_CONTEXT: Final = 2048
-"""Tokens that a model is taken to read where its configuration does not say."""
-
-_COMPUTED: Final = (r"rotary_emb\.inv_freq$", r"position_ids$", r"\.masked_bias$")
-"""Buffers that old checkpoints store, and that models compute."""
-
-_OLD_NAMES: Final = ((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias"))
 
 
 @dataclass(frozen=True)
@@ -62,12 +57,13 @@ class ModelSource:
 
     Attributes:
         folder: where it is.
-        config: config.json.
-        settings: the configuration as transformers understands it, every default filled in.
+        config: the configuration with every setting in it, as transformers understands config.json.
+        settings: the same as transformers' own object.
         task: what the model is for.
         architecture: what exporters know about models of this type; None for most.
         tensors: weights by name in the model, read on access.
         files: the weight files.
+        notes: what a report must say about the checkpoint.
     """
 
     folder: Path
@@ -77,6 +73,7 @@ class ModelSource:
     architecture: Architecture | None
     tensors: Mapping[str, Tensor]
     files: tuple[Path, ...]
+    notes: tuple[str, ...]
     meta: Any = field(repr=False)
     """The model on the device ``meta``."""
 
@@ -92,7 +89,8 @@ class ModelSource:
             layout = discover(self.meta, batch)
         except Exception as error:  # whatever a model's own code says
             raise UnsupportedModelError(
-                f"A {self.model_type} cannot be looked at: its forward pass stops with {_first_line(error)}."
+                f"A {self.model_type} cannot be looked at: its forward pass stops with "
+                f"{type(error).__name__}: {first_line(error)}."
             ) from None
         if not layout.groups:
             raise UnsupportedModelError(
@@ -137,7 +135,7 @@ class ModelSource:
     @property
     def context(self) -> int:
         """Longest sequence that the model was made for, in tokens."""
-        longest = int(getattr(self.settings.get_text_config(), "max_position_embeddings", None) or _CONTEXT)
+        longest = context_of(self.settings)
         for name, table in self.meta.named_modules():
             # RoBERTa and its relatives count positions from the one behind that of padding.
             if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
@@ -254,179 +252,46 @@ def open_source(model: str | Path, *, allow_pickle: bool = False, ask_hub: bool 
         folder = _download(str(model), ask_hub)
     if not folder.is_dir():
         raise InputError(f"{folder} is a file. Give the folder that holds config.json.")
-    config = read_json(folder, "config.json")
-    task = task_of(config)
-    model_type = config.get("model_type")
-    architecture = find_architecture(config) if model_type in ARCHITECTURES else None
-    if architecture is not None:
-        _check_sizes(folder, config)
-    if task is not None and not task.generates:
-        architecture = None  # hints are about decoders; a classifier of the same type has another head
-    if task is None:
-        (name,) = config["architectures"][:1]
-        raise UnsupportedModelError(
-            f"{folder}: a {name} is not supported: its head would be lost. Decoders, encoders, classifiers and masked "
-            "language models of transformers are."
-        )
-    settings = _settings(folder, config)
+    settings = read_settings(folder)
+    config = config_of(settings)
+    task = _task(folder, config)
     if getattr(settings, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{folder}: a {model_type} has an encoder and a decoder, which is not supported."
+            f"{folder}: a {settings.model_type} has an encoder and a decoder, which is not supported."
         )
-    meta = on_meta(settings, task)
+    read_generation(folder)  # damage is found here, and not when the work is done
     files = LazyTensors(weight_files(folder, allow_pickle))
-    tensors = _tensors(folder, files, meta, task)
+    checkpoint = match_checkpoint(folder, files, settings, task)
+    native = task.generates and settings.model_type in ARCHITECTURES
     return ModelSource(
         folder=folder,
-        config=config,
-        settings=settings,
+        config=config_of(checkpoint.settings),
+        settings=checkpoint.settings,
         task=task,
-        architecture=architecture,
-        tensors=tensors,
+        # Hints are about decoders; a classifier of the same type has another head.
+        architecture=find_architecture(config) if native else None,
+        tensors=checkpoint.tensors,
         files=tuple(sorted(set(files.files.values()))),
-        meta=meta,
+        notes=checkpoint.notes,
+        meta=checkpoint.meta,
     )
 
 
-def may_be_absent(name: str) -> bool:
-    """Whether a checkpoint may lack a parameter: encoders may come without a pooler, which nothing here reads."""
-    return ".pooler." in f".{name}"
-
-
-def _check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
-    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        if not isinstance(config.get(key), int) or config[key] < 1:
-            raise InputError(
-                f"{folder / 'config.json'}: {key} is {config.get(key)!r}, not a positive number."
-            )
-
-
-def _settings(folder: Path, config: Mapping[str, Any]) -> Any:
-    """The configuration as transformers understands it."""
-    from transformers import AutoConfig
-
-    model_type = config.get("model_type")
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers' own errors share no base class
-        if isinstance(model_type, str) and model_type in ARCHITECTURES:
-            raise InputError(f"{folder / 'config.json'} is not understood: {_first_line(error)}.") from None
+def _task(folder: Path, config: Mapping[str, Any]) -> Task:
+    """What a model is for; a head is kept, or the model is refused."""
+    classes: list[str] = config.get("architectures") or []
+    if not classes and config["model_type"] not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"The model type {model_type!r} is not supported: transformers does not know it, or it needs code of its "
-            f"own, which is never run. Decoders with a native graph are {', '.join(sorted(ARCHITECTURES))}."
-        ) from None
-
-
-def _tensors(folder: Path, files: LazyTensors, meta: Any, task: Task) -> Mapping[str, Tensor]:
-    """The weights by their names in the model, lazily where the names of the files allow it.
-
-    Some checkpoints are older than the code of their model: transformers renames, splits and stacks tensors while it
-    loads them. Such a model is loaded as a whole.
-    """
-    unknown = set(files) - set(_names(files, meta).values())
-    try:
-        found = _matched(folder, files, meta)
-    except InputError:
-        loaded = _loaded(folder, task) if unknown else None
-        if loaded is None:
-            raise
-        return loaded
-    _check_nothing_is_lost(folder, unknown - set(found.names.values()), meta, task)
-    return found
-
-
-def _check_nothing_is_lost(folder: Path, unknown: set[str], meta: Any, task: Task) -> None:
-    """Refuse weights that the model would compute without: biases that the configuration denies, for example.
-
-    Heads of other tasks may be there beside an encoder; what is computed and not learned may be there anywhere.
-    """
-    computed = (*_COMPUTED, *(getattr(meta, "_keys_to_ignore_on_load_unexpected", None) or ()))
-    prefix = f"{getattr(meta, 'base_model_prefix', '')}."
-    inside = tuple(f"{path}." for path in blocks_of(meta))
-    inside += tuple(path.removeprefix(prefix) for path in inside)
-    # Masks, which older releases store: transformers 4 keeps them as buffers and names no pattern for them.
-    buffers = {name.removeprefix(prefix) for name, _ in meta.named_buffers()}
-    for name in sorted(unknown):
-        if any(re.search(pattern, name) for pattern in computed) or name.removeprefix(prefix) in buffers:
-            continue
-        if task.generates or name.startswith(inside) or name.removeprefix(prefix).startswith(inside):
-            raise InputError(
-                f"{folder}: the model that config.json promises does not know: {name}. It would compute without it."
-            )
-
-
-def _loaded(folder: Path, task: Task) -> Mapping[str, Tensor] | None:
-    """All weights as transformers loads them; None where it finds that some are missing, too."""
-    import transformers
-
-    try:
-        model, found = getattr(transformers, task.auto_class).from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, dtype="auto", output_loading_info=True
+            f"{folder / CONFIG} names no class under architectures, so nobody can tell whether the model has a head, "
+            "which would be lost. Add the class that it was saved from."
         )
-    except Exception:  # what is wrong was said better before
-        return None
-    missing = [key for key in found["missing_keys"] if not may_be_absent(key)]
-    if missing or found["mismatched_keys"]:
-        return None
-    state = {name: value for name, value in model.state_dict().items() if name not in found["missing_keys"]}
-    return Held(state, folder)
-
-
-def _matched(folder: Path, files: LazyTensors, meta: Any) -> Renamed:
-    """Every parameter of the model with the tensor of the checkpoint that holds it.
-
-    Raises:
-        InputError: a tensor is missing, or has another shape than the configuration says.
-    """
-    names = _names(files, meta)
-    tied = _second_names(meta)
-    for name, parameter in meta.named_parameters():
-        stored = names.get(name) or next(
-            (names[other] for other in tied.get(name, ()) if other in names), None
+    task = task_of(config)
+    if task is None:
+        raise UnsupportedModelError(
+            f"{folder}: a {classes[0]} is not supported: its head would be lost. Decoders, encoders, classifiers and "
+            "masked language models of transformers are."
         )
-        if stored is None:
-            if may_be_absent(name):
-                continue
-            hint = ""
-            if ".".join(name.split(".")[-2:]) == "lm_head.weight":
-                hint = ", and config.json does not tie it to the embedding"
-            raise InputError(f"{folder}: the tensor {name} is missing; config.json promises it{hint}.")
-        names[name] = stored
-        shape, wanted = files.shape(stored), tuple(parameter.shape)
-        if shape != wanted:
-            raise InputError(f"{folder}: {stored} is {shape}, but config.json says {wanted}.")
-    return Renamed(files, names)
-
-
-def _names(files: LazyTensors, meta: Any) -> dict[str, str]:
-    """Name in the model to name in the files: as they are, with or without the prefix of the base model."""
-    prefix = f"{meta.base_model_prefix}." if getattr(meta, "base_model_prefix", "") else ""
-    current = {}
-    for stored in files:
-        name = stored
-        for old, new in _OLD_NAMES:
-            name = name.replace(old, new) if name.endswith(old) else name
-        current[name] = stored
-    found = {}
-    for name in meta.state_dict():
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
-            if candidate in current:
-                found[name] = current[candidate]
-                break
-    return found
-
-
-def _second_names(meta: Any) -> dict[str, tuple[str, ...]]:
-    """Other names of parameters that stand in a model twice."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in meta.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {group[0]: tuple(group[1:]) for group in names.values() if len(group) > 1}
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return task
 
 
 def _download(model: str, ask_hub: bool) -> Path:
@@ -436,7 +301,13 @@ def _download(model: str, ask_hub: bool) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_PATTERNS, local_files_only=not ask_hub))
+        found = snapshot_download(
+            model,
+            allow_patterns=_HUB_PATTERNS,
+            ignore_patterns=["consolidated*"],
+            local_files_only=not ask_hub,
+        )
+        return Path(found)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         if not ask_hub:
             raise InputError(

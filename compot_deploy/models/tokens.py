@@ -1,13 +1,12 @@
 """Text to windows of token ids: what a model is calibrated and evaluated on, and where it came from.
 
-Sources: a UTF-8 text file, JSON lines, a data set by name (where the hub answers), or text sampled from the
-model itself. Windows are drawn with a seed, so the same inputs give the same windows.
+Sources: a file (see `text_files`), a data set by name (where the hub answers), or text sampled from the model itself.
+Windows are drawn with a seed, so the same inputs give the same windows.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from torch import Tensor
 
 from compot_deploy.errors import InputError, MissingDependencyError, first_line
 from compot_deploy.models.cache import cache_argument, cache_of
+from compot_deploy.models.templates import TemplateError, TemplateProcess
+from compot_deploy.models.text_files import Record
 
 SELF: Final = "self"
 HELD_OUT_SHARE: Final = 0.1
@@ -82,19 +83,19 @@ class Tokenizer:
         encode: text to ids, without special tokens.
         decode: ids to text, special tokens kept out.
         first: ids put before every window (the begin-of-sequence token, where the tokenizer adds one).
-        chat: messages to text, None where the tokenizer has no chat template.
+        chat: a conversation to text, special tokens written out; None where the tokenizer has no chat template.
         whole: a text to at most so many ids, special tokens included, as an encoder reads it.
     """
 
     encode: Callable[[str], list[int]]
     decode: Callable[[Sequence[int]], str]
     first: tuple[int, ...]
-    chat: Callable[[Sequence[Mapping[str, str]]], str] | None
+    chat: Callable[[Record], str] | None
     whole: Callable[[str, int], list[int]]
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in a model folder; code of its own is not run.
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model folder as transformers' own object; code of its own is not run.
 
     Raises:
         InputError: the folder has none that transformers can read.
@@ -103,11 +104,24 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
+        tokenizer("a")
+    except BaseException as error:  # what a library in Rust throws is no `Exception`
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         raise InputError(
-            f"{folder} holds no tokenizer that can be read ({first_line(error)}). "
+            f"{folder} holds no tokenizer that can be read ({type(error).__name__}: {first_line(error)}). "
             "Save one with tokenizer.save_pretrained(folder)."
         ) from None
+    return tokenizer
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The few things that are needed of the tokenizer in a model folder.
+
+    Raises:
+        InputError: see `open_tokenizer`.
+    """
+    tokenizer = open_tokenizer(folder)
     bare, special = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     prefix = tuple(special[: len(special) - len(bare)]) if special[-len(bare) :] == bare else ()
     if not prefix and tokenizer.bos_token_id is not None and special[:1] == [tokenizer.bos_token_id]:
@@ -116,36 +130,41 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         encode=lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids),
         decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
         first=prefix,
-        chat=(lambda messages: str(tokenizer.apply_chat_template(list(messages), tokenize=False)))
-        if getattr(tokenizer, "chat_template", None)
-        else None,
+        chat=_Chat(tokenizer) if getattr(tokenizer, "chat_template", None) else None,
         whole=lambda text, length: list(tokenizer(text, truncation=True, max_length=length).input_ids),
     )
 
 
-def read_text(path: Path) -> str:
-    """Text of a UTF-8 file.
+class _Chat:
+    """A tokenizer's chat template, whose process starts with the first conversation."""
 
-    Raises:
-        InputError: missing, empty, or not text.
-    """
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"The text {path} does not exist.") from None
-    except OSError as error:
-        raise InputError(f"The text {path} cannot be read: {error.strerror}.") from None
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text (byte {error.start}). Give a plain text or JSON lines file."
-        ) from None
-    if "\0" in text:
-        raise InputError(f"{path} is binary, not text. Give a plain text or JSON lines file.")
-    if not text.strip():
-        raise InputError(f"{path} is empty. Give a text that resembles what the model will read.")
-    return text
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._processes: dict[str, TemplateProcess] = {}
+
+    def __call__(self, record: Record) -> str:
+        source = self._template(record)
+        if source not in self._processes:
+            words = {name: str(word) for name, word in self._tokenizer.special_tokens_map.items()}
+            self._processes[source] = TemplateProcess(source, words)
+        return self._processes[source].render(record.messages, tools=record.tools)
+
+    def __del__(self) -> None:
+        for process in self._processes.values():
+            process.close()
+
+    def _template(self, record: Record) -> str:
+        """The template, or of several the one that transformers would take."""
+        found = self._tokenizer.chat_template
+        if not isinstance(found, Mapping):
+            return str(found)
+        name = "tool_use" if record.tools and "tool_use" in found else "default"
+        if name not in found:
+            raise InputError(
+                f"{record.where} has messages, and the tokenizer has the chat templates {', '.join(found)} and none "
+                "called default: nobody can tell which one is meant. Call one of them default, or give text instead."
+            )
+        return str(found[name])
 
 
 def windows_of_text(
@@ -212,8 +231,8 @@ def windows_of_lines(
     return make_windows([tokenizer.whole(lines[i], length) for i in order], source, vocabulary, notes)
 
 
-def windows_of_jsonl(
-    text: str,
+def windows_of_records(
+    records: Sequence[Record],
     tokenizer: Tokenizer,
     *,
     samples: int,
@@ -223,46 +242,43 @@ def windows_of_jsonl(
     vocabulary: int,
     whole: bool = False,
 ) -> TokenWindows:
-    """One window a line of ``{"text": …}`` or ``{"messages": […]}``, cut to `length` tokens.
+    """One window a record, cut to `length` tokens: of texts as text, of conversations as the chat template has them.
 
-    With `whole`, each is read as an encoder reads it: special tokens stand at both ends.
+    A template writes the begin token itself, or leaves it out: nothing is put before it. With `whole`, each text is
+    read as an encoder reads it: special tokens stand at both ends.
 
     Raises:
-        InputError: a line that is not such an object, or no line with two tokens.
+        InputError: a conversation that the template refuses, or no record of two tokens.
     """
-    samples_ids: list[list[int]] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        record = _text_of_record(line, f"{source}, line {number}", tokenizer)
-        own = tokenizer.whole(record, length) if whole else [*tokenizer.first, *tokenizer.encode(record)]
-        window = own[:length]
-        if len(window) >= 2:
-            samples_ids.append(window)
-    if not samples_ids:
+    found: list[list[int]] = []
+    for record in records:
+        if record.text is None:
+            own = tokenizer.encode(_rendered(record, tokenizer))
+        elif whole:
+            own = tokenizer.whole(record.text, length)
+        else:
+            own = [*tokenizer.first, *tokenizer.encode(record.text)]
+        if len(own[:length]) >= 2:
+            found.append(own[:length])
+    if not found:
         raise InputError(f"{source} holds no sample of two tokens or more.")
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(samples_ids), generator=generator)[:samples].sort().values.tolist()
-    notes = (
-        [f"{source} holds {len(samples_ids)} samples; {samples} were asked for"]
-        if len(samples_ids) < samples
-        else []
-    )
-    return make_windows([samples_ids[i] for i in order], source, vocabulary, notes)
+    order = torch.randperm(len(found), generator=generator)[:samples].sort().values.tolist()
+    notes = [f"{source} holds {len(found)} samples; {samples} were asked for"] if len(found) < samples else []
+    return make_windows([found[i] for i in order], source, vocabulary, notes)
 
 
-def _text_of_record(line: str, where: str, tokenizer: Tokenizer) -> str:
+def _rendered(record: Record, tokenizer: Tokenizer) -> str:
+    if tokenizer.chat is None:
+        raise InputError(
+            f"{record.where} has messages, but the model has no chat template. Give text instead."
+        )
     try:
-        record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not JSON: {error.msg}.") from None
-    if isinstance(record, dict) and isinstance(record.get("text"), str):
-        return str(record["text"])
-    if isinstance(record, dict) and isinstance(record.get("messages"), list):
-        if tokenizer.chat is None:
-            raise InputError(f"{where} has messages, but the model has no chat template. Give text instead.")
-        return tokenizer.chat(record["messages"])
-    raise InputError(f'{where} has neither "text" nor "messages".')
+        return tokenizer.chat(record)
+    except TemplateError as error:
+        raise InputError(
+            f"{record.where}: the chat template refuses these messages: {str(error).rstrip('.')}."
+        ) from None
 
 
 def text_of_dataset(name: str) -> str:

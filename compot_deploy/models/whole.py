@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.errors import InputError
+from compot_deploy.models.checkpoint import may_be_absent
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.sites import Site
 from compot_deploy.models.skeleton import without_parameters
-from compot_deploy.models.source import ModelSource, may_be_absent
+from compot_deploy.models.source import ModelSource
 
 
 def whole_model(

@@ -23,6 +23,10 @@ FIRST_RIDGE: Final = 1e-6
 
 _LARGEST_RIDGE: Final = 10.0
 
+_NOTHING: Final = 1e-9
+"""What stands for inputs that are always zero (an attention or an MLP that was switched off): rounding their matrices
+to nearest is as good as anything, and what it costs is nothing beside any other."""
+
 
 @dataclass(frozen=True)
 class Whitening:
@@ -31,7 +35,7 @@ class Whitening:
     Attributes:
         factor: L, lower triangular, float64, with ``G + ridge · mean(diag G) · I = L Lᵀ``.
         ridge: what was added to the diagonal, relative to its mean.
-        attempts: Cholesky factorizations tried, one for a healthy Gram.
+        attempts: Cholesky factorizations tried, one for a healthy Gram, none for one without energy.
         gram: the Gram with its ridge, ``L Lᵀ``.
     """
 
@@ -39,6 +43,11 @@ class Whitening:
     ridge: float
     attempts: int
     gram: Float64[Tensor, "inputs inputs"] = field(repr=False, compare=False)
+
+    @property
+    def empty(self) -> bool:
+        """Whether the input was always zero: whatever is multiplied with it costs nothing."""
+        return self.attempts == 0
 
     @property
     def escalated(self) -> bool:
@@ -83,14 +92,14 @@ def whiten(gram: Float[Tensor, "inputs inputs"], *, ridge: float = FIRST_RIDGE) 
 
     A Gram is singular when there were fewer tokens than inputs, or inputs that were always zero; both are
     ordinary and only need the ridge. Rounding can make it slightly indefinite: the ridge then grows tenfold
-    per attempt, and the result says so.
+    per attempt, and the result says so. Inputs that were all always zero need no calibration.
 
     Args:
         gram: ``XᵀX``, symmetric; any floating dtype, used as float64.
         ridge: first value tried, relative to the mean of the diagonal. 0 tries none at all first.
 
     Raises:
-        InputError: NaN or infinity, no energy at all, or a matrix that is no Gram at any sensible ridge.
+        InputError: NaN or infinity, or a matrix that is no Gram at any sensible ridge.
     """
     if ridge < 0:
         raise InputError(f"A ridge of {ridge} is impossible: use 0 or more, {FIRST_RIDGE} for example.")
@@ -102,10 +111,12 @@ def whiten(gram: Float[Tensor, "inputs inputs"], *, ridge: float = FIRST_RIDGE) 
         )
     symmetric = (gram.double() + gram.double().T) / 2
     mean = float(symmetric.diagonal().mean())
+    if not bool(symmetric.any()):
+        identity = torch.eye(inputs, dtype=torch.float64, device=gram.device)
+        return Whitening(identity * _NOTHING, ridge, 0, identity * _NOTHING**2)
     if mean <= 0.0:
         raise InputError(
-            f"The Gram matrix of {inputs} inputs has no energy (mean of its diagonal {mean:g}): "
-            "no calibration token reached this layer with a non-zero input. Use more or other text."
+            f"The matrix of {inputs} inputs is no Gram matrix: the mean of its diagonal is {mean:g}. Collect it as XᵀX."
         )
     attempts = 0
     while True:

@@ -13,6 +13,8 @@ from compot_deploy.errors import ArtifactError, InputError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.artifact import verify
 from compot_deploy.exporters.manifest import Manifest
+from compot_deploy.llama.model import find_gguf
+from compot_deploy.llama.probe import probe
 from compot_deploy.models.source import ModelSource, open_source
 from compot_deploy.models.tokens import load_tokenizer
 from compot_deploy.pipeline.evaluation import (
@@ -88,6 +90,8 @@ def check(
     manifest = verify(folder)
     _check_exporter(folder, manifest)
     recipe = recipe_from_mapping({**manifest.recipe, **limits}, origin=f"{folder}'s manifest")
+    if manifest.exporter == "gguf":
+        probe(find_gguf(folder))
     model = EXPORTERS[manifest.exporter].read_model(folder)
     evaluation = read_evaluation(folder, load_tokenizer(folder), model.config)
     requirements.check_text(evaluation.text.digest, evaluation.text.source)

@@ -102,6 +102,7 @@ def compress(settings: Settings, work: Path, progress: Progress = silent) -> Com
         linears=(*outcome.linears, *tables.records),
         calibration=context.windows,
         notes=(
+            *settings.source.notes,
             *plan_notes,
             *(notes_on(draft.rate_points) if draft is not None else ()),
             *notes_on_tables(
@@ -310,6 +311,12 @@ def _why_not_split(settings: Settings, outcome: Outcome) -> str:
 
 def _notes(windows: TokenWindows, linears: Sequence[LinearRecord]) -> tuple[str, ...]:
     notes = list(windows.notes)
+    unused = [linear.name for linear in linears if linear.unused]
+    if unused:
+        notes.append(
+            f"{len(unused)} linears read an input that was zero on all calibration text (first: {unused[0]}): a part "
+            "that is switched off costs nothing, however it is rounded"
+        )
     escalated = [linear.name for linear in linears if linear.ridge_escalated]
     if escalated:
         largest = max(linear.ridge for linear in linears)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from compot_deploy.accuracy.onnx_runner import onnx_runner
 from compot_deploy.accuracy.runner import Runner
 from compot_deploy.accuracy.runners import huggingface_runner
+from compot_deploy.core.json_files import read_object
 from compot_deploy.errors import ArtifactError, InputError
+from compot_deploy.models.configuration import CONFIG, read_config
+from compot_deploy.models.generation import end_tokens, read_generation
 from compot_deploy.models.tasks import task_of
 from compot_deploy.models.tokens import load_tokenizer
-from compot_deploy.models.weights import read_json
-from compot_deploy.transformers_plugin.folder import MODEL_TYPE, read_config, reveal
+from compot_deploy.transformers_plugin.folder import MODEL_TYPE, reveal
+from compot_deploy.transformers_plugin.folder import read_config as read_compressed_config
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Generated:
 
 
 def generate(path: Path, prompt: str, *, tokens: int = 64, threads: int = 1) -> Generated:
-    """Continue a prompt greedily.
+    """Continue a prompt greedily, up to a token that ends a text; special tokens in the prompt are read as such.
 
     Args:
         path: an exported ONNX, GGUF or Hugging Face folder, or a GGUF file.
@@ -57,7 +63,9 @@ def generate(path: Path, prompt: str, *, tokens: int = 64, threads: int = 1) -> 
             f"{path} holds neither onnx/model.onnx nor a GGUF file nor model.safetensors: export a model there "
             "first."
         )
-    if not _generates(path):
+    config = _config(path)
+    task = task_of(config)
+    if task is None or not task.generates:
         raise InputError(
             f"{path} holds a model that gives embeddings or scores and writes no text: read it with onnxruntime or "
             "optimum."
@@ -76,15 +84,15 @@ def generate(path: Path, prompt: str, *, tokens: int = 64, threads: int = 1) -> 
     begin = time.perf_counter()
     runner.generate(ids, 1)
     first = time.perf_counter()
-    added = runner.generate(ids, tokens)
+    drawn = runner.generate(ids, tokens)
     seconds = max(1e-9, (time.perf_counter() - first) - (first - begin))
-    return Generated(tokenizer.decode(added), added, (len(added) - 1) / seconds)
+    ends = end_tokens(read_generation(path), config)
+    added = tuple(itertools.takewhile(lambda token: token not in ends, drawn))
+    return Generated(tokenizer.decode(added), added, (len(drawn) - 1) / seconds)
 
 
-def _generates(folder: Path) -> bool:
-    """Whether the model of a folder writes text, as its configuration says."""
-    config = read_json(folder, "config.json")
-    if config.get("model_type") == MODEL_TYPE:
-        config = reveal(read_config(folder)["base_config"])
-    task = task_of(config)
-    return task is not None and task.generates
+def _config(folder: Path) -> Mapping[str, Any]:
+    """The configuration of a folder's model; of the model that was compressed, where the folder is of our type."""
+    if read_object(folder / CONFIG).get("model_type") != MODEL_TYPE:
+        return read_config(folder)
+    return reveal(read_compressed_config(folder)["base_config"])

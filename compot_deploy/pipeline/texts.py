@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import lzma
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from compot_deploy.accuracy.evaluate import Evaluation
+from compot_deploy.core.parsing import decoded, json_of
 from compot_deploy.core.work_files import is_sound, read_tensors, write_tensors
 from compot_deploy.embedded import HELD_OUT_TEXT, TRAINING_TEXT
 from compot_deploy.errors import ArtifactError, InputError
+from compot_deploy.models.configuration import CONFIG, context_of, settings_of
+from compot_deploy.models.generation import end_tokens, read_generation
 from compot_deploy.models.source import ModelSource
+from compot_deploy.models.text_files import ENDINGS, read_text, read_text_file
 from compot_deploy.models.tokens import (
     HELD_OUT_SHARE,
     SELF,
@@ -22,11 +26,10 @@ from compot_deploy.models.tokens import (
     TokenWindows,
     load_tokenizer,
     make_windows,
-    read_text,
     sample_from_model,
     text_of_dataset,
-    windows_of_jsonl,
     windows_of_lines,
+    windows_of_records,
     windows_of_text,
 )
 from compot_deploy.models.whole import whole_model
@@ -42,6 +45,7 @@ _FEWEST_TEXTS: Final = 16
 
 _PROMPTS: Final = 3
 _PROMPT_TOKENS: Final = 12
+_NEW_TOKENS: Final = 48
 
 
 def calibration_windows(
@@ -62,7 +66,7 @@ def calibration_windows(
 def names_dataset(text: str) -> bool:
     """Whether a calibration text is asked for by the name of a data set, not as a file or from the model itself."""
     path = Path(text)
-    return text != SELF and not path.exists() and path.suffix not in (".txt", ".jsonl", ".json", ".md")
+    return text != SELF and not path.exists() and path.suffix.lower() not in ENDINGS
 
 
 def evaluation_windows(
@@ -79,9 +83,12 @@ def evaluation_windows(
     text = recipe.calibration
     if text is None and (recipe.model is None or not source.task.generates):
         return reader.text(read_text(HELD_OUT_TEXT), _SHIPPED_HELD_OUT)
-    if text is not None and text != SELF and Path(text).exists() and Path(text).suffix != ".jsonl":
-        rest = _last_part(read_text(Path(text)))
-        return reader.text(rest, f"the last {HELD_OUT_SHARE:.0%} of {Path(text).name}, not calibrated on")
+    if text is not None and text != SELF and Path(text).exists():
+        file = read_text_file(Path(text))
+        if file.records is None:
+            return reader.text(
+                _last_part(file.text), f"the last {HELD_OUT_SHARE:.0%} of {file.name}, not calibrated on"
+            )
     if not source.task.generates:
         raise InputError(
             f"{text} is calibrated on as a whole, and a {source.task.noun} writes no text to be evaluated on: give "
@@ -123,12 +130,14 @@ class _Reader:
         return reader(text, self._tokenizer, source=origin, **self._common)
 
     def file(self, path: Path, part: Callable[[str], str]) -> TokenWindows:
-        """Of a file; of JSON lines as a whole, of other text the part that is asked for."""
-        text = read_text(path)
-        if path.suffix == ".jsonl":
-            whole = not self._source.task.generates
-            return windows_of_jsonl(text, self._tokenizer, source=path.name, whole=whole, **self._common)
-        return self.text(part(text), path.name)
+        """Of a file; of records all of them, of running text the part that is asked for."""
+        file = read_text_file(path)
+        if file.records is None:
+            return self.text(part(file.text), file.name)
+        whole = not self._source.task.generates
+        return windows_of_records(
+            file.records, self._tokenizer, source=file.name, whole=whole, **self._common
+        )
 
     def own(self, name: str) -> TokenWindows:
         """Sampled from the model itself."""
@@ -149,7 +158,8 @@ def evaluation_of(recipe: Recipe, source: ModelSource, work: Path, progress: Pro
     """Windows to evaluate on, and prompts cut from their beginnings for a model that goes on with them."""
     windows = evaluation_windows(recipe, source, work, progress)
     prompts = _prompts(windows) if source.task.generates else ()
-    return _evaluation(windows, prompts, load_tokenizer(source.folder), source.config)
+    ends = end_tokens(read_generation(source.folder), source.config)
+    return _evaluation(windows, prompts, load_tokenizer(source.folder), source.context, ends)
 
 
 def _prompts(windows: TokenWindows) -> tuple[tuple[int, ...], ...]:
@@ -162,16 +172,15 @@ def _evaluation(
     windows: TokenWindows,
     prompts: tuple[tuple[int, ...], ...],
     tokenizer: Tokenizer,
-    config: Mapping[str, Any],
+    context: int,
+    ends: Sequence[int],
 ) -> Evaluation:
-    end = config.get("eos_token_id")
-    context = int(config.get("max_position_embeddings", 2048))
     return Evaluation(
         text=windows,
         prompts=prompts,
         decode=tokenizer.decode,
-        new_tokens=min(48, context - _PROMPT_TOKENS),
-        end_tokens=frozenset(end if isinstance(end, list) else [] if end is None else [end]),
+        new_tokens=max(1, min(_NEW_TOKENS, context - _PROMPT_TOKENS)),
+        end_tokens=frozenset(ends),
     )
 
 
@@ -195,10 +204,12 @@ def read_evaluation(folder: Path, tokenizer: Tokenizer, config: Mapping[str, Any
     """
     path = folder / EVALUATION
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        windows = make_windows(
-            stored["windows"], stored["source"], int(config["vocab_size"]), notes=stored["notes"]
-        )
-        return _evaluation(windows, tuple(tuple(prompt) for prompt in stored["prompts"]), tokenizer, config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        stored = json_of(decoded(path.read_bytes()))
+        settings = settings_of(config, str(folder / CONFIG), ArtifactError)
+        rows = int(settings.get_text_config().vocab_size)
+        windows = make_windows(stored["windows"], stored["source"], rows, notes=stored["notes"])
+        prompts = tuple(tuple(prompt) for prompt in stored["prompts"])
+        ends = end_tokens(read_generation(folder), config)
+        return _evaluation(windows, prompts, tokenizer, context_of(settings), ends)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); export the model again.") from None

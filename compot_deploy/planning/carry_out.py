@@ -50,6 +50,7 @@ class LinearRecord:
         ridge: what whitening added to the Gram's diagonal, relative to its mean.
         ridge_escalated: the Gram was singular at the first ridge.
         reason: why the matrix stays plain; empty if it is factorized.
+        unused: its input was zero on all calibration text.
     """
 
     name: str
@@ -58,6 +59,7 @@ class LinearRecord:
     ridge: float
     ridge_escalated: bool
     reason: str = ""
+    unused: bool = False
 
 
 @dataclass(frozen=True)
@@ -377,6 +379,7 @@ def linear_record(name: str, entry: Chosen, made: Realized, whitening: Whitening
         ridge=whitening.ridge,
         ridge_escalated=whitening.escalated,
         reason=reason,
+        unused=whitening.empty,
     )
 
 

@@ -21,6 +21,7 @@ from compot_deploy.models.tokens import TokenWindows
 from compot_deploy.numerics.whiten import Whitening, whiten
 from compot_deploy.planning.candidates import Search
 from compot_deploy.progress import Progress, silent
+from compot_deploy.quant.scales import check_scales
 
 _HEAD: Final = "head"
 
@@ -78,8 +79,16 @@ class PlanningContext:
         return {name: self.source.shape(name) for name in names}
 
     def weights(self, names: Sequence[str]) -> dict[str, Float[Tensor, "inputs outputs"]]:
-        """Values of matrices, in float32."""
-        return {name: self.source.weight(name).float().to(self.device) for name in names}
+        """Values of matrices, in float32.
+
+        Raises:
+            InputError: values that are not finite, or that no scale of the plan's precision can stand for.
+        """
+        found = {name: self.source.weight(name).float().to(self.device) for name in names}
+        if self.search.plain.grid is not None:
+            for name, weight in found.items():
+                check_scales(name, weight, self.search.plain.grid)
+        return found
 
     def stream(self, *, original: bool = False) -> BlockStream:
         """The model as it reads the calibration text, in front of its first block.

@@ -232,9 +232,11 @@ def device_of(recipe: Recipe) -> str:
     """
     if recipe.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if recipe.device.partition(":")[0] == "meta":
+        raise RecipeError(f"--device {recipe.device}: nothing is computed there. Use auto or cpu.")
     try:
         torch.empty(0, device=recipe.device)
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:  # of many kinds: RuntimeError, AssertionError, OverflowError
         raise RecipeError(
             f"--device {recipe.device}: torch cannot use it ({str(error).splitlines()[0]}). Use auto or cpu."
         ) from None

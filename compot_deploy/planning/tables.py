@@ -39,6 +39,7 @@ from compot_deploy.planning.table_effects import (
     row_steps,
 )
 from compot_deploy.quant import feedback_of, gptq, gptq_side_by_side, rtn
+from compot_deploy.quant.scales import check_scales
 
 SHARE: Final = 0.05
 """Loss that tables may add where a budget is of the linears alone, as a part of what the linears are predicted to."""
@@ -202,6 +203,7 @@ def round_table(
         gram: F, see above.
     """
     feedback = None if gram is None or grid.bits >= FINE else feedback_of(gram)
+    check_scales(name, source.weight(name), grid)
     parts = []
     for rows in source.weight(name).T.split(CHUNK):
         weight = rows.float().T.contiguous()

@@ -6,6 +6,7 @@ A `Recipe` is frozen. A flag ``--code-bits 4``, the keyword ``code_bits=4`` and 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
@@ -322,7 +323,8 @@ def size_in_bytes(text: str) -> int | None:
         return None
     unit = (match[2] or "").lower()
     base = 1024 if unit.endswith("i") else 1000
-    return int(float(match[1]) * base ** " kmg".index(unit[:1] or " "))
+    size = float(match[1]) * base ** " kmg".index(unit[:1] or " ")
+    return int(size) if size < math.inf else None
 
 
 def override(recipe: Recipe, **values: Any) -> Recipe:

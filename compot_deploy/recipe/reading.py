@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from compot_deploy.core.parsing import UnreadableError, decoded, toml_of
 from compot_deploy.errors import InputError, RecipeError
 from compot_deploy.recipe.option_types import accepts, describe, fits, hints
 from compot_deploy.recipe.options import Recipe
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pragma: no cover - Python 3.10 only
-    import tomli as tomllib
 
 
 def recipe_to_toml(recipe: Recipe) -> str:
@@ -41,10 +37,10 @@ def recipe_from_toml(path: Path, **overrides: Any) -> Recipe:
         RecipeError: an unknown key, or a value of the wrong type.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = toml_of(decoded(path.read_bytes()))
     except FileNotFoundError:
         raise InputError(f"The recipe {path} does not exist.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (UnreadableError, OSError) as error:
         raise InputError(f"The recipe {path} cannot be read: {error}.") from None
     return recipe_from_mapping({**values, **overrides}, origin=str(path))
 
@@ -71,12 +67,20 @@ def recipe_from_mapping(values: Mapping[str, Any], origin: str) -> Recipe:
             converted = (converted,)
         if isinstance(converted, tuple) and name == "compare":
             converted = tuple(part for entry in converted for part in str(entry).split(","))
-        if isinstance(converted, int) and not isinstance(converted, bool) and accepts(kind, float):
-            converted = float(converted) if not accepts(kind, int) else converted
+        whole = isinstance(converted, int) and not isinstance(converted, bool)
+        if whole and accepts(kind, float) and not accepts(kind, int):
+            converted = _as_float(value)
         if not fits(converted, kind):
             raise RecipeError(f"{origin}: {name} = {value!r} is not {describe(kind)}.")
         checked[name] = converted
     return Recipe(**checked)
+
+
+def _as_float(value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _toml_value(value: Any) -> str:

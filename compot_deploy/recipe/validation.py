@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
+from typing import Final
 
 from compot_deploy.errors import RecipeError
 from compot_deploy.recipe.option_types import choices_of, hints
 from compot_deploy.recipe.options import ONE_SCHEME, Recipe, flag_of
+
+_MOST: Final = 10**9
+"""Samples, tokens, rounds: more than anybody waits for."""
 
 
 def validate(recipe: Recipe) -> None:
@@ -60,9 +65,14 @@ def _check_counts(recipe: Recipe) -> None:
     for name in ("samples", "length", "rounds", "evaluation_tokens"):
         if getattr(recipe, name) < 1:
             raise RecipeError(f"--{name.replace('_', '-')} {getattr(recipe, name)}: give at least 1.")
+    for name in ("samples", "length", "rounds", "evaluation_tokens"):
+        if getattr(recipe, name) > _MOST:
+            raise RecipeError(f"--{name.replace('_', '-')} {getattr(recipe, name)}: {_MOST:,} is the most.")
+    if not 0 <= recipe.seed < 2**63:
+        raise RecipeError(f"--seed {recipe.seed}: give a whole number from 0 to 2**63 - 1.")
     if recipe.length < 2:
         raise RecipeError("--length 1: a window needs at least 2 tokens, one to read and one to predict.")
-    if recipe.atoms_per_nonzero < 1:
+    if not 1 <= recipe.atoms_per_nonzero < math.inf:
         raise RecipeError(
             f"--atoms-per-nonzero {recipe.atoms_per_nonzero:g}: a column cannot use more atoms than there are; "
             "give 1 (dense codes) or more."
@@ -158,8 +168,10 @@ def _check_gate(recipe: Recipe) -> None:
     """Limits of the gate."""
     for name in ("max_perplexity_ratio", "max_kl", "max_export_nmse"):
         limit = getattr(recipe, name)
-        if limit is not None and not limit >= 0:
-            raise RecipeError(f"--{name.replace('_', '-')} {limit}: a limit cannot be negative or NaN.")
+        if limit is not None and not 0 <= limit < math.inf:
+            raise RecipeError(
+                f"--{name.replace('_', '-')} {limit}: a limit is a number from 0 on; leave it out for none."
+            )
     if recipe.min_top1 is not None and not 0 <= recipe.min_top1 <= 1:
         raise RecipeError(f"--min-top1 {recipe.min_top1}: give a fraction between 0 and 1.")
     if not -1 <= recipe.min_cosine <= 1:

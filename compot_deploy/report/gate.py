@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,15 +26,11 @@ from typing import Any, Final
 
 from compot_deploy.accuracy.gate import Criterion, GateResult, criterion, shown
 from compot_deploy.accuracy.metrics import Comparison, Estimate
+from compot_deploy.core.parsing import UnreadableError, decoded, toml_of
 from compot_deploy.errors import InputError
 from compot_deploy.recipe import size_in_bytes
 from compot_deploy.report.document import Report
 from compot_deploy.report.json import from_json
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pragma: no cover - Python 3.10 only
-    import tomli as tomllib
 
 LOSS_LIMITS: Final = ("max_perplexity_ratio", "max_kl", "min_top1", "min_cosine", "max_export_nmse")
 """Keys that replace an option of the recipe."""
@@ -51,6 +46,9 @@ BYTE_LIMITS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
 """Keys that limit a size of the report, and what it is in words."""
 
 REGRESSION: Final = "regression"
+
+_HUGE: Final = 1e300
+"""No limit is as large, and no whole number below it is too large for a float."""
 
 DEFAULT_GROWTH: Final[Mapping[str, float]] = MappingProxyType({"kl": 0.10, "bytes": 0.02})
 """What may grow how much where a baseline is given and nothing else is said: a KL divergence repeats to about
@@ -80,10 +78,10 @@ def read_gate(path: Path) -> GateFile:
         InputError: it is missing or not TOML, has a key that is not known or a value of a wrong type.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = toml_of(decoded(path.read_bytes()))
     except FileNotFoundError:
         raise InputError(f"The gate file {path} does not exist.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (UnreadableError, OSError) as error:
         raise InputError(f"The gate file {path} cannot be read: {error}.") from None
     return gate_from_mapping(values, str(path))
 
@@ -126,7 +124,7 @@ def parse_growth(value: Any, where: str) -> float:
     growth = math.nan
     if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", value)):
         growth = float(match[1]) / (100 if match[2] else 1)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+    elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _HUGE:
         growth = float(value)
     if not 0 <= growth < math.inf:
         raise InputError(f'{where} = {value!r} is not a growth: give "10%", or 0.1 for the same.')
@@ -348,8 +346,8 @@ def _growth(report: Report, baseline: Report, key: str, allowed: float) -> Crite
 def _limit(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{where} = {value!r} is not a number.")
-    if not value >= 0:
-        raise InputError(f"{where} = {value!r}: a limit cannot be negative or NaN.")
+    if not 0 <= value < _HUGE:
+        raise InputError(f"{where} = {value!r}: a limit is a number from 0 on; leave it out for none.")
     return float(value)
 
 

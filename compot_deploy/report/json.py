@@ -15,6 +15,7 @@ from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, ge
 
 from compot_deploy.accuracy.metrics import METRICS_VERSION
 from compot_deploy.core.json_files import key_of
+from compot_deploy.core.parsing import UnreadableError, json_of
 from compot_deploy.errors import InputError
 from compot_deploy.report.document import SCHEMA_VERSION, Report
 
@@ -36,9 +37,9 @@ def from_json(text: str, origin: str = "report.json") -> Report:
         InputError: not a report, or of another schema or metrics version.
     """
     try:
-        document = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{origin} is not valid JSON: {error}.") from error
+        document = json_of(text)
+    except UnreadableError as error:
+        raise InputError(f"{origin} cannot be read: {error}.") from None
     if not isinstance(document, dict):
         raise InputError(f"{origin} is not a report: it holds no JSON object.")
     accuracy = document.get("accuracy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from compot_deploy.core.grid import Grid
+from compot_deploy.core.outputs import check_output, write_output
 from compot_deploy.core.storage import InMemory
-from compot_deploy.errors import MissingDependencyError
+from compot_deploy.errors import InputError, MissingDependencyError
 from compot_deploy.planning.carry_out import name_of
 from compot_deploy.planning.draft import Draft
 from compot_deploy.planning.knapsack import Chosen, Plan, frontier, smallest_bytes
@@ -204,10 +206,32 @@ def plot(planned: Planned, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    temporary = path.with_name(path.name + ".part")
-    figure.savefig(temporary, format=path.suffix.removeprefix(".") or "png")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=picture_format(path))
     pyplot.close(figure)
-    temporary.replace(path)
+    write_output(path, drawn.getvalue(), "The picture")
+
+
+def check_plot(path: Path) -> None:
+    """Refuse a picture that cannot be drawn or written, before anything is measured for it.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        InputError: a kind of picture that it does not draw, or a place that cannot be written.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise MissingDependencyError("matplotlib", "report", "Drawing a plan") from None
+    known = FigureCanvasBase.get_supported_filetypes()
+    if picture_format(path) not in known:
+        raise InputError(f"--plot {path}: a picture is one of {', '.join(sorted(known))}.")
+    check_output(path, "The picture")
+
+
+def picture_format(path: Path) -> str:
+    """What the ending of a name says; devices and names without one get PNG."""
+    return path.suffix.removeprefix(".").lower() or "png"
 
 
 def frontier_of(draft: Draft, taken: Plan, counts: str) -> Frontier:

@@ -112,8 +112,8 @@ class LlamaEngine:
         self.model, self.context, self.vocabulary = model, model.context, model.vocabulary
 
     def encode(self, text: str, rendered: bool) -> list[int]:
-        """See `Engine.encode`."""
-        return self.model.tokenize(text, special=not rendered, markers=rendered)
+        """See `Engine.encode`; special tokens in writing are read as such in any text."""
+        return self.model.tokenize(text, special=not rendered, markers=True)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """See `Engine.decode`."""
@@ -140,7 +140,7 @@ def _open_gguf(path: Path, threads: int, context: int | None) -> Opened:
         number = metadata.get(f"tokenizer.ggml.{which}_token_id")
         inside = number is not None and 0 <= int(number) < len(known)
         words[f"{which}_token"] = str(known[int(number)]) if inside and number is not None else ""
-    model = LlamaModel(file, threads=threads, context=context)
+    model = LlamaModel(file, threads=threads, context=context, foreign=True)
     if not model.has_tokenizer:
         model.close()
         raise InputError(f"{file.name} has no tokenizer, which serving text needs: export it with one.")

@@ -19,24 +19,28 @@ from typing import Any, Final, cast, get_args
 
 from compot_deploy.core.diagnostics import Diagnostic
 from compot_deploy.core.grid import Grid
-from compot_deploy.core.json_files import read_object
+from compot_deploy.core.json_files import write_object
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.errors import ArtifactError, RecipeError
-from compot_deploy.exporters.files import copy_present
+from compot_deploy.exporters.files import copy_generation, copy_present
 from compot_deploy.exporters.gguf import quantize as gguf_quantize
 from compot_deploy.exporters.gguf.index import Layout
+from compot_deploy.exporters.gguf.metadata import hyperparameters
 from compot_deploy.exporters.gguf.model import read
+from compot_deploy.exporters.gguf.names import GgufNames
 from compot_deploy.exporters.gguf.options import GgufOptions
 from compot_deploy.exporters.gguf.reader import read_header
 from compot_deploy.exporters.gguf.storage import GgufStorage, ProductStorage
+from compot_deploy.exporters.gguf.tokenizer import tokenizer_keys
 from compot_deploy.exporters.gguf.writer import write, write_header
 from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.configuration import CONFIG, read_config
+from compot_deploy.models.decoder_shape import decoder_shape
 from compot_deploy.models.hints import ARCHITECTURES, find_architecture
+from compot_deploy.models.rotary import portable_config
 from compot_deploy.models.source import TOKENIZER_FILES, ModelSource
 
 FILE: Final = "model.gguf"
-
-_COPIED: Final = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class GgufExporter:
         if layout not in get_args(Layout):
             raise RecipeError(f"--gguf-layout {layout}: choose one of {', '.join(get_args(Layout))}.")
         kind = str(recipe_options.get("gguf_type") or "auto")
+        if kind != "auto":
+            gguf_quantize.check_type(kind)
         if kind != "auto" and layout != "dense":
             raise RecipeError(
                 f"--gguf-type {kind} is for the layout dense; {layout} carries the integers over as they are: "
@@ -93,28 +99,36 @@ class GgufExporter:
 
         Raises:
             RecipeError: a grid that the layout cannot store exactly.
+            UnsupportedModelError: a tensor, a rotary embedding or a tokenizer that llama.cpp does not know.
             MissingDependencyError: a type that only llama.cpp's library writes, and it is not installed.
         """
         if options.type != "auto":
             gguf_quantize.check_library(options.type)
+        architecture = ARCHITECTURES[source.model_type]
+        hyperparameters(architecture, source.config)  # refuses rotary embeddings that no key says
+        shape = decoder_shape(architecture, source.config)
+        names = GgufNames(architecture, shape)
+        for name in source.tensors:
+            names.tensor(name)
+        tokenizer_keys(source.folder, source.config)
         if options.layout == "dense":
             return  # any grid is multiplied out
         storage = GgufStorage(options.layout)
         for role, grid in grids.items():
             try:
-                storage.check(int(source.config["hidden_size"]), grid)
+                storage.check(shape.hidden, grid)
             except RecipeError as error:
                 raise RecipeError(f"{role}: {error}") from None
 
     def write(self, model: CompressedModel, folder: Path, options: GgufOptions) -> tuple[str, ...]:
         """Write every file but the manifest into an existing folder; returns what differs from what was asked."""
         written = write(model, folder / FILE, options)
-        copy_present(model.source, folder, _COPIED)
+        _copy_files(model, folder)
         return written.notes
 
     def dry_run(self, model: CompressedModel, folder: Path, options: GgufOptions) -> int:
         """Write as `write` does, for matrices of stand-ins; returns the bytes that the file lacks."""
-        copy_present(model.source, folder, _COPIED)
+        _copy_files(model, folder)
         return write_header(model, folder / FILE, options)
 
     def read(self, folder: Path) -> Mapping[str, Matrix]:
@@ -127,7 +141,7 @@ class GgufExporter:
         Raises:
             ArtifactError: a file is missing or cannot be read.
         """
-        config = read_object(folder / "config.json")
+        config = read_config(folder)
         stored = read(folder / FILE)
         return CompressedModel(
             architecture=find_architecture(config),
@@ -145,3 +159,10 @@ class GgufExporter:
         except ArtifactError as error:
             return (Diagnostic("error", FILE, str(error)),)
         return ()
+
+
+def _copy_files(model: CompressedModel, folder: Path) -> None:
+    """What stands beside the file, for whoever reads the tokenizer or checks the folder."""
+    write_object(folder / CONFIG, portable_config(model.stored_config))
+    copy_generation(model.source, folder)
+    copy_present(model.source, folder, TOKENIZER_FILES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Float16, Float32, Int8
 
 from compot_deploy.core.grid import DENSE, Grid, Pattern
+from compot_deploy.core.parsing import UnreadableError, json_of
 from compot_deploy.errors import ArtifactError, RecipeError
 from compot_deploy.exporters.gguf import blocks as gguf_blocks
 from compot_deploy.exporters.gguf import planes as gguf_planes
@@ -174,9 +174,11 @@ def read_values(file: GgufFile, entry: LeafEntry) -> Float32[np.ndarray, "inputs
 
 def _json_object(file: GgufFile, key: str) -> dict[str, Any]:
     try:
-        value = json.loads(file.text(key))
-    except (ValueError, RecursionError):
-        raise ArtifactError(f"{file.path.name}: the key {key} is not JSON: damaged file.") from None
+        value = json_of(file.text(key))
+    except UnreadableError as error:
+        raise ArtifactError(
+            f"{file.path.name}: the key {key} cannot be read: {error}: damaged file."
+        ) from None
     if not isinstance(value, dict):
         raise ArtifactError(f"{file.path.name}: the key {key} is not a JSON object: damaged file.")
     return value

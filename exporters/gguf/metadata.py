@@ -14,7 +14,9 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from compot_deploy.errors import UnsupportedModelError
+from compot_deploy.models.decoder_shape import DecoderShape, decoder_shape
 from compot_deploy.models.hints import Architecture
+from compot_deploy.models.rotary import portable_config
 
 Value = str | int | float | bool | list[str] | list[int] | list[float]
 """What a metadata key may hold; integers are written as uint32, floats as float32."""
@@ -28,13 +30,9 @@ def rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         UnsupportedModelError: a scaling that llama.cpp has no key for.
     """
-    found: dict[str, Any] = dict(config.get("rope_parameters") or {})
-    scaling = config.get("rope_scaling")
-    if not found and scaling:
-        found = dict(scaling)
-    found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    found["rope_type"] = found.get("rope_type") or found.get("type") or "default"
-    kind = found["rope_type"]
+    found: dict[str, Any] = dict(portable_config(config)["rope_parameters"])
+    found.setdefault("rope_theta", 10000.0)
+    kind = found.get("rope_type")
     if kind not in _ROPE_TYPES:
         raise UnsupportedModelError(
             f"Rope scaling {kind!r} cannot be written to GGUF; supported are: {', '.join(_ROPE_TYPES)}."
@@ -57,20 +55,19 @@ def hyperparameters(architecture: Architecture, config: Mapping[str, Any]) -> di
     Raises:
         UnsupportedModelError: see `rope_parameters`.
     """
-    prefix = architecture.ggml_name
-    heads, head = int(config["num_attention_heads"]), architecture.head_size(config)
+    prefix, shape = architecture.ggml_name, decoder_shape(architecture, config)
     result: dict[str, Value] = {
-        f"{prefix}.vocab_size": int(config["vocab_size"]),
-        f"{prefix}.context_length": context_length(config),
-        f"{prefix}.embedding_length": int(config["hidden_size"]),
-        f"{prefix}.block_count": int(config["num_hidden_layers"]),
-        f"{prefix}.feed_forward_length": int(config["intermediate_size"]),
-        f"{prefix}.attention.head_count": heads,
-        f"{prefix}.attention.head_count_kv": int(config.get("num_key_value_heads") or heads),
-        f"{prefix}.attention.layer_norm_rms_epsilon": float(config.get("rms_norm_eps", 1e-6)),
-        f"{prefix}.attention.key_length": head,
-        f"{prefix}.attention.value_length": head,
-        f"{prefix}.rope.dimension_count": head,
+        f"{prefix}.vocab_size": shape.vocabulary,
+        f"{prefix}.context_length": context_length(shape),
+        f"{prefix}.embedding_length": shape.hidden,
+        f"{prefix}.block_count": shape.layers,
+        f"{prefix}.feed_forward_length": shape.intermediate,
+        f"{prefix}.attention.head_count": shape.heads,
+        f"{prefix}.attention.head_count_kv": shape.key_value_heads,
+        f"{prefix}.attention.layer_norm_rms_epsilon": shape.norm_epsilon,
+        f"{prefix}.attention.key_length": shape.head_size,
+        f"{prefix}.attention.value_length": shape.head_size,
+        f"{prefix}.rope.dimension_count": shape.head_size,
     }
     rope = rope_parameters(config)
     result[f"{prefix}.rope.freq_base"] = float(rope["rope_theta"])
@@ -79,7 +76,7 @@ def hyperparameters(architecture: Architecture, config: Mapping[str, Any]) -> di
         result[f"{prefix}.rope.scaling.type"] = kind
         result[f"{prefix}.rope.scaling.factor"] = float(rope["factor"])
     if kind == "yarn":
-        original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        original = rope.get("original_max_position_embeddings") or shape.context
         result[f"{prefix}.rope.scaling.original_context_length"] = int(original)
         result[f"{prefix}.rope.scaling.attn_factor"] = _yarn_attention(rope)
         result[f"{prefix}.rope.scaling.yarn_attn_factor"] = _yarn_attention(rope)
@@ -88,17 +85,9 @@ def hyperparameters(architecture: Architecture, config: Mapping[str, Any]) -> di
     return result
 
 
-def context_length(config: Mapping[str, Any]) -> int:
+def context_length(shape: DecoderShape) -> int:
     """Positions that the file may promise: no more than a sliding window, which llama.cpp's llama ignores."""
-    longest = int(config["max_position_embeddings"])
-    window = sliding_window(config)
-    return min(longest, window) if window else longest
-
-
-def sliding_window(config: Mapping[str, Any]) -> int | None:
-    """The sliding window in force, or None."""
-    window = config.get("sliding_window")
-    return int(window) if window and config.get("use_sliding_window", True) else None
+    return min([shape.context, *(window for window in shape.windows if window is not None)])
 
 
 def _yarn_attention(rope: Mapping[str, Any]) -> float:
@@ -125,7 +114,7 @@ def rope_frequencies(
     rope = rope_parameters(config)
     if rope["rope_type"] != "llama3":
         return None
-    head = architecture.head_size(config)
+    head = decoder_shape(architecture, config).head_size
     exponents = np.arange(0, head, 2, dtype=np.float64) / head
     wavelengths = 2 * math.pi * float(rope["rope_theta"]) ** exponents
     factor, original = float(rope["factor"]), float(rope["original_max_position_embeddings"])
@@ -141,3 +130,17 @@ def interleaved_rope(heads: int, head: int) -> Int64[np.ndarray, " outputs"]:
     For two heads of size 4: ``[0, 2, 1, 3, 4, 6, 5, 7]``.
     """
     return np.arange(heads * head).reshape(heads, 2, head // 2).swapaxes(1, 2).reshape(-1)
+
+
+def add_key(writer: Any, key: str, value: Value) -> None:
+    """Announce a key to a writer of the package gguf."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)

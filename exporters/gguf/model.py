@@ -79,7 +79,7 @@ class _Reader:
         self.layout = read_layout(file)
         base = file.text("general.architecture" if self.layout == "dense" else "compot.base_architecture")
         self.architecture = _base_architecture(file, base)
-        self.names = GgufNames(self.architecture, _config(file, base))
+        self.names = GgufNames(self.architecture, _sizes(file, base))
         self.index = FactorizedIndex({}, {}) if self.layout == "dense" else read_index(file)
 
     def model(self) -> GgufModel:
@@ -209,21 +209,29 @@ def _base_architecture(file: GgufFile, name: str) -> Architecture:
     raise ArtifactError(f"{file.path.name}: the architecture {name!r} is not one that compot-deploy writes.")
 
 
-def _config(file: GgufFile, prefix: str) -> dict[str, int]:
-    """The sizes that names and orders depend on, as a transformers configuration calls them."""
-    result = {
-        "num_hidden_layers": file.count(f"{prefix}.block_count"),
-        "num_attention_heads": file.count(f"{prefix}.attention.head_count"),
-        "num_key_value_heads": file.count(f"{prefix}.attention.head_count_kv"),
-        "hidden_size": file.count(f"{prefix}.embedding_length"),
-        "head_dim": file.count(f"{prefix}.attention.key_length"),
-    }
-    # Orders of rotary pairs are built from these numbers, so they must be those of real tensors.
+@dataclass(frozen=True)
+class _Sizes:
+    """What names and orders depend on; see `NamedSizes`."""
+
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_size: int
+
+
+def _sizes(file: GgufFile, prefix: str) -> _Sizes:
+    """The sizes of a file, held against its tensors: orders of rotary pairs are built from them."""
+    result = _Sizes(
+        layers=file.count(f"{prefix}.block_count"),
+        heads=file.count(f"{prefix}.attention.head_count"),
+        key_value_heads=file.count(f"{prefix}.attention.head_count_kv"),
+        head_size=file.count(f"{prefix}.attention.key_length"),
+    )
     widest = max((tensor.shape[0] for tensor in file.tensors.values()), default=0)
-    rows = max(result["num_attention_heads"], result["num_key_value_heads"]) * result["head_dim"]
-    if result["num_hidden_layers"] > len(file.tensors) or rows > 64 * widest:
+    rows = max(result.heads, result.key_value_heads) * result.head_size
+    if result.layers > len(file.tensors) or rows > 64 * widest:
         raise ArtifactError(
-            f"{file.path.name}: {result['num_hidden_layers']} blocks of {result['num_attention_heads']} "
-            f"heads contradict the {len(file.tensors)} tensors of the file."
+            f"{file.path.name}: {result.layers} blocks of {result.heads} heads contradict the "
+            f"{len(file.tensors)} tensors of the file."
         )
     return result

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -12,26 +11,49 @@ from compot_deploy.exporters.gguf import metadata as gguf_metadata
 from compot_deploy.models.hints import Architecture
 
 
+@runtime_checkable
+class NamedSizes(Protocol):
+    """The sizes that names and orders depend on; `DecoderShape` has them."""
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks."""
+        ...
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        ...
+
+    @property
+    def key_value_heads(self) -> int:
+        """Key and value heads."""
+        ...
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head."""
+        ...
+
+
 class GgufNames:
     """Module paths to GGUF stems, and the output order that a matrix needs."""
 
-    def __init__(self, architecture: Architecture, config: Mapping[str, Any]) -> None:
+    def __init__(self, architecture: Architecture, sizes: NamedSizes) -> None:
         self.architecture = architecture
         self._stems = {
             architecture.embedding: "token_embd",
             architecture.head: "output",
             architecture.final_norm: "output_norm",
         }
-        for layer in range(int(config["num_hidden_layers"])):
+        for layer in range(sizes.layers):
             for path, short in architecture.ggml_names.items():
                 self._stems[f"{architecture.block_path(layer)}.{path}"] = f"blk.{layer}.{short}"
         self._orders: dict[str, np.ndarray] = {}
         if architecture.ggml_interleaved_rope:
-            heads, head = int(config["num_attention_heads"]), architecture.head_size(config)
-            groups = int(config.get("num_key_value_heads") or heads)
             self._orders = {
-                "attn_q": gguf_metadata.interleaved_rope(heads, head),
-                "attn_k": gguf_metadata.interleaved_rope(groups, head),
+                "attn_q": gguf_metadata.interleaved_rope(sizes.heads, sizes.head_size),
+                "attn_k": gguf_metadata.interleaved_rope(sizes.key_value_heads, sizes.head_size),
             }
 
     def stem(self, module: str) -> str:
@@ -47,8 +69,16 @@ class GgufNames:
         return self._modules.get(stem)
 
     def tensor(self, name: str) -> str:
-        """A checkpoint name to a GGUF tensor name."""
+        """A checkpoint name to a GGUF tensor name.
+
+        Raises:
+            UnsupportedModelError: llama.cpp's model of this type has no such tensor.
+        """
         module, _, part = name.rpartition(".")
+        if part == "bias" and not module.endswith(self.architecture.ggml_biased):
+            raise UnsupportedModelError(
+                f"{name}: llama.cpp's {self.architecture.ggml_name} has no bias there. Use another --format."
+            )
         return f"{self.stem(module)}.{part}"
 
     def order(self, module: str) -> np.ndarray | None:

@@ -24,6 +24,7 @@ from compot_deploy.exporters.gguf.products import Products
 from compot_deploy.exporters.gguf.rows import Entry, block_rows, float_rows, leaf_getter, ordered, plane_rows
 from compot_deploy.exporters.gguf.storage import GgufStorage
 from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.decoder_shape import decoder_shape
 
 _TORCH_FLOATS: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -43,7 +44,7 @@ class TensorPlan:
         frequencies = gguf_metadata.rope_frequencies(model.native, model.config)
         if frequencies is not None:
             self._floats("rope_freqs.weight", frequencies.shape, "F32", lambda: frequencies)
-        names = GgufNames(model.native, model.config)
+        names = GgufNames(model.native, decoder_shape(model.native, model.config))
         for name, matrix in model.matrices.items():
             if name == model.native.head and model.tied:
                 continue

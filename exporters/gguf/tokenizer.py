@@ -8,13 +8,18 @@ A wrong choice splits text differently and says nothing, so the pre-tokenizer is
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
 from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.exporters.gguf.metadata import Value
+from compot_deploy.exporters.gguf.token_check import check_tokens
+from compot_deploy.models.generation import end_tokens, read_generation
+from compot_deploy.models.tokens import open_tokenizer
 
 _CONTRACTIONS: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD: Final = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
@@ -35,6 +40,20 @@ _EXPRESSIONS: Final[Mapping[str, str]] = {
 _IGNORES_MERGES: Final = ("llama-bpe", "tekken")
 """Pre-tokenizers for which llama.cpp takes a whole word from the vocabulary before it merges."""
 
+_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""Any of these is a tokenizer, which transformers reads; llama.cpp gets it from what transformers made of it."""
+
+_ENDS: Final = (
+    "eos_token_id",
+    "eot_token_id",
+    "eom_token_id",
+    "fim_pad_token_id",
+    "fim_rep_token_id",
+    "fim_sep_token_id",
+)
+"""Keys whose tokens llama.cpp ends a text at. The last three are named after infilling, for which it also wants others
+that are never written here."""
+
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Token types of ``tokenizer.ggml.token_type``."""
 
@@ -53,23 +72,34 @@ class TokenizerKeys:
 
 
 def tokenizer_keys(source: str | Path, config: Mapping[str, Any]) -> TokenizerKeys:
-    """The tokenizer of a model folder.
+    """The tokenizer of a model folder, compared with llama.cpp's reading of it; made once.
 
     Args:
         source: folder with tokenizer.json, or whatever transformers reads as a fast tokenizer.
         config: the model's configuration; gives the vocabulary size and the end of a sequence.
 
     Raises:
+        InputError: a damaged tokenizer.
         UnsupportedModelError: a kind of tokenizer that llama.cpp has no code for, or that is not known here.
     """
     folder = Path(source)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    needed = {key: config.get(key) for key in ("vocab_size", "bos_token_id", "eos_token_id")}
+    seen = tuple(
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(folder.iterdir() if folder.is_dir() else ())
+        if path.suffix in (".json", ".model", ".txt", ".jinja")
+    )
+    return _tokenizer_keys(folder, json.dumps(needed), seen)
+
+
+@lru_cache(maxsize=2)
+def _tokenizer_keys(folder: Path, needed: str, seen: tuple[tuple[str, int, int], ...]) -> TokenizerKeys:
+    config = json.loads(needed)
+    if not any((folder / name).is_file() for name in _FILES):
         return TokenizerKeys(
             {"tokenizer.ggml.model": "none"}, ("The model folder has no tokenizer, so the file has none.",)
         )
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = open_tokenizer(folder)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UnsupportedModelError(
@@ -109,7 +139,8 @@ def tokenizer_keys(source: str | Path, config: Mapping[str, Any]) -> TokenizerKe
             )
     keys["tokenizer.ggml.tokens"] = tokens
     keys["tokenizer.ggml.token_type"] = types
-    keys.update(_special_tokens(tokenizer, config, folder))
+    keys.update(_special_tokens(tokenizer, config, folder, notes))
+    notes += check_tokens(tokenizer, keys)
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
@@ -172,10 +203,11 @@ def _vocabulary(state: Mapping[str, Any], size: int, notes: list[str]) -> tuple[
         notes.append(f"{size - len(known)} of {size} embedding rows have no token and are named [PADn].")
     tokens: list[str] = []
     types: list[int] = []
+    taken = set(known.values())
     for index in range(size):
         text = known.get(index)
         if text is None:
-            tokens.append(f"[PAD{index}]")
+            tokens.append(f"[PAD{index}]" if f"[PAD{index}]" not in taken else f"[PAD{index}] of no token")
             types.append(UNUSED)
             continue
         tokens.append(text)
@@ -187,6 +219,11 @@ def _vocabulary(state: Mapping[str, Any], size: int, notes: list[str]) -> tuple[
             types.append(BYTE)
         else:
             types.append(NORMAL)
+    twice = [text for text, count in Counter(tokens).items() if count > 1]
+    if twice:
+        raise UnsupportedModelError(
+            f"The tokenizer has {twice[0]!r} twice, and llama.cpp keeps tokens by their text: it cannot go into GGUF."
+        )
     return tokens, types
 
 
@@ -218,31 +255,32 @@ def _adds_space(state: Mapping[str, Any]) -> bool:
     )
 
 
-def _special_tokens(tokenizer: Any, config: Mapping[str, Any], folder: Path) -> dict[str, Value]:
+def _special_tokens(
+    tokenizer: Any, config: Mapping[str, Any], folder: Path, notes: list[str]
+) -> dict[str, Value]:
     """Ids of special tokens, and whether the tokenizer adds them, found by asking it."""
     keys: dict[str, Value] = {}
-    generation: Mapping[str, Any] = {}
-    if (folder / "generation_config.json").is_file():
-        generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-    ends: list[int] = []
-    for value in (tokenizer.eos_token_id, config.get("eos_token_id"), generation.get("eos_token_id")):
-        for index in value if isinstance(value, list) else [value]:
-            if index is not None and index not in ends:
-                ends.append(int(index))
+    size = int(config["vocab_size"])
+    ends = tokenizer.eos_token_id, *end_tokens(read_generation(folder), config)
+    known = [one for one in dict.fromkeys(ends) if one is not None and 0 <= one < size]
+    if len(known) > len(_ENDS):
+        left = ", ".join(map(str, known[len(_ENDS) :]))
+        notes.append(
+            f"llama.cpp has room for {len(_ENDS)} tokens that end a text; it does not stop at {left}."
+        )
     begin = tokenizer.bos_token_id
     if begin is None:
         begin = config.get("bos_token_id")
     named = {
         "bos_token_id": begin,
-        "eos_token_id": ends[0] if ends else None,
-        "eot_token_id": ends[1] if len(ends) > 1 else None,
+        **dict(zip(_ENDS, known, strict=False)),
         "unknown_token_id": tokenizer.unk_token_id,
         "padding_token_id": tokenizer.pad_token_id,
     }
     for name, index in named.items():
-        if index is not None and 0 <= int(index) < int(config["vocab_size"]):
-            keys[f"tokenizer.ggml.{name}"] = int(index)
+        if isinstance(index, int) and 0 <= index < size:
+            keys[f"tokenizer.ggml.{name}"] = index
     ids = list(tokenizer("a")["input_ids"])
     keys["tokenizer.ggml.add_bos_token"] = bool(ids) and begin is not None and ids[0] == begin
-    keys["tokenizer.ggml.add_eos_token"] = bool(ids) and bool(ends) and ids[-1] == ends[0]
+    keys["tokenizer.ggml.add_eos_token"] = bool(ids) and bool(known) and ids[-1] == known[0]
     return keys

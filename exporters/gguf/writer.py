@@ -17,6 +17,7 @@ from compot_deploy.exporters.gguf.plan import TensorPlan
 from compot_deploy.exporters.gguf.rows import Entry
 from compot_deploy.exporters.gguf.tokenizer import tokenizer_keys
 from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.decoder_shape import decoder_shape
 
 _FILE_TYPES: Final = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "BF16": 32}
 _FILE_TYPE_GUESSED: Final = 1024
@@ -109,7 +110,7 @@ def write_header(model: CompressedModel, path: str | Path, options: GgufOptions 
 
 def _write_header(writer: Any, keys: Mapping[str, gguf_metadata.Value], entries: Sequence[Entry]) -> None:
     for key, value in keys.items():
-        _add_key(writer, key, value)
+        gguf_metadata.add_key(writer, key, value)
     for entry in entries:
         _announce(writer, entry)
     writer.write_header_to_file()
@@ -123,10 +124,10 @@ def _metadata(
     architecture, config = model.native, model.config
     tokenizer = tokenizer_keys(model.source, config)
     notes = list(tokenizer.notes)
-    longest, window = int(config["max_position_embeddings"]), gguf_metadata.sliding_window(config)
-    if window is not None and window < longest:
+    shape = decoder_shape(architecture, config)
+    if (window := gguf_metadata.context_length(shape)) < shape.context:
         notes.append(
-            f"llama.cpp has no sliding window for {architecture.model_type}: the context of {longest} "
+            f"llama.cpp has no sliding window for {architecture.model_type}: the context of {shape.context} "
             f"positions is cut to the window of {window}, within which both agree."
         )
     file_type = (
@@ -142,19 +143,6 @@ def _metadata(
     keys |= gguf_metadata.hyperparameters(architecture, config)
     keys |= tokenizer.keys
     return keys, notes
-
-
-def _add_key(writer: Any, key: str, value: gguf_metadata.Value) -> None:
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)
 
 
 def _announce(writer: Any, entry: Entry) -> None:

@@ -13,7 +13,7 @@ from compot_deploy.core.grid import Grid
 from compot_deploy.core.json_files import read_object, write_object
 from compot_deploy.core.matrix import Dense, Matrix, Quantized
 from compot_deploy.errors import ArtifactError, RecipeError
-from compot_deploy.exporters.files import copy_present
+from compot_deploy.exporters.files import copy_generation, copy_present
 from compot_deploy.exporters.huggingface.bnb import matrix_of, quantization_config, tensors_of
 from compot_deploy.exporters.huggingface.matrices import read_tensor
 from compot_deploy.exporters.huggingface.shards import Shards
@@ -62,7 +62,8 @@ def write_bnb(model: CompressedModel, folder: Path, shards: Shards) -> None:
     config.setdefault("architectures", [type(outline.meta).__name__])
     config |= {"quantization_config": quantization_config(grid, _floating(outline)), "compot": own}
     write_object(folder / "config.json", config, indent=1)
-    copy_present(model.source, folder, ("generation_config.json", *TOKENIZER_FILES))
+    copy_generation(model.source, folder)
+    copy_present(model.source, folder, TOKENIZER_FILES)
 
 
 def read_bnb(folder: Path) -> CompressedModel:

@@ -30,7 +30,7 @@ from compot_deploy.core.json_files import write_object
 from compot_deploy.core.matrix import Dense, Factorized, Matrix, Quantized
 from compot_deploy.core.packed import PackedStorage, pack
 from compot_deploy.errors import ArtifactError, RecipeError
-from compot_deploy.exporters.files import copy_present
+from compot_deploy.exporters.files import copy_generation, copy_present
 from compot_deploy.exporters.huggingface.bnb import BnbStorage
 from compot_deploy.exporters.huggingface.bnb_folder import is_bnb, read_bnb, write_bnb
 from compot_deploy.exporters.huggingface.matrices import FolderMatrices, FolderTensors
@@ -183,7 +183,8 @@ class HuggingFaceExporter:
         }
         write_object(folder / "config.json", config, indent=1)
         (folder / CODE).write_text(CODE_TEXT, encoding="utf-8", newline="\n")
-        copy_present(model.source, folder, ("generation_config.json", *TOKENIZER_FILES))
+        copy_generation(model.source, folder)
+        copy_present(model.source, folder, TOKENIZER_FILES)
 
     def read(self, folder: Path) -> Mapping[str, Matrix]:
         """Every matrix of a folder, read when it is asked for.

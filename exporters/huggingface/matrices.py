@@ -11,8 +11,8 @@ from torch import Tensor
 from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Matrix
 from compot_deploy.core.packed import unpack
 from compot_deploy.errors import ArtifactError
+from compot_deploy.models.checkpoint import may_be_absent
 from compot_deploy.models.outline import Outline
-from compot_deploy.models.source import may_be_absent
 from compot_deploy.transformers_plugin.layout import Entry, leaf_name
 
 

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from compot_deploy.exporters.onnx.shape import decoder_shape, portable_config, transformers_config
+from compot_deploy.models.configuration import settings_of
+from compot_deploy.models.decoder_shape import decoder_shape
 from compot_deploy.models.hints import Architecture
+from compot_deploy.models.rotary import portable_config
 
 
 def config_json(architecture: Architecture, config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
@@ -23,7 +25,7 @@ def config_json(architecture: Architecture, config: Mapping[str, Any], tied: boo
     """
     dropped = ("quantization_config", "auto_map", "_name_or_path", "transformers_version", "torch_dtype")
     result = {key: value for key, value in portable_config(config).items() if key not in dropped}
-    settings = transformers_config(config)
+    settings = settings_of(config, f"The configuration of this {architecture.model_type}")
     theta = (getattr(settings, "rope_parameters", None) or {}).get("rope_theta") or settings.rope_theta
     result["rope_theta"] = result["rope_parameters"]["rope_theta"] = float(theta)
     if "architectures" not in result:

@@ -38,16 +38,11 @@ from compot_deploy.core.matrix import Matrix
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters.onnx.graph import ACCURACY_LEVEL, GraphBuilder, TokenTable
 from compot_deploy.exporters.onnx.nodes import IR_VERSION, MICROSOFT, FloatType, node_path
-from compot_deploy.exporters.onnx.shape import (
-    DecoderShape,
-    RotaryTables,
-    check_supported,
-    decoder_shape,
-    rotary_tables,
-)
+from compot_deploy.exporters.onnx.shape import RotaryTables, check_supported, rotary_tables
 from compot_deploy.exporters.onnx.storage import OnnxCodes, OnnxOps
 from compot_deploy.exporters.onnx.tensors import TensorWriter
 from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.decoder_shape import DecoderShape, decoder_shape
 from compot_deploy.models.outline import Outline, outline_of
 
 OPSET: Final = 21

@@ -21,21 +21,24 @@ from onnx import TensorProto
 
 from compot_deploy.core.diagnostics import Diagnostic, errors
 from compot_deploy.core.grid import Grid
-from compot_deploy.core.json_files import read_object, write_object
+from compot_deploy.core.json_files import write_object
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.errors import RecipeError, UnsupportedModelError
 from compot_deploy.exporters.onnx import traced
 from compot_deploy.exporters.onnx.config import config_json, genai_config_json, generation_config_json
 from compot_deploy.exporters.onnx.decoder import build_decoder
 from compot_deploy.exporters.onnx.expansion import expansion_nodes, lint_folding
-from compot_deploy.exporters.onnx.files import copy_tokenizer, read_optional
+from compot_deploy.exporters.onnx.files import copy_tokenizer
 from compot_deploy.exporters.onnx.lint.folder import errors_first, lint_onnx
 from compot_deploy.exporters.onnx.matrices import OnnxMatrices
 from compot_deploy.exporters.onnx.options import OnnxOptions
-from compot_deploy.exporters.onnx.shape import check_supported, decoder_shape
+from compot_deploy.exporters.onnx.shape import check_supported
 from compot_deploy.exporters.onnx.storage import OnnxCodes, OnnxOps, OnnxStorage, unsupported_grid
 from compot_deploy.exporters.onnx.tensors import DATA, GRAPH, external_extent
 from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.configuration import read_config
+from compot_deploy.models.decoder_shape import decoder_shape
+from compot_deploy.models.generation import read_generation
 from compot_deploy.models.hints import Architecture, find_architecture
 from compot_deploy.models.source import ModelSource
 
@@ -142,7 +145,7 @@ class OnnxExporter:
             )
         graph.write_bytes(proto.SerializeToString(deterministic=True))
         source = Path(model.source) if model.source else None
-        generation = generation_config_json(model.config, read_optional(source, "generation_config.json"))
+        generation = generation_config_json(model.config, read_generation(source) if source else {})
         context = options.context or decoder_shape(architecture, model.config).context
         write_object(folder / "config.json", config_json(architecture, model.config, model.tied))
         write_object(folder / "generation_config.json", generation)
@@ -185,7 +188,7 @@ class OnnxExporter:
         matrices = OnnxMatrices(folder / GRAPH)
         if matrices.traced:
             return traced.read_model(folder, matrices)
-        config = read_object(folder / "config.json")
+        config = read_config(folder)
         architecture = find_architecture(config)
         return CompressedModel(
             architecture=architecture,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, Final
 
 from compot_deploy.core.json_files import write_object
-from compot_deploy.errors import InputError
 from compot_deploy.exporters.onnx.config import portable_tokenizer_config
 from compot_deploy.models.source import TOKENIZER_FILES
+from compot_deploy.models.weights import read_json
 
 SENTENCE_FILES: Final = (
     "modules.json",
@@ -34,15 +33,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 def read_optional(source: Path | None, name: str) -> dict[str, Any]:
     """A JSON object of the original model, empty where there is none."""
-    if source is None or not (source / name).is_file():
-        return {}
-    try:
-        value = json.loads((source / name).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{source / name} is not JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{source / name} does not hold a JSON object.")
-    return value
+    return {} if source is None or not (source / name).is_file() else read_json(source, name)
 
 
 def copy_sentence_files(source: Path, folder: Path) -> None:

@@ -12,20 +12,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from compot_deploy.core.json_files import read_object, write_object
+from compot_deploy.core.json_files import write_object
 from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.exporters.onnx.assembly import assemble
 from compot_deploy.exporters.onnx.config import GenaiDecoder, genai_json, generation_config_json
-from compot_deploy.exporters.onnx.files import copy_sentence_files, copy_tokenizer, read_optional
+from compot_deploy.exporters.onnx.files import copy_sentence_files, copy_tokenizer
 from compot_deploy.exporters.onnx.graph import GraphBuilder
 from compot_deploy.exporters.onnx.interface import Interface, interface_of
 from compot_deploy.exporters.onnx.matrices import OnnxMatrices
 from compot_deploy.exporters.onnx.options import OnnxOptions
-from compot_deploy.exporters.onnx.shape import portable_config
 from compot_deploy.exporters.onnx.tensors import DATA, GRAPH, TensorWriter
 from compot_deploy.exporters.onnx.tracing import Trace, trace
 from compot_deploy.models.compressed import CompressedModel, tied_config
+from compot_deploy.models.configuration import read_config
+from compot_deploy.models.generation import read_generation
 from compot_deploy.models.outline import outline_of_config
+from compot_deploy.models.rotary import portable_config
 from compot_deploy.models.source import ModelSource
 
 _PLAIN_NAMES: Final = ("hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings")
@@ -80,7 +82,7 @@ def read_model(folder: Path, matrices: OnnxMatrices) -> CompressedModel:
         ArtifactError: config.json cannot be read.
         UnsupportedModelError: a configuration that transformers has no model for.
     """
-    config = read_object(folder / "config.json")
+    config = read_config(folder)
     outline = outline_of_config(config, str(folder / "config.json"))
     return outline.compressed(config, matrices, matrices.tensors, str(folder))
 
@@ -93,7 +95,7 @@ def _write_files(traced: Trace, config: Mapping[str, Any], source: Path | None, 
     values = _config_json(settings, traced.class_name)
     write_object(folder / "config.json", values)
     if traced.interface.task == "generation":
-        generation = generation_config_json(values, read_optional(source, "generation_config.json"))
+        generation = generation_config_json(values, read_generation(source) if source else {})
         write_object(folder / "generation_config.json", generation)
         decoder = _genai_decoder(settings, traced.interface)
         if decoder is not None:

@@ -12,13 +12,13 @@ from transformers import AutoTokenizer
 
 from compot_deploy.errors import InputError
 from compot_deploy.models.source import ModelSource, open_source
+from compot_deploy.models.text_files import read_text, records_of_lines
 from compot_deploy.models.tokens import (
     load_tokenizer,
     make_windows,
-    read_text,
     sample_from_model,
-    windows_of_jsonl,
     windows_of_lines,
+    windows_of_records,
     windows_of_text,
 )
 
@@ -95,13 +95,13 @@ def test_ids_beyond_the_vocabulary_are_refused() -> None:
 def test_json_lines_give_one_window_a_line(checkpoint: ModelSource) -> None:
     tokenizer = load_tokenizer(checkpoint.folder)
     text = '{"text": "the quick brown fox"}\n\n{"text": "lazy dog"}\n'
-    windows = windows_of_jsonl(text, tokenizer, source="t", **COMMON)
+    windows = windows_of_records(records_of_lines(text, "t"), tokenizer, source="t", **COMMON)
     assert len(windows.windows) == 2
     assert len({len(window) for window in windows.windows}) == 2
-    with pytest.raises(InputError, match="line 2 is not JSON"):
-        windows_of_jsonl('{"text": "a"}\n{', tokenizer, source="t", **COMMON)
+    with pytest.raises(InputError, match="line 2 cannot be read: it is not JSON"):
+        records_of_lines('{"text": "a"}\n{', "t")
     with pytest.raises(InputError, match='line 1 has neither "text"'):
-        windows_of_jsonl('{"prompt": "a"}', tokenizer, source="t", **COMMON)
+        records_of_lines('{"prompt": "a"}', "t")
 
 
 def test_the_model_writes_the_same_text_twice_and_leaves_the_global_seed_alone(
@@ -173,7 +173,7 @@ def test_lines_that_are_all_too_short_are_refused(encoder: ModelSource) -> None:
 def test_json_lines_are_whole_texts_where_the_model_reads_those(encoder: ModelSource) -> None:
     tokenizer = load_tokenizer(encoder.folder)
     text = '{"text": "the quick brown fox"}\n{"text": "lazy dog"}\n'
-    windows = windows_of_jsonl(text, tokenizer, source="t", whole=True, **COMMON)
+    windows = windows_of_records(records_of_lines(text, "t"), tokenizer, source="t", whole=True, **COMMON)
     assert [window.tolist() for window in windows.windows] == [
         tokenizer.whole("the quick brown fox", 16),
         tokenizer.whole("lazy dog", 16),

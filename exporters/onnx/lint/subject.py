@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +12,7 @@ import torch
 from onnx import ModelProto, NodeProto, TensorProto
 
 from compot_deploy.core.diagnostics import Diagnostic, Severity
+from compot_deploy.core.parsing import UnreadableError, decoded, json_of
 from compot_deploy.errors import ArtifactError
 from compot_deploy.exporters.onnx.nodes import TRACED
 from compot_deploy.exporters.onnx.tensors import GRAPH, TensorReader, external_extent
@@ -101,7 +101,7 @@ def metadata_of(node: NodeProto, key: str) -> str | None:
 def json_object(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = json_of(decoded(path.read_bytes()))
+    except (OSError, UnreadableError):
         return None
     return value if isinstance(value, dict) else None

@@ -22,6 +22,7 @@ from compot_deploy.exporters.gguf.exporter import GgufExporter
 from compot_deploy.exporters.gguf.options import GgufOptions
 from compot_deploy.exporters.gguf.reader import read_header
 from compot_deploy.exporters.gguf.writer import write
+from compot_deploy.llama import probe
 from compot_deploy.models.streaming import BlockStream
 from compot_deploy.planning import settings
 from compot_deploy.planning.candidates import Search
@@ -312,6 +313,76 @@ def test_a_damaged_file_is_one_sentence(
     assert cli.main(["run", str(path), "-p", "the"]) == EXIT_BAD_INPUT
     said = capsys.readouterr().err
     assert re.search(message, " ".join(said.split())) and "Traceback" not in said
+
+
+def _with_key(data: bytes, key: str, change: Callable[[bytearray, int], None]) -> bytes:
+    """A file with something changed behind a key."""
+    made = bytearray(data)
+    change(made, data.index(key.encode()) + len(key))
+    return bytes(made)
+
+
+def _twice(data: bytearray, at: int) -> None:
+    """The first token of the vocabulary once more in the place of another of its length."""
+    at += 4 + 4 + 8  # the type of the value, of the entries, their number
+    tokens = []
+    for _ in range(320):
+        length = int.from_bytes(data[at : at + 8], "little")
+        tokens.append((at + 8, bytes(data[at + 8 : at + 8 + length])))
+        at += 8 + length
+    place, text = tokens[100]
+    other = next(place for place, found in tokens[101:] if len(found) == len(text))
+    data[other : other + len(text)] = data[place : place + len(text)]
+
+
+def _zero(data: bytearray, at: int) -> None:
+    data[at + 4 : at + 8] = bytes(4)
+
+
+ABORTS: dict[str, tuple[str, Callable[[bytearray, int], None], str]] = {
+    "a token twice": ("tokenizer.ggml.tokens", _twice, "twice"),
+    "heads of no size": (
+        "llama.attention.key_length",
+        _zero,
+        "key_length is missing or not a positive number",
+    ),
+    "rotary pairs of no size": ("llama.rope.dimension_count", _zero, "dimension_count is missing or not"),
+}
+
+
+@pytest.mark.parametrize("case", ABORTS)
+def test_what_llama_cpp_aborts_on_is_refused_from_its_keys(
+    case: str, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, change, message = ABORTS[case]
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(_with_key(files["dense"].read_bytes(), key, change))
+    assert cli.main(["run", str(path), "-p", "the"]) == EXIT_BAD_INPUT
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_abort_that_nobody_knew_of_ends_a_child_and_not_us(
+    files: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("compot_deploy.llama.model.check_keys", lambda *_: None)
+    monkeypatch.setattr(probe, "COMMAND", (*probe.COMMAND[:1], "-c", UNCHECKED))
+    key, change, _ = ABORTS["a token twice"]
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(_with_key(files["dense"].read_bytes(), key, change))
+    assert cli.main(["run", str(path), "-p", "the"]) == EXIT_BAD_INPUT
+    assert "llama.cpp aborts while it loads" in " ".join(capsys.readouterr().err.split())
+    path.write_bytes(files["dense"].read_bytes())
+    assert cli.main(["run", str(path), "-p", "the", "-n", "2"]) == EXIT_OK
+
+
+UNCHECKED = """
+from compot_deploy.llama import model, probe
+model.check_keys = lambda *_: None
+probe.end()
+"""
 
 
 @pytest.mark.parametrize("layout", ["dense", "sparse"])

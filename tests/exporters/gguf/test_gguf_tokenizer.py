@@ -13,7 +13,9 @@ from reference_gguf import compressed
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from compot_deploy.errors import UnsupportedModelError
+from compot_deploy.exporters.gguf.library import load_library
 from compot_deploy.exporters.gguf.options import GgufOptions
+from compot_deploy.exporters.gguf.token_check import read_by
 from compot_deploy.exporters.gguf.tokenizer import _EXPRESSIONS, detect_pre_tokenizer, tokenizer_keys
 from compot_deploy.exporters.gguf.writer import write
 
@@ -174,6 +176,94 @@ def test_rows_without_a_token_are_named_and_recorded(tmp_path: Path) -> None:
     assert any("named [PADn]" in note for note in made.notes)
     with pytest.raises(UnsupportedModelError, match="only 100 rows"):
         tokenizer_keys(folder, {"vocab_size": 100})
+
+
+def as_vocabulary_and_merges(folder: Path) -> None:
+    """The same tokenizer in the two files of old, for a class of transformers that reads them."""
+    state = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(state["vocab"]))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in state["merges"]]
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    settings = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "bos_token": None,
+        "eos_token": "</s>",
+        "unk_token": None,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "</s>"}))
+
+
+def test_a_tokenizer_of_vocabulary_and_merges_is_written_too(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", "qwen2")
+    as_vocabulary_and_merges(folder)
+    keys = tokenizer_keys(folder, {"vocab_size": VOCABULARY}).keys
+    assert keys["tokenizer.ggml.model"] == "gpt2" and keys["tokenizer.ggml.pre"] == "qwen2"
+    assert keys["tokenizer.ggml.eos_token_id"] == 2
+
+
+@pytest.mark.consumer
+def test_llama_cpp_stops_at_every_token_that_ends_a_text(tmp_path: Path) -> None:
+    """Those of generation_config.json and the tokenizer's own; a note names those that there is no key for."""
+    pytest.importorskip("xllamacpp", reason="the extra llama is not installed")
+    folder = model_folder(tmp_path / "model", "gpt-2")
+    for ends in ([7], [7, 8, 9], [7, 8, 9, 10, 11]):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        made = tokenizer_keys(folder, {"vocab_size": VOCABULARY, "eos_token_id": 300})
+        assert stops_of(made.keys) == {2, *ends} and not made.notes
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(7, 14))}))
+    made = tokenizer_keys(folder, {"vocab_size": VOCABULARY})
+    assert stops_of(made.keys) == {2, 7, 8, 9, 10, 11}
+    assert any("does not stop at 12, 13" in note for note in made.notes)
+
+
+def stops_of(keys: Any) -> set[int]:
+    """Ids at which llama.cpp ends a text, by its own word."""
+    library = load_library()
+    with read_by(library, keys) as vocabulary:
+        return {index for index in range(VOCABULARY) if library.llama_vocab_is_eog(vocabulary, index)}
+
+
+@pytest.mark.consumer
+def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path: Path) -> None:
+    """Planted: the expression is one that llama.cpp has, and the digits are split before it."""
+    pytest.importorskip("xllamacpp", reason="the extra llama is not installed")
+    folder = model_folder(tmp_path / "model", "llama-bpe")
+    state = json.loads((folder / "tokenizer.json").read_text())
+    state["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = SPLITS["qwen2"]
+    state["normalizer"] = {"type": "Lowercase"}
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(UnsupportedModelError, match=r"llama\.cpp reads 'Hello.*Use another --format"):
+        tokenizer_keys(folder, {"vocab_size": VOCABULARY})
+
+
+@pytest.mark.consumer
+def test_what_llama_cpp_puts_around_special_tokens_is_noted(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="the extra llama is not installed")
+    folder = model_folder(tmp_path / "model", "sentencepiece")
+    state = json.loads((folder / "tokenizer.json").read_text())
+    state["normalizer"], state["pre_tokenizer"] = None, {
+        "type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False,
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    notes = " ".join(tokenizer_keys(folder, {"vocab_size": VOCABULARY}).notes)
+    assert "text that begins with a space" in notes and "text around special tokens" in notes
+
+
+def test_a_token_twice_is_refused_before_llama_cpp_aborts_at_it(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", "gpt-2")
+    state = json.loads((folder / "tokenizer.json").read_text())
+    word = next(text for text, index in state["model"]["vocab"].items() if index == 40)
+    state["added_tokens"].append(
+        {**state["added_tokens"][0], "id": VOCABULARY, "content": word, "special": False}
+    )
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    try:
+        tokens = tokenizer_keys(folder, {"vocab_size": VOCABULARY + 1}).keys["tokenizer.ggml.tokens"]
+    except UnsupportedModelError as error:
+        assert "twice" in str(error)
+    else:  # a library that keeps one of them
+        assert isinstance(tokens, list) and len(set(tokens)) == len(tokens)
 
 
 def test_a_folder_without_a_tokenizer_makes_a_file_without_one(tmp_path: Path) -> None:

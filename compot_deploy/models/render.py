@@ -1,9 +1,9 @@
 """The process in which the chat template of a file runs.
 
-    python -m compot_deploy.serving.render BYTES SECONDS LONGEST
+    python -m compot_deploy.models.render BYTES SECONDS LONGEST
 
 A template is a program that came with the model. Jinja's sandbox keeps it from the machine, but not from looping
-without end or asking for all memory, so it runs beside the server and under limits. A line of JSON comes in for
+without end or asking for all memory, so it runs in a process of its own and under limits. A line of JSON comes in for
 each conversation, ``{"source", "variables"}``, and one goes out, ``{"text"}`` or ``{"error"}``; the first line out,
 ``{"ready"}``, says that jinja2 is loaded. A process that ends instead has hit a limit.
 """
@@ -31,7 +31,7 @@ def main() -> None:
 
     _say({"ready": True})
     for line in sys.stdin.buffer:
-        # The server ends a process that takes too long; this one ends itself where the server is gone.
+        # Who asks ends a process that takes too long; this one ends itself where nobody is left.
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 2 * seconds)
         asked = json.loads(line)
