@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -30,6 +28,7 @@ from compot_deploy.accuracy.metrics import (
     summarize,
 )
 from compot_deploy.accuracy.runner import Runner
+from compot_deploy.core.spilled import Spilled
 from compot_deploy.errors import InputError
 from compot_deploy.progress import Ticker
 
@@ -86,9 +85,8 @@ class Readings:
         self._batches, self._pairs, self._scratch = batches, pairs, scratch
         self._positions = sum(batch.numel() for batch in batches)
         self._found = {pair: Collected(self._positions) for pair in pairs}
-        self._kept: dict[str, IO[bytes]] = {}
+        self._kept: dict[str, Spilled] = {}
         self._figures: dict[str, _KeptFigures] = {}
-        self._files = ExitStack()
 
     def __enter__(self) -> Readings:
         """Itself."""
@@ -96,7 +94,8 @@ class Readings:
 
     def __exit__(self, *_: object) -> None:
         """Remove the logits that were kept."""
-        self._files.close()
+        for file in self._kept.values():
+            file.close()
 
     def read(self, roles: Sequence[str], runner: Runner, tick: Ticker) -> None:
         """Let a model read the text, in one or more roles, and compare it with those that have read it.
@@ -106,12 +105,11 @@ class Readings:
         """
         for role in roles:
             if any(first == role and second not in roles for first, second in self._pairs):
-                file = tempfile.TemporaryFile(dir=self._scratch)  # noqa: SIM115, closed with the others
-                self._kept[role] = self._files.enter_context(file)
+                self._kept[role] = Spilled(self._scratch)
                 self._figures[role] = _KeptFigures(self._positions)
         pairs = [pair for pair in self._pairs if pair[1] in roles]
         for kept in self._kept.values():
-            kept.seek(0)
+            kept.rewind()
         start = 0
         for tokens in self._batches:
             chunk = chunk_of(tokens, runner)
@@ -121,7 +119,9 @@ class Readings:
                     first: here
                     if first in roles
                     else predict(
-                        self._earlier(first, logits), targets, self._figures[first].at(start, len(targets))
+                        self._kept[first].read(tuple(logits.shape)),
+                        targets,
+                        self._figures[first].at(start, len(targets)),
                     )
                     for first in dict.fromkeys(pair[0] for pair in pairs)
                 }
@@ -140,7 +140,7 @@ class Readings:
 
     def _keep(self, role: str, logits: Float[Tensor, "rows vocabulary"]) -> None:
         try:
-            self._kept[role].write(logits.float().contiguous().numpy().data)
+            self._kept[role].write(logits)
         except OSError as error:
             place = self._scratch or tempfile.gettempdir()
             needed = len(self._kept) * self._positions * logits.shape[1] * 4
@@ -149,12 +149,6 @@ class Readings:
                 f"{needed / 1e6:,.0f} MB while models are compared. Make room, choose another place by TMPDIR, or "
                 "evaluate on less text (--evaluation-tokens)."
             ) from None
-
-    def _earlier(self, role: str, like: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows vocabulary"]:
-        data = np.empty(tuple(like.shape), dtype=np.float32)
-        if self._kept[role].readinto(data.data.cast("B")) != data.nbytes:  # type: ignore[attr-defined]
-            raise RuntimeError(f"The logits of {role} end before those of the next model.")
-        return torch.from_numpy(data)
 
 
 class _KeptFigures:

@@ -30,6 +30,7 @@ from compot_deploy.cli.commands import COMMANDS, deploy_command
 from compot_deploy.cli.crash import crash_sentence
 from compot_deploy.cli.output import console, quiet_libraries
 from compot_deploy.cli.printing import forgive_characters, settle
+from compot_deploy.core.memory import give_back_freed_memory
 from compot_deploy.errors import EXIT_UNFORESEEN, CompotDeployError, InterruptedRunError
 
 
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if ours:
         forgive_characters()
+        give_back_freed_memory()
     out, err = console(sys.stdout), console(sys.stderr)
     command: Callable[[list[str], Console, Console], int] = deploy_command
     given = list(arguments)

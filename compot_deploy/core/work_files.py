@@ -59,6 +59,18 @@ def is_sound(path: Path) -> bool:
     return _matches(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
+def digest_of(path: Path) -> str:
+    """The digest that a file holds, checked.
+
+    Raises:
+        InputError: it is not there any more, or damaged.
+    """
+    _require(path)
+    place = _Place.find(path)
+    assert place is not None
+    return place.written
+
+
 def read_value(path: Path) -> Any:
     """What `write_value` wrote.
 

@@ -14,7 +14,10 @@ from compot_deploy.models.hints import ARCHITECTURES
 
 TaskKind: TypeAlias = Literal["generation", "masked", "classification", "token-classification", "embedding"]
 
-TOKENS_PER_BATCH: Final = 4096
+_LOGITS_AT_ONCE: Final = 2**19
+"""Logits that are compared at a time: a few megabytes in float64."""
+
+TOKENS_PER_BATCH: Final = 1024
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,12 @@ class Task:
             return LossSum(float((1 - cosine).sum()), len(cosine))
         if self.kind != "classification":
             original, changed = original[real], changed[real]
-        first = torch.log_softmax(original.double(), -1)
-        second = torch.log_softmax(changed.double(), -1)
-        return LossSum(float((first.exp() * (first - second)).sum()), len(first))
+        lost = 0.0
+        rows = max(1, _LOGITS_AT_ONCE // original.shape[-1])
+        for one, other in zip(original.split(rows), changed.split(rows), strict=True):
+            first, second = (torch.log_softmax(logits.double(), -1) for logits in (one, other))
+            lost += float((first.exp() * (first - second)).sum())
+        return LossSum(lost, len(original))
 
     def sampled(
         self, output: Tensor, real: Bool[Tensor, "texts tokens"], generator: torch.Generator

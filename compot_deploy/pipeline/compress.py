@@ -190,12 +190,14 @@ def draft_of(settings: Settings, context: PlanningContext) -> Draft:
     sensitivities = measure_sensitivities(context)
     tables = measure_tables(context, settings.table_grids)
 
+    single = not context.search.predicted
+
     def plans_at(limit: int) -> tuple[Plan, ...]:
-        return choose(rate_points, sensitivities, limit, tables)
+        return choose(rate_points, sensitivities, limit, tables, single=single)
 
     def plans_within() -> tuple[Plan, ...]:
         if size is None:
-            return with_tables(choose(rate_points, sensitivities, budget), tables)
+            return with_tables(choose(rate_points, sensitivities, budget, single=single), tables)
         smallest = smallest_bytes([*rate_points, *(one.points for one in tables)])
         return fit_size(size, budget, smallest, plans_at, lambda plan: plan.bytes + rest.of(plan))
 

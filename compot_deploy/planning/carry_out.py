@@ -32,7 +32,7 @@ from compot_deploy.planning.sensitivity import ReplacedLoss
 from compot_deploy.planning.tables import TablePoints, split_tables, table_weights
 from compot_deploy.quant import QUANTIZERS
 
-_FINAL: Final = 4
+_FINAL: Final = 2
 """Times as much text for the last choice among finished plans: they are few, and come close to each other."""
 
 _LARGEST_HALF: Final = 6e4
@@ -103,6 +103,8 @@ def choose(
     weights: Mapping[str, float],
     budget: int,
     tables: Sequence[TablePoints] = (),
+    *,
+    single: bool = True,
 ) -> tuple[Plan, ...]:
     """The plan, then what it must not be worse than: the best mix of plain grids and the best single grid.
 
@@ -113,6 +115,8 @@ def choose(
         weights: what one unit of relative squared error of a matrix costs the model.
         budget: of the linears, and of `tables`.
         tables: that the budget is for as well; what the plan is compared with has the plan's.
+        single: also compare with one grid for all; the mix is better by all that is known, and to make another model
+            of all linears takes as long as the plan itself.
     """
 
     def possible(some: Sequence[RatePoints]) -> bool:
@@ -126,6 +130,7 @@ def choose(
     singles = [
         [one.only(lambda scheme, only=scheme: scheme == only) for one in plain]  # type: ignore[misc]
         for scheme in dict.fromkeys(entry.scheme for entry in plain[0].per_matrix[0])
+        if single
     ]
     made = [knapsack(some, budget, weights) for some in singles if possible(some)]
     plans = [plan, *(knapsack(some, budget, weights) for some in contenders)]

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from compot_deploy.core.storage import Storage
-from compot_deploy.core.work_files import is_sound, read_tensors, write_tensors
+from compot_deploy.core.work_files import digest_of, is_sound, read_tensors, write_tensors
 from compot_deploy.models.sites import Gram, InputGroup, importance
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.streaming import BlockStream
@@ -114,6 +114,10 @@ class PlanningContext:
     def grams(self, block: str) -> Mapping[str, Tensor]:
         """Grams of the inputs of a block in the original model, by name of the group."""
         return read_tensors(self._gram_file(block))
+
+    def gram_digest(self, block: str) -> str:
+        """Tells Grams from others, without reading them as numbers."""
+        return digest_of(self._gram_file(block))
 
     def whitening(self, group: InputGroup) -> Whitening:
         """Of one input of the original model."""

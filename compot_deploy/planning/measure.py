@@ -91,13 +91,12 @@ def _measured(
     context: PlanningContext, group: InputGroup, names: tuple[str, ...], scheme: Scheme
 ) -> Mapping[str, float]:
     """What a scheme loses of each matrix; what was measured once is kept for other plans."""
-    weights, whitening = context.weights(group.names), context.whitening(group)
-    path = _path(context, group, weights, whitening, "errors")
+    path = _path(context, group, "errors")
     known: list[tuple[list[str], Any, dict[str, float]]] = read_value(path) if is_sound(path) else []
     for own, data, errors in known:
         if own == list(names) and scheme_from_data(data) == scheme:
             return errors
-    found = dict(_errors_of(context, scheme, {name: weights[name] for name in names}, whitening))
+    found = dict(_errors_of(context, scheme, context.weights(names), context.whitening(group)))
     write_value(path, [*known, (names, scheme_to_data(scheme), found)])
     return found
 
@@ -126,11 +125,10 @@ def notes_on(rate_points: Sequence[RatePoints]) -> tuple[str, ...]:
 
 
 def _points_of(context: PlanningContext, group: InputGroup) -> RatePoints:
-    weights, whitening = context.weights(group.names), context.whitening(group)
-    path = _path(context, group, weights, whitening, "points")
+    path = _path(context, group, "points")
     if not is_sound(path):
         measure = _predict if context.search.predicted else _measure
-        write_value(path, measure(context, weights, whitening))
+        write_value(path, measure(context, context.weights(group.names), context.whitening(group)))
     stored = read_value(path)
     per_matrix = {
         name: [(scheme_from_data(scheme), error) for scheme, error in entries]
@@ -156,15 +154,9 @@ def _points_of(context: PlanningContext, group: InputGroup) -> RatePoints:
     )
 
 
-def _path(
-    context: PlanningContext,
-    group: InputGroup,
-    weights: Mapping[str, Tensor],
-    whitening: Whitening,
-    kind: str,
-) -> Path:
+def _path(context: PlanningContext, group: InputGroup, kind: str) -> Path:
     number = context.blocks.index(group.block)
-    return context.work / f"{kind}-{number:04d}-{group.name}-{_content(context, weights, whitening)}.json"
+    return context.work / f"{kind}-{number:04d}-{group.name}-{_content(context, group)}.json"
 
 
 Energies: TypeAlias = Mapping[tuple[str, ...], Sequence[float]]
@@ -296,12 +288,10 @@ def _predict(context: PlanningContext, weights: Mapping[str, Tensor], whitening:
     }
 
 
-def _content(context: PlanningContext, weights: Mapping[str, Tensor], whitening: Whitening) -> str:
-    """A name for measurements on exactly these numbers."""
+def _content(context: PlanningContext, group: InputGroup) -> str:
+    """A name for measurements on exactly these numbers: this model's weights, this Gram, these settings."""
     tolerance = (context.search.tolerance,) if context.search.tolerance else ()
     method = () if context.search.method == "auto" else (context.search.method, context.search.plain)
     settings = (VERSION, context.search, context.storage, context.quantizer, *tolerance, *method)
-    digest = hashlib.sha256(repr(settings).encode())
-    for value in (*weights.values(), whitening.factor):
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    numbers = (context.source.fingerprint, group.names, context.gram_digest(group.block))
+    return hashlib.sha256(repr((settings, numbers)).encode()).hexdigest()[:16]

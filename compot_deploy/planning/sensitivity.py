@@ -20,6 +20,7 @@ from typing import Final
 import torch
 
 from compot_deploy.core.matrix import Matrix
+from compot_deploy.core.spilled import Spilled
 from compot_deploy.core.work_files import is_sound, read_value, write_value
 from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.models.backward import Product, products_backwards
@@ -172,14 +173,20 @@ class ReplacedLoss:
         self._source, self._task = context.source, context.source.task
         self._model = whole_model(context.source, device=context.device)
         self._batches = [batch.to(torch.device(context.device)) for batch in _some(context, times)]
-        self._original = [self._outputs(batch) for batch in self._batches]
+        self._original, self._shapes = Spilled(context.work), []
+        for batch in self._batches:
+            outputs = self._outputs(batch)
+            self._original.write(outputs)
+            self._shapes.append(tuple(outputs.shape))
 
     def __call__(self, matrices: Mapping[str, Matrix]) -> float:
         """The mean over positions or texts."""
         total = LossSum(0.0, 0)
+        self._original.rewind()
         with replaced(self._model, self._source.sites, matrices):
-            for batch, original in zip(self._batches, self._original, strict=True):
-                total += self._task.loss(original, self._outputs(batch), batch.real)
+            for batch, shape in zip(self._batches, self._shapes, strict=True):
+                original, outputs = self._original.read(shape), self._outputs(batch)
+                total += self._task.loss(original.to(outputs), outputs, batch.real)
         return total.mean
 
     def _outputs(self, batch: Batch) -> torch.Tensor:

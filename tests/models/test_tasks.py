@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compot_deploy.models.tasks import EMBEDDING, GENERATION, LossSum, Task, pooled, task_of
+from compot_deploy.models.tasks import EMBEDDING, GENERATION, TOKENS_PER_BATCH, LossSum, Task, pooled, task_of
 
 REAL = torch.tensor([[True, True, True], [True, True, False]])
 CLASSES = Task("classification", "AutoModelForSequenceClassification", "classifier")
@@ -76,7 +76,7 @@ def test_windows_keep_their_order_over_batches_and_none_is_too_large() -> None:
     windows = [torch.full((length,), number) for number, length in enumerate([3000, 1000, 2000, 100] * 3)]
     batches = GENERATION.batches(windows)
     assert [int(row[0]) for batch in batches for row in batch.arguments["input_ids"]] == list(range(12))
-    assert all(batch.real.numel() <= 4096 for batch in batches)
+    assert all(batch.real.numel() <= TOKENS_PER_BATCH for batch in batches)
     assert [int(row.sum()) for batch in batches for row in batch.real] == [len(window) for window in windows]
     assert GENERATION.batches([]) == []
 
