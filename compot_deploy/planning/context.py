@@ -161,7 +161,8 @@ class PlanningContext:
         return read_tensors(self._head_file).get(_HEAD) if is_sound(self._head_file) else None
 
     def _keep_head_gram(self, gram: Gram | None) -> None:
-        write_tensors(self._head_file, {} if gram is None else {_HEAD: gram.matrix}, {})
+        tensors = {} if gram is None else {_HEAD: gram.matrix}
+        write_tensors(self._head_file, tensors, {"kind": "gram"})  # a file of nothing at all cannot be read
 
     @property
     def _head_file(self) -> Path:

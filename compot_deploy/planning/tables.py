@@ -254,12 +254,14 @@ def split_tables(plan: Plan, tables: Sequence[TablePoints]) -> Plan:
     """A plan in which tables were chosen like linears, with the two apart."""
     known = {one.name: one for one in tables}
     chosen = tuple(entry for entry in plan.chosen if entry.names[0] in known)
+    if not chosen:
+        return plan
     lost = sum(known[entry.names[0]].loss(entry.candidate) for entry in chosen)
     return replace(
         plan,
         chosen=tuple(entry for entry in plan.chosen if entry.names[0] not in known),
         budget=plan.budget - sum(entry.candidate.bytes for entry in chosen),
-        loss=plan.loss - lost,
+        loss=max(0.0, plan.loss - lost),
         tables=chosen,
         table_loss=lost,
     )
