@@ -89,7 +89,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recipe]:
     return {name: Recipe(**of[name], **COMMON, **options) for name, options in RECIPES.items()}
 
 
-@pytest.fixture(scope="module", params=RECIPES)
+SLOW: Final = {
+    "factorized": [],
+    "predicted": [pytest.mark.slow],
+    "classifier": [pytest.mark.nightly, pytest.mark.slow],
+}
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=SLOW[name]) for name in RECIPES])
 def run(
     request: pytest.FixtureRequest, models: dict[str, Recipe], tmp_path_factory: pytest.TempPathFactory
 ) -> Run:
@@ -129,6 +136,7 @@ def test_every_kind_of_damage_to_every_kind_of_file(run: Run, name: str) -> None
             assert result_of(run.recipe, run.work) == run.result, kind
 
 
+@pytest.mark.slow
 def test_what_was_measured_for_another_budget_does_not_change_a_plan(
     models: dict[str, Recipe], tmp_path: Path
 ) -> None:
