@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from shapes import check_shapes_of
+
+check_shapes_of("compot_deploy")
 
 LONGEST = 10.0
 """Seconds that a test may take without the mark `slow`."""

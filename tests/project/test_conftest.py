@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -37,6 +38,7 @@ def test_a_long_test_without_its_mark_fails_the_run(tmp_path: Path) -> None:
         text.replace("LONGEST = 10.0", "LONGEST = 0.2").replace("SLACK = 6.0", "SLACK = 1.0"),
         encoding="utf-8",
     )
+    shutil.copy(TESTS / "support" / "shapes.py", tmp_path)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
     (tmp_path / "test_long.py").write_text(LONG)
     command = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,28 +38,64 @@ FLOORS = (
 )
 """Rooms from the ground up. Rooms of one floor do not know each other."""
 
+FORMATS = ("onnx", "gguf", "huggingface")
+"""Rooms inside of the exporters' room: whoever brings a new one reads none of the others."""
+
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+TOP = len(FLOORS) - 1
 TORCH_ONLY = ("quant", "numerics")
+MODULE = re.compile(rf"compot_deploy\.({'|'.join(room for floor in FLOORS[:-1] for room in floor)})(\.\w+)*")
+"""A module by its name in a string. What others know us by, in their folders and reports, is no room."""
+
 FOREIGN_TO_NUMERICS = {"transformers", "onnx", "gguf", "logging", "rich", "json", "pathlib"}
 
 
+WAYS = (
+    "from {module} import anything",
+    "import {module}.inside as anything",
+    "if TYPE_CHECKING:\n    from {module}.inside import anything",
+    "def later():\n    from {module}.inside import anything",
+    "def later():\n    from {dots}{beside} import anything",
+    "def later():\n    from {dots} import {beside}",
+)
+"""How an import can be written, at the end of a file."""
+
+BY_NAME = (
+    "def later():\n    return importlib.import_module('{module}.inside')",
+    "HOMES = {{'anything': '{module}.inside'}}",
+)
+
+
 def test_every_file_imports_its_own_room_or_a_lower_one() -> None:
-    wrong = [wrong for path in _files() for wrong in _wrong_imports(_room(path), path.read_text())]
+    wrong = [wrong for path in _files() for wrong in _wrong_imports(path, path.read_text(encoding="utf-8"))]
     assert not wrong
 
 
-@pytest.mark.parametrize("room", [room for room in FLOOR_OF if room != "__main__"])
-def test_a_planted_import_from_above_is_found(room: str) -> None:
-    above = [other for other, floor in FLOOR_OF.items() if floor >= FLOOR_OF[room] and other != room]
-    for other in above:
-        module = "compot_deploy" if other in ("__init__", "__main__") else f"compot_deploy.{other}"
-        name = "deploy" if other == "__init__" else "anything"
-        if other != "__main__":
-            assert _wrong_imports(room, f"from {module} import {name}")
-            assert (
-                _wrong_imports(room, f"def later():\n    from {module}.inside import {name}")
-                or other == "__init__"
-            )
+@pytest.mark.parametrize("room", [room for room, floor in FLOOR_OF.items() if floor < TOP])
+def test_a_wrong_import_planted_into_a_room_is_found(room: str) -> None:
+    path = next(path for path in _files() if _room(path) == room)
+    text = path.read_text(encoding="utf-8")
+    assert _wrong_imports(path, text) == []
+    others = [other for other, floor in FLOOR_OF.items() if floor >= FLOOR_OF[room] and other != room]
+    dots = "." * len(_package(path))
+    for other in set(others) - {"__init__", "__main__"}:
+        module = f"compot_deploy.{other}"
+        for way in WAYS if FLOOR_OF[other] == TOP else WAYS + BY_NAME:
+            planted = text + "\n" + way.format(module=module, dots=dots, beside=other) + "\n"
+            assert len(_wrong_imports(path, planted)) == 1, way
+    for way in ("import compot_deploy", "from compot_deploy import deploy"):
+        assert len(_wrong_imports(path, f"{text}\n{way}\n")) == 1, way
+
+
+@pytest.mark.parametrize("room", FORMATS)
+def test_formats_do_not_know_each_other(room: str) -> None:
+    path = next(path for path in _files() if path.parts[-3:-1] == ("exporters", room))
+    text = path.read_text(encoding="utf-8")
+    for other in set(FORMATS) - {room}:
+        module = f"compot_deploy.exporters.{other}"
+        for way in WAYS + BY_NAME:
+            planted = text + "\n" + way.format(module=module, dots="..", beside=other) + "\n"
+            assert len(_wrong_imports(path, planted)) == 1, way
 
 
 @pytest.mark.parametrize("path", [p for f in FOLDERS for p in sorted((ROOT / f).rglob("*.py"))], ids=str)
@@ -72,7 +109,7 @@ def test_only_the_command_line_prints(path: Path) -> None:
 def test_the_numerics_know_torch_and_no_formats_or_models() -> None:
     for path in _files():
         if _room(path) in TORCH_ONLY:
-            imported = {module.split(".")[0] for module in _imports(path.read_text())}
+            imported = {module.split(".")[0] for module in _imports(path, path.read_text(encoding="utf-8"))}
             assert not imported & FOREIGN_TO_NUMERICS, path
 
 
@@ -112,27 +149,42 @@ def _room(path: Path) -> str:
     return parts[1] if parts[0] == "compot_deploy" else parts[0]
 
 
-def _imports(text: str) -> set[str]:
-    """Full names of everything imported, in functions too."""
+def _package(path: Path) -> list[str]:
+    """The package that a file is installed in: `compot_deploy.quant` for `quant/gptq.py`."""
+    folder = path.relative_to(ROOT).parts[0]
+    return [*FOLDERS[folder].split("."), *path.relative_to(ROOT / folder).parts[:-1]]
+
+
+def _imports(path: Path, text: str) -> set[str]:
+    """Full names of everything imported: in functions, from beside, and by a name in a string, too."""
     found = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = _package(path)
+            beside = package[: len(package) - node.level + 1] if node.level else []
+            module = [*beside, *(node.module or "").split(".")]
+            found |= {".".join(part for part in (*module, alias.name) if part) for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and MODULE.fullmatch(node.value):
+            found.add(node.value)
     return found
 
 
-def _wrong_imports(room: str, text: str) -> list[str]:
-    """What a file of a room imports from above, or from beside its own room."""
+def _wrong_imports(path: Path, text: str) -> list[str]:
+    """What a file imports from above or from beside its own room."""
+    room = _room(path)
+    own = path.relative_to(ROOT).parts
     wrong = []
-    for name in sorted(_imports(text)):
+    for name in sorted(_imports(path, text)):
         parts = name.split(".")
         if parts[0] != "compot_deploy" or name == "compot_deploy.__version__":
             continue
         other = parts[1] if len(parts) > 1 and parts[1] in FLOOR_OF else "__init__"
         if other != room and FLOOR_OF[other] >= FLOOR_OF[room]:
             wrong.append(f"{room} imports {name}")
+        elif room == other == "exporters" and own[1] in FORMATS and parts[2] in {*FORMATS} - {own[1]}:
+            wrong.append(f"exporters/{own[1]} imports {name}")
     return wrong
 
 
