@@ -19,6 +19,7 @@ def rtn(
     *,
     support: Bool[Tensor, "inputs outputs"] | None = None,
     searched: bool = True,
+    importance: Float[Tensor, " inputs"] | None = None,
 ) -> Quantized:
     """Quantize each group on its own, with the scale of least squared error.
 
@@ -29,6 +30,7 @@ def rtn(
         support: entries outside become exactly 0; None allows all.
         searched: look for that scale; without, the largest weight of a group falls on the end of the grid, which is a
             twentieth of the work and at 8 bits nearly as good.
+        importance: weight of the squared error of each input while scales are searched; None weighs all alike.
 
     Raises:
         InputError: a weight so large that its scale does not fit float16.
@@ -40,7 +42,8 @@ def rtn(
     scales = torch.empty((grid.groups(work.shape[0]), work.shape[1]), dtype=torch.float16, device=work.device)
     for position, start in enumerate(range(0, work.shape[0], grid.group)):
         rows = slice(start, start + grid.group)
-        scale = search_scales(work[rows], grid) if searched else largest_scales(work[rows], grid)
+        weighing = None if importance is None else importance[rows]
+        scale = search_scales(work[rows], grid, weighing) if searched else largest_scales(work[rows], grid)
         scales[position] = scale.half()
         integers[rows] = round_to_grid(work[rows], scale, grid).to(torch.int8)
     return Quantized(integers, scales, grid)

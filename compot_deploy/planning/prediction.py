@@ -1,8 +1,8 @@
 """Errors of the schemes of one input without making them: grids on some outputs, factorized schemes from the spectrum.
 
 An output is quantized for itself, so a sample of the outputs tells what a grid costs all of them. The error of an
-output goes with the square of its steps; that ratio is what the sample measures. Grids of one group size are made side
-by side, in one pass for all matrices of the input.
+output goes with the square of its steps; that ratio is what the sample measures. Two grids are tried for real, by all
+matrices of an input side by side; the others follow from what rounding to nearest loses.
 
 A factorized scheme loses what its atoms lose at their bits, and all of what has no atom (`water_filling`). That is a
 model, and it decides what a plan looks at: a scheme that a plan chooses is made and measured, and the plan made again.
@@ -10,7 +10,7 @@ model, and it decides what a plan looks at: a scheme that a plan chooses is made
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import torch
@@ -23,7 +23,7 @@ from compot_deploy.numerics.whiten import Whitening
 from compot_deploy.planning.rate_points import between
 from compot_deploy.planning.schemes import Joint, Plain, Scheme
 from compot_deploy.planning.water_filling import predicted_error
-from compot_deploy.quant import QUANTIZERS, gptq_side_by_side
+from compot_deploy.quant import QUANTIZERS, gptq_side_by_side, rtn
 
 _OUTPUTS: Final = 96
 """Outputs of each matrix that grids are tried on: errors are then known to 2 or 3 %."""
@@ -60,11 +60,73 @@ def sampled_errors(
     widths = [sample.shape[1] for sample in samples.values()]
     grids = [scheme.grid for scheme in plain if scheme.grid is not None]
     factor = whitening.factor.T.float()
-    for grid, whole in zip(grids, _quantized(side_by_side, grids, whitening, quantizer), strict=True):
-        missed = (side_by_side - whole.dequantize()).split(widths, dim=1)
-        for name, part in zip(weights, missed, strict=True):
-            found[name][Plain(grid)] = float((factor @ part).square().sum()) * scales[name]
+
+    def made(tried: Sequence[Grid]) -> dict[Grid, list[float]]:
+        wholes = _quantized(side_by_side, tried, whitening, quantizer)
+        return {
+            grid: [
+                float((factor @ part).square().sum())
+                for part in (side_by_side - whole.dequantize()).split(widths, dim=1)
+            ]
+            for grid, whole in zip(tried, wholes, strict=True)
+        }
+
+    errors = (
+        _by_rounding(side_by_side, widths, grids, whitening, made) if quantizer == "gptq" else made(grids)
+    )
+    for grid, parts in errors.items():
+        for name, part in zip(weights, parts, strict=True):
+            found[name][Plain(grid)] = part * scales[name]
     return found
+
+
+def _by_rounding(
+    weight: Float[Tensor, "inputs outputs"],
+    widths: Sequence[int],
+    grids: Sequence[Grid],
+    whitening: Whitening,
+    made: Callable[[Sequence[Grid]], Mapping[Grid, Sequence[float]]],
+) -> dict[Grid, list[float]]:
+    """What GPTQ will leave of each matrix on each grid, from two grids that it is tried on.
+
+    GPTQ's loss is, up to a factor of each matrix, that of rounding to nearest with every input weighed by what its
+    error costs GPTQ, ``Σ_i C_ii ‖w_i − round(w_i)‖²`` (see `compot_deploy.quant.feedback`). The factor is measured on
+    the coarsest grid and on the finest of 4 bits, and goes evenly between them.
+
+    Args:
+        weight: sampled outputs of some matrices side by side.
+        widths: outputs of each.
+        grids: that there are.
+        whitening: of their input.
+        made: tries grids for real.
+    """
+    cost = whitening.feedback.cost.float()
+    rounded = {}
+    for grid in grids:
+        missed = weight - rtn(weight, None, grid, importance=cost).dequantize()
+        rounded[grid] = [float(cost @ part.square().sum(1)) for part in missed.split(widths, dim=1)]
+    ends = sorted(grids, key=lambda grid: grid.bits + 16 / grid.group)
+    probes = list(dict.fromkeys((ends[0], _middle(ends)))) if ends else []
+    real = made(probes)
+    found: dict[Grid, list[float]] = {}
+    for grid in grids:
+        found[grid] = []
+        for number, loss in enumerate(rounded[grid]):
+            factors = [_ratio(real[probe][number], rounded[probe][number]) for probe in probes]
+            place = (grid.bits - probes[0].bits) / max(1, probes[-1].bits - probes[0].bits)
+            along = min(1.0, max(0.0, place))
+            found[grid].append(loss * factors[0] ** (1 - along) * factors[-1] ** along)
+    return found | {probe: list(losses) for probe, losses in real.items()}
+
+
+def _middle(grids: Sequence[Grid]) -> Grid:
+    """The finest grid of 4 bits or less: what is finer is never what a plan is short of."""
+    few = [grid for grid in grids if grid.bits <= 4]
+    return few[-1] if few else grids[-1]
+
+
+def _ratio(real: float, rounded: float) -> float:
+    return real / rounded if real > 0.0 and rounded > 0.0 else 1.0
 
 
 def spectral_errors(listed: Mapping[Scheme, int], energies: Sequence[float]) -> dict[Scheme, float]:
