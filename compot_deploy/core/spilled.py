@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from pathlib import Path
 from typing import IO
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 
 class Spilled:
-    """A nameless file of float32 numbers; close it, or let it go.
+    """A nameless file of float32 numbers.
 
     Args:
         folder: where there is room; None takes the system's place for temporary files.
@@ -20,6 +21,8 @@ class Spilled:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, lives as long as this
+        self.close = weakref.finalize(self, self._file.close)
+        """Give the room back; also done when this is let go."""
 
     def write(self, values: Tensor) -> None:
         """Add a tensor, as float32.
@@ -43,7 +46,3 @@ class Spilled:
         if self._file.readinto(data.data.cast("B")) != data.nbytes:  # type: ignore[attr-defined]
             raise RuntimeError(f"No tensor of shape {shape} is left in the file.")
         return torch.from_numpy(data)
-
-    def close(self) -> None:
-        """Give the room back."""
-        self._file.close()

@@ -24,6 +24,8 @@ from compot_deploy.recipe import Recipe
 
 GRIDS = GridChoice({2: (32, 64), 4: (32, 64), 8: (64,)})
 PLAIN = [Plain(grid) for grid in GRIDS.grids]
+TRIED = Plain(Grid(2, 64)), Plain(Grid(4, 32))
+"""The coarsest grid, and the finest of 4 bits."""
 
 
 def matrices(outputs: dict[str, int], inputs: int = 128) -> tuple[dict[str, Tensor], Whitening]:
@@ -47,7 +49,8 @@ def test_a_sample_of_everything_is_the_measurement(quantizer: str) -> None:
     for scheme in PLAIN:
         made = realize(scheme, weights, whitening, Search(GRIDS), quantizer=QUANTIZERS[quantizer])
         for name, error in made.errors.items():
-            assert found[name][scheme] == pytest.approx(error, rel=1e-4)
+            tried = quantizer == "rtn" or scheme in TRIED
+            assert found[name][scheme] == pytest.approx(error, rel=1e-4 if tried else 0.1), scheme
     assert all(errors[Plain(None)] == 0.0 for errors in found.values())
 
 
