@@ -2,7 +2,7 @@
 
 ::
 
-    python benchmarks/tables.py [MODEL --calibration TEXT] --evaluation TEXT [--samples 128] [--positions 2048]
+    python benchmarks/tables.py [MODEL --calibration TEXT] --evaluation TEXT [--samples 128] [--grids 4/32]
 
 For each grid: bytes as stored packed, the KL divergence on held-out text after rounding to nearest and as a plan rounds
 it (GPTQ), and the loss that a plan predicts. An output head that is not tied to the embedding is a table of its own.
@@ -33,9 +33,8 @@ from compot_deploy.planning.table_effects import known_effects
 from compot_deploy.planning.tables import head_gram, measure_tables, round_table
 from compot_deploy.recipe import Recipe
 
-GRIDS = tuple(
-    Grid(*scheme) for scheme in ((8, 32), (4, 32), (4, 64), (4, 128), (3, 32), (3, 64), (2, 32), (2, 64))
-)
+GRIDS = ("8/32", "4/32", "4/64", "4/128", "3/32", "3/64", "2/32", "2/64")
+"""Bits and group."""
 
 
 class Loss:
@@ -73,7 +72,9 @@ def main() -> None:
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--positions", type=int, default=2048)
+    parser.add_argument("--grids", nargs="+", default=GRIDS, help="bits/group")
     options = parser.parse_args()
+    grids = tuple(Grid(*map(int, one.split("/"))) for one in options.grids)
     recipe = Recipe(
         model=options.model,
         calibration=options.calibration,
@@ -89,7 +90,7 @@ def main() -> None:
         grams = time.process_time()
         measure_sensitivities(context)
         effects = time.process_time()
-        tables = measure_tables(context, dict.fromkeys(settings.precisions, GRIDS))
+        tables = measure_tables(context, dict.fromkeys(settings.precisions, grids))
         print(
             f"processor seconds: calibration {grams - start:.1f}, sensitivities {effects - grams:.1f}, "
             f"predictions of tables {time.process_time() - effects:.1f}"
@@ -101,7 +102,7 @@ def main() -> None:
                 f"{one.name}{' (embedding and head)' if context.source.tied else ''}, GPTQ pays: {one.gptq}"
             )
             print("| grid | bytes | to nearest | GPTQ | predicted | seconds |\n|---|---|---|---|---|---|")
-            for candidate, grid in zip(one.candidates, GRIDS, strict=True):
+            for candidate, grid in zip(one.candidates, grids, strict=True):
                 nearest = loss(one.name, round_table(context.source, one.name, grid))
                 start = time.process_time()
                 made = round_table(context.source, one.name, grid, known)

@@ -162,7 +162,7 @@ class PlanningContext:
 
     def _keep_head_gram(self, gram: Gram | None) -> None:
         tensors = {} if gram is None else {_HEAD: gram.matrix}
-        write_tensors(self._head_file, tensors, {"kind": "gram"})  # a file of nothing at all cannot be read
+        write_tensors(self._head_file, tensors, {})
 
     @property
     def _head_file(self) -> Path:

@@ -98,9 +98,7 @@ def keep_effects(work: Path, effects: Mapping[str, TableEffects]) -> None:
         for kind, parts in (("halves", one.halves), ("rows", one.rows))
         for number, part in enumerate(parts)
     }
-    write_tensors(
-        work / _FILE, tensors, {"kind": "second moments"}
-    )  # a file of nothing at all cannot be read
+    write_tensors(work / _FILE, tensors, {})
 
 
 def known_effects(work: Path) -> dict[str, TableEffects]:
