@@ -8,7 +8,7 @@ the text (for the numerical noise, for prompts) it does not hear.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -23,6 +23,7 @@ from compot_deploy.models.tasks import Batch, Task, pooled
 _SEED = 0
 
 
+@runtime_checkable
 class Listener(Protocol):
     """Hears what a model says."""
 
