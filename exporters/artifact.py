@@ -259,6 +259,11 @@ def verify(folder: Path) -> Manifest:
         ArtifactError: the first file that differs, named with both numbers, and how many others do.
     """
     manifest = read_manifest(folder)
+    for what, records in (("files", manifest.files), ("matrices", manifest.matrices)):
+        if not records:
+            raise ArtifactError(
+                f"{folder / MANIFEST} lists no {what}, so nothing is known of this folder. Export the model again."
+            )
     root = Path(os.path.realpath(folder))
     complaints = [c for record in manifest.files if (c := _compare(root, record)) is not None]
     if complaints:
@@ -268,9 +273,14 @@ def verify(folder: Path) -> Manifest:
 
 
 def unlisted_files(folder: Path, manifest: Manifest) -> tuple[str, ...]:
-    """Files that lie in the folder without being in the manifest, sorted."""
-    listed = {record.path for record in manifest.files}
-    return tuple(path for path in list_files(folder) if path not in listed)
+    """Whatever lies in the folder without being in the manifest, sorted: files of any kind, and links as such."""
+    listed = {record.path for record in manifest.files} | {MANIFEST}
+    found = []
+    for place, folders, files in os.walk(folder):
+        here = Path(place)
+        links = [name for name in folders if (here / name).is_symlink()]
+        found += [(here / name).relative_to(folder).as_posix() for name in (*files, *links)]
+    return tuple(sorted(path for path in found if path not in listed))
 
 
 def list_files(folder: Path) -> tuple[str, ...]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Final, TypeAlias, Union, cast, get_args, get_origin, get_type_hints
@@ -165,8 +166,8 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of an artifact, every field checked; the files themselves are not looked at.
 
     Raises:
-        ArtifactError: there is none, it is not JSON, a field is missing or of a wrong type, its format is
-            newer than this version reads, or it names a path outside the folder.
+        ArtifactError: there is none, it is not JSON, a field is missing or of a wrong type or has a value that nothing
+            has, its format is newer than this version reads, or it names a path outside the folder.
     """
     path = folder / MANIFEST
     if not folder.is_dir():
@@ -187,12 +188,11 @@ def read_manifest(folder: Path) -> Manifest:
     manifest = dataclasses.replace(
         manifest, matrices=tuple(_with_role(record, str(path)) for record in manifest.matrices)
     )
-    seen: set[str] = set()
     for record in manifest.files:
         check_path(record.path, str(path))
-        if record.path in seen:
-            raise ArtifactError(f"{path} lists {record.path} twice.")
-        seen.add(record.path)
+    _check_once([record.path for record in manifest.files], str(path))
+    _check_once([matrix.name for matrix in manifest.matrices], str(path))
+    _check_values(manifest, str(path))
     return manifest
 
 
@@ -218,6 +218,44 @@ def check_path(path: str, where: str) -> None:
     plain = path != "" and "\\" not in path and "\0" not in path and posix.as_posix() == path
     if not plain or posix.is_absolute() or windows.drive or ".." in posix.parts or path == ".":
         raise ArtifactError(f"{where} names the path {path!r}, which is not a plain path inside the folder.")
+
+
+def _check_once(names: Sequence[str], where: str) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ArtifactError(f"{where} lists {name} twice.")
+        seen.add(name)
+
+
+_LEAST: Final[Mapping[str, int]] = {
+    "bytes": 0,
+    "plain_int4_bytes": 0,
+    "nonzeros": 0,
+    "inputs": 1,
+    "outputs": 1,
+    "bits": 1,
+    "group": 1,
+    "atoms": 1,
+}
+"""Least value of every number of a record: sizes are added up, and held against limits."""
+
+_HASH: Final = re.compile(r"[0-9a-f]{64}")
+
+
+def _check_values(record: Any, where: str) -> None:
+    """Refuse numbers that no size and no count has, and hashes that are none, in a record and those inside of it."""
+    for attribute in dataclasses.fields(record):
+        value, name = getattr(record, attribute.name), f"{where}: {attribute.name}"
+        least = _LEAST.get(attribute.name)
+        if least is not None and value is not None and value < least:
+            raise ArtifactError(f"{name} is {value}, which is less than {least}. Export the model again.")
+        if attribute.name in ("sha256", "digest") and not _HASH.fullmatch(value):
+            raise _wrong(name, value, "a sha256 in hexadecimal")
+        for part in value if isinstance(value, tuple) else (value,):
+            if dataclasses.is_dataclass(part) and not isinstance(part, type):
+                named = getattr(part, "path", None) or getattr(part, "name", None) or attribute.name
+                _check_values(part, f"{where}: {named}")
 
 
 # --- JSON to dataclasses, types checked ------------------------------------------------------------------

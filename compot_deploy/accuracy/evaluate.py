@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -76,6 +76,9 @@ class Evaluation:
 Opening: TypeAlias = Callable[[], Runner]
 """Opens a runner when its turn has come; it is dropped when it has had its turn."""
 
+Visit: TypeAlias = Callable[[Sequence[str], Any], None]
+"""Does something else with a runner that is open, knowing its roles."""
+
 
 def check(
     reference: Runner | Opening | None,
@@ -90,6 +93,7 @@ def check(
     factorized_absent: str = "the factors before quantization were not given",
     progress: Progress = silent,
     scratch: Path | None = None,
+    visit: Visit | None = None,
 ) -> AccuracyReport:
     """Measure method, export and total loss and evaluate them.
 
@@ -108,6 +112,7 @@ def check(
         progress: called after every step.
         scratch: folder for logits that are kept meanwhile, 4 bytes times positions times vocabulary for each of two or
             three models; None takes the system's.
+        visit: called with each model once, while it is open, and the roles that it has.
 
     Raises:
         InputError: the gate limits the total loss but there is no reference; the models disagree about the
@@ -116,7 +121,7 @@ def check(
     require_reference(gate, reference, reference_absent)
     roles = roles_of(reference, factorized, compressed, exported_exact, exported)
     pairs = pairs_of(roles)
-    took = _take_turns(roles, list(pairs.values()), evaluation, progress, scratch, noise=True)
+    took = _take_turns(roles, list(pairs.values()), evaluation, progress, scratch, noise=True, visit=visit)
     assert took.noise is not None
     return evaluated_report(
         evaluation_metadata(evaluation),
@@ -167,6 +172,7 @@ def _take_turns(
     scratch: Path | None,
     *,
     noise: bool,
+    visit: Visit | None = None,
 ) -> _Turns:
     """Every model reads the text and continues the prompts, one after the other; the first one tells the noise."""
     by_model: dict[int, list[str]] = {}
@@ -197,6 +203,8 @@ def _take_turns(
             texts = list(_continued(runner, evaluation, tick, drafts))
             took.names |= dict.fromkeys(names, runner.name)
             written |= dict.fromkeys(names, texts)
+            if visit is not None:
+                visit(names, runner)
             del runner
         for role, texts in written.items():
             took.texts[role] = [_until_end(text, evaluation.end_tokens) for text in texts]

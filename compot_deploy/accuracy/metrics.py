@@ -334,9 +334,16 @@ def summarize(positions: Positions, *, goes_on: bool = True) -> Comparison:
         else None,
         divergence=_divergence(positions.divergence),
         top1_agreement=mean(positions.agreement.double()),
-        nmse=math.nan if count == 0 else error / power if power > 0 else 0.0 if error == 0 else math.inf,
+        nmse=_relative(error, power) if count else math.nan,
         largest_difference=float(positions.largest_difference.max()) if count else math.nan,
     )
+
+
+def _relative(error: float, power: float) -> float:
+    """NaN where one of them is not known."""
+    if math.isnan(error) or math.isnan(power):
+        return math.nan
+    return error / power if power > 0 else 0.0 if error == 0 else math.inf
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

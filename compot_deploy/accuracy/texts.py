@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
-from compot_deploy.accuracy.evaluate import Evaluation, evaluation_metadata
+from compot_deploy.accuracy.evaluate import Evaluation, Visit, evaluation_metadata
 from compot_deploy.accuracy.gate import Gate
 from compot_deploy.accuracy.losses import Loss
 from compot_deploy.accuracy.metrics import Comparison, compare, concatenate, mean, predict, summarize
@@ -115,6 +115,7 @@ def check_texts(
     reference_absent: str = "the original model was not given",
     factorized_absent: str = "the factors before quantization were not given",
     progress: Progress = silent,
+    visit: Visit | None = None,
 ) -> AccuracyReport:
     """Measure method, export and total loss and evaluate them; the arguments are those of `evaluate.check`.
 
@@ -124,7 +125,7 @@ def check_texts(
     require_reference(gate, reference, reference_absent)
     roles = roles_of(reference, factorized, compressed, exported_exact, exported)
     pairs = pairs_of(roles)
-    took = _take_turns(task, roles, list(pairs.values()), evaluation, progress)
+    took = _take_turns(task, roles, list(pairs.values()), evaluation, progress, visit)
     return evaluated_report(
         evaluation_metadata(evaluation),
         {name: took.losses[pair] for name, pair in pairs.items()},
@@ -158,6 +159,7 @@ def _take_turns(
     pairs: Sequence[tuple[str, str]],
     evaluation: Evaluation,
     progress: Progress = silent,
+    visit: Visit | None = None,
 ) -> _Turns:
     """Every model reads the texts, one after the other; the first one tells the numerical noise."""
     windows = evaluation.text.windows
@@ -180,6 +182,8 @@ def _take_turns(
                 losses[pair] = Loss(name, runner.name, figures, ())
         if any(role == first for first, _ in pairs):
             kept[role] = runner.name, outputs
+        if visit is not None:
+            visit([role], runner)
         del runner, given
     progress(len(roles), len(roles), label)
     assert noise is not None

@@ -21,6 +21,7 @@ from compot_deploy.pipeline.check import check, write_check, write_report_again
 from compot_deploy.pipeline.deploy import plan_only, run
 from compot_deploy.pipeline.evaluation import HTML
 from compot_deploy.pipeline.generate import generate
+from compot_deploy.pipeline.limits import FEWEST_POSITIONS
 from compot_deploy.report import inspection
 from compot_deploy.report import plan as plan_report
 from compot_deploy.report.document import verdict
@@ -72,7 +73,19 @@ def _check(arguments: list[str], out: Console, err: Console) -> int:
     )
     parser.add_argument("folder", type=Path, help="a folder that compot-deploy wrote")
     parser.add_argument(
-        "--reference", help="original model, where it is not under its name here or beside the folder"
+        "--reference",
+        help="original model, where it is not under its name here or beside the folder; or a reference file, the "
+        "answers of the original that every export keeps in compot/reference.safetensors",
+    )
+    parser.add_argument("--text", type=Path, help="evaluate on this text, not on the folder's own")
+    parser.add_argument(
+        "--min-positions",
+        type=int,
+        help="tokens that the text has, at least; a text that is read as a whole counts as 16 "
+        f"(default: {FEWEST_POSITIONS})",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="fail for files that lie in the folder and not in its manifest"
     )
     parser.add_argument(
         "--export-only",
@@ -98,7 +111,8 @@ def _check(arguments: list[str], out: Console, err: Console) -> int:
     add_options(parser, only={"max_perplexity_ratio", "max_kl", "min_top1", "max_export_nmse", "min_cosine"})
     values = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
     folder, reference = values.pop("folder"), values.pop("reference", None)
-    export_only = values.pop("export_only")
+    export_only, strict = values.pop("export_only"), values.pop("strict")
+    text, min_positions = values.pop("text", None), values.pop("min_positions", FEWEST_POSITIONS)
     report_dir, summary = values.pop("report_dir", None), values.pop("summary", None)
     requirements = _requirements(
         values.pop("gate", None), values.pop("baseline", None), values.pop("max_growth", None)
@@ -110,6 +124,9 @@ def _check(arguments: list[str], out: Console, err: Console) -> int:
             export_only=export_only,
             limits=values,
             requirements=requirements,
+            text=text,
+            min_positions=min_positions,
+            strict=strict,
             progress=progress,
         )
     if report_dir is not None:

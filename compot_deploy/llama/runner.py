@@ -66,6 +66,10 @@ class LlamaRunner:
         """Exactly `new_tokens` greedy tokens after the prompt; end-of-text tokens do not stop it."""
         return self._model.generate(list(prompt), max_tokens=new_tokens, stop=False).tokens
 
+    def tokenize(self, text: str) -> list[int]:
+        """A text as llama.cpp itself reads it, special tokens that are written out and that it adds included."""
+        return self._model.tokenize(text, markers=True)
+
     def close(self) -> None:
         """Free the model."""
         self._model.close()

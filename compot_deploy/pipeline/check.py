@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Final
 
-from compot_deploy.accuracy.gate import Gate
+from compot_deploy.accuracy.evaluate import Evaluation
+from compot_deploy.accuracy.gate import Gate, apply_gate
+from compot_deploy.accuracy.listening import Comparing
+from compot_deploy.accuracy.losses import Loss
+from compot_deploy.accuracy.probes import Probes
 from compot_deploy.core.store import write_text
 from compot_deploy.embedded import MODEL
-from compot_deploy.errors import ArtifactError, InputError
+from compot_deploy.errors import ArtifactError, InputError, RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.artifact import verify
 from compot_deploy.exporters.manifest import Manifest
 from compot_deploy.llama.model import find_gguf
 from compot_deploy.llama.probe import probe
+from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.configuration import CONFIG, context_of, settings_of
 from compot_deploy.models.source import ModelSource, open_source
 from compot_deploy.models.tokens import load_tokenizer
 from compot_deploy.pipeline.evaluation import (
@@ -22,15 +29,25 @@ from compot_deploy.pipeline.evaluation import (
     JUNIT,
     REPORT,
     Subject,
+    Watchers,
     evaluate_folder,
     sizes_of,
     write_report,
 )
-from compot_deploy.pipeline.limits import TOTAL_LIMITS, gate_of
-from compot_deploy.pipeline.texts import read_evaluation
+from compot_deploy.pipeline.integrity import check_matrices, unlisted
+from compot_deploy.pipeline.limits import (
+    FEWEST_POSITIONS,
+    TOTAL_LIMITS,
+    gate_of,
+    limits_of_check,
+    positions_criterion,
+)
+from compot_deploy.pipeline.reading import ReadingCheck
+from compot_deploy.pipeline.reference import Reference, read_reference, reading_of_source
+from compot_deploy.pipeline.texts import evaluation_of, read_evaluation
 from compot_deploy.progress import Progress, silent
-from compot_deploy.recipe import recipe_from_mapping
-from compot_deploy.report.document import SCHEMA_MINOR, Report, Sizes
+from compot_deploy.recipe import Recipe, recipe_from_mapping
+from compot_deploy.report.document import SCHEMA_MINOR, Report, Sizes, with_criteria
 from compot_deploy.report.facts import Origin
 from compot_deploy.report.gate import GateRequirements
 from compot_deploy.report.html.page import to_html
@@ -57,6 +74,43 @@ class Deployment:
         return self.report.passed
 
 
+@dataclass(frozen=True)
+class Terms:
+    """On which terms a folder is checked; everything that whoever checks says himself.
+
+    Attributes:
+        reference: the original model, or a reference file; None looks for the original beside the folder.
+        export_only: be content with what the folder alone can tell, where the original is not there.
+        limits: gate limits that replace those of the recipe, by option.
+        requirements: of a gate file and a baseline.
+        text: to evaluate on, instead of the folder's own text; needs the original model.
+        min_positions: tokens that the text has, at least.
+        strict: whatever lies in the folder unlisted fails.
+    """
+
+    reference: str | None = None
+    export_only: bool = False
+    limits: Mapping[str, float] = field(default_factory=dict)
+    requirements: GateRequirements = field(default_factory=GateRequirements)
+    text: Path | None = None
+    min_positions: int = FEWEST_POSITIONS
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.min_positions < 1:
+            raise RecipeError(f"--min-positions {self.min_positions}: give at least 1.")
+
+    @property
+    def given(self) -> dict[str, float]:
+        """Limits of the command line and of a gate file, which it wins over."""
+        return {**self.requirements.gate.losses, **self.limits}
+
+    @property
+    def needs_total(self) -> bool:
+        """Whether a figure of the total loss is asked for by name."""
+        return bool(TOTAL_LIMITS & self.given.keys()) or self.requirements.compares_losses
+
+
 def check(
     folder: str | Path,
     *,
@@ -64,74 +118,163 @@ def check(
     export_only: bool = False,
     limits: Mapping[str, float] | None = None,
     requirements: GateRequirements | None = None,
+    text: str | Path | None = None,
+    min_positions: int = FEWEST_POSITIONS,
+    strict: bool = False,
     progress: Progress = silent,
 ) -> Deployment:
-    """Check an exported folder again: its bytes, its structure, its accuracy.
+    """Check an exported folder again: its bytes, its structure, its accuracy. The folder may come from anybody.
 
     The compressed weights are read back from the files, so nothing but the folder is needed for the export
-    loss; method and total loss also need the original model, which is looked for under the name that the recipe gives,
-    here, beside the folder, and among what was had from the hub before. Nothing else is followed unasked.
+    loss. The total loss also needs the original model, which is looked for under the name that the recipe gives, here,
+    beside the folder, and among what was had from the hub before (nothing else is followed unasked), or its answers in
+    a reference file.
 
     Args:
         folder: written by `deploy`.
-        reference: the original model, where it has moved.
+        reference: the original model, where it has moved; or a reference file, ``compot/reference.safetensors`` of an
+            export, kept where the folder cannot change it.
         export_only: be content with what the folder alone can tell, where the original is not there.
         limits: gate limits that replace those of the recipe, by option.
         requirements: of a gate file and a baseline.
+        text: to evaluate on, instead of the folder's own; needs the original model.
+        min_positions: tokens that the text has, at least.
+        strict: fail for whatever lies in the folder and is not in its manifest.
         progress: told how far the work is.
 
     Raises:
-        ArtifactError: a file does not match the manifest.
+        ArtifactError: a file does not match the manifest, a matrix does not match its description, or a file that a
+            runtime would read is not listed.
         InputError: a limit needs the original model, and it is not there; or the baseline does not compare.
     """
-    folder = Path(folder)
-    requirements = requirements or GateRequirements()
-    limits = {**requirements.gate.losses, **(limits or {})}
+    terms = Terms(
+        reference=reference,
+        export_only=export_only,
+        limits=limits or {},
+        requirements=requirements or GateRequirements(),
+        text=None if text is None else Path(text),
+        min_positions=min_positions,
+        strict=strict,
+    )
+    return _check(Path(folder), terms, progress)
+
+
+def _check(folder: Path, terms: Terms, progress: Progress) -> Deployment:
     manifest = verify(folder)
     _check_exporter(folder, manifest)
-    recipe = recipe_from_mapping({**manifest.recipe, **limits}, origin=f"{folder}'s manifest")
+    recipe = recipe_from_mapping({**manifest.recipe, **terms.given}, origin=f"{folder}'s manifest")
+    strange = unlisted(folder, manifest, strict=terms.strict)
     if manifest.exporter == "gguf":
         probe(find_gguf(folder))
     model = EXPORTERS[manifest.exporter].read_model(folder)
-    evaluation = read_evaluation(folder, load_tokenizer(folder), model.config)
-    requirements.check_text(evaluation.text.digest, evaluation.text.source)
+    check_matrices(folder, manifest, model)
+    original, kept, absent = _reference(folder, manifest, model, recipe, terms)
+    subject = Subject(folder, manifest, model, original, absent)
+    evaluation = _evaluation(subject, kept, terms)
+    terms.requirements.check_text(evaluation.text.digest, evaluation.text.source)
+    recipe, whose = limits_of_check(recipe, terms.given, subject.task)
+    gate = gate_of(recipe, subject.task)
+    without = Gate(max_export_nmse=gate.max_export_nmse)
+
+    settings = settings_of(model.config, str(folder / CONFIG), ArtifactError)
+    vocabulary = int(settings.get_text_config().vocab_size)
+    probes = Probes(subject.task, evaluation.text.windows, context_of(settings), vocabulary)
+    reading = None if original is None else reading_of_source(original, evaluation.text)
+    readings = ReadingCheck(kept.reading, folder, manifest.exporter) if kept is not None else None
+    if reading is not None:
+        readings = ReadingCheck(reading, folder, manifest.exporter)
+    comparing = None if kept is None else Comparing(subject.task, kept.answers)
+    watchers = Watchers(
+        visits=(probes.visit, *(() if readings is None else (readings.visit,))),
+        listeners={} if comparing is None else {"exported": comparing},
+    )
+    known = original is not None or terms.needs_total
+    report = evaluate_folder(
+        subject, evaluation, gate if known and kept is None else without, progress, watchers
+    )
+    if kept is not None and comparing is not None:
+        report = _with_total(report, gate, kept, comparing)
+    further = [positions_criterion(evaluation, subject.task, terms.min_positions), *probes.criteria(gate)]
+    further += [] if readings is None else list(readings.criteria())
+    report = with_criteria(report, further)
+    notes = (*report.notes, whose, *(() if kept is None else (_ABOUT_KEPT,)))
+    report = replace(report, notes=notes, diagnostics=(*report.diagnostics, *strange))
+    return Deployment(folder, terms.requirements.apply(report))
+
+
+_ABOUT_KEPT: Final = (
+    "the total loss was measured against a reference file: perplexity and choices are exact, the KL divergence is "
+    "estimated from the most likely tokens and some that were drawn."
+)
+
+
+def _reference(
+    folder: Path, manifest: Manifest, model: CompressedModel, recipe: Recipe, terms: Terms
+) -> tuple[ModelSource | None, Reference | None, str]:
+    """What the folder is held against: the original, or its answers; and why there is no original.
+
+    Raises:
+        InputError: neither is there, and it is needed; or it is of another model.
+    """
+    source = str(manifest.metadata.get("source"))
+    if terms.reference is not None and Path(terms.reference).is_file():
+        path = Path(terms.reference)
+        kept = read_reference(path, Subject(folder, manifest, model, None).task)
+        if kept.fingerprint != source:
+            raise _of_another_model(terms.reference, folder, kept.fingerprint, source)
+        return None, kept, "its answers are held against the file"
     original: ModelSource | None = None
-    absent = "the folder does not hold it"
     try:
-        place = reference or _original(folder, recipe.model)
-        original = open_source(place, allow_pickle=recipe.allow_pickle, ask_hub=reference is not None)
+        place = terms.reference or _original(folder, recipe.model)
+        original = open_source(place, allow_pickle=recipe.allow_pickle, ask_hub=terms.reference is not None)
+        absent = ""
     except InputError as error:
-        if reference is not None:
+        if terms.reference is not None:
             raise
         absent = f"it is not where the recipe says ({str(error).rstrip('.')})"
-    if original is not None and original.fingerprint != manifest.metadata.get("source"):
-        if reference is not None:
-            raise InputError(
-                f"--reference {reference}: this is not the model that {folder} was made from; its fingerprint "
-                f"is {original.fingerprint[:12]}, not {str(manifest.metadata.get('source'))[:12]}."
-            )
+    if original is not None and original.fingerprint != source:
+        if terms.reference is not None:
+            raise _of_another_model(terms.reference, folder, original.fingerprint, source)
         original, absent = None, "the model where the recipe says has changed since"
-    if (
-        original is None
-        and not export_only
-        and not TOTAL_LIMITS & limits.keys()
-        and not requirements.compares_losses
-    ):
+    if original is None and not terms.export_only and not terms.needs_total:
         raise InputError(
             f"{folder}: only its structure and its export can be known without the original model, and {absent}. "
-            "Give it with --reference MODEL, a folder or a hub id; --export-only is content with less."
+            "Give it with --reference MODEL, a folder or a hub id, or --reference FILE, its answers, which every "
+            "export keeps; --export-only is content with less."
         )
-    if original is None and requirements.compares_losses:
+    if original is None and terms.requirements.compares_losses:
         raise InputError(
             f"Growth of the loss cannot be measured without the original model: {absent}. Give it with --reference."
         )
-    subject = Subject(folder, manifest, model, original, absent)
-    gate = gate_of(recipe, subject.task)
-    if original is None and not TOTAL_LIMITS & limits.keys():
-        # Limits that came with the folder cannot be measured here; what can be is.
-        gate = Gate(max_export_nmse=gate.max_export_nmse)
-    report = evaluate_folder(subject, evaluation, gate, progress)
-    return Deployment(folder, requirements.apply(report))
+    return original, None, absent
+
+
+def _of_another_model(reference: str, folder: Path, found: str, wanted: str) -> InputError:
+    return InputError(
+        f"--reference {reference}: this is not the model that {folder} was made from; its fingerprint is "
+        f"{found[:12]}, not {wanted[:12]}."
+    )
+
+
+def _evaluation(subject: Subject, kept: Reference | None, terms: Terms) -> Evaluation:
+    """What is read: the given text, that of the reference file, or the folder's own."""
+    own = read_evaluation(subject.folder, load_tokenizer(subject.folder), subject.model.config)
+    if terms.text is not None:
+        if subject.original is None:
+            raise InputError(
+                "--text is turned into tokens as the original does: give it with --reference MODEL."
+            )
+        recipe = Recipe(evaluation=str(terms.text), model=str(subject.original.folder))
+        return evaluation_of(recipe, subject.original, terms.text.parent)
+    return own if kept is None else replace(own, text=kept.text, prompts=kept.prompts)
+
+
+def _with_total(report: Report, gate: Gate, kept: Reference, comparing: Comparing) -> Report:
+    """The report with the total loss against kept answers, and the limits on it."""
+    accuracy = report.accuracy
+    total = Loss(kept.name, accuracy.export_deployed.candidate, comparing.comparison(), ())
+    verdict = apply_gate(gate, accuracy.export_reference, accuracy.export_deployed, None, total)
+    return replace(report, accuracy=replace(accuracy, total=total, reference_absent=None, gate=verdict))
 
 
 def _original(folder: Path, name: str | None) -> str | Path:

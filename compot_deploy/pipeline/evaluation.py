@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -12,8 +12,9 @@ from typing import Any, Final
 import torch
 
 from compot_deploy import __version__
-from compot_deploy.accuracy.evaluate import Evaluation, check, measure
+from compot_deploy.accuracy.evaluate import Evaluation, Visit, check, measure
 from compot_deploy.accuracy.gate import Gate
+from compot_deploy.accuracy.listening import Listener, heard
 from compot_deploy.accuracy.outcome import AccuracyReport
 from compot_deploy.accuracy.runners import RUNNERS, TEXT_RUNNERS
 from compot_deploy.accuracy.texts import TorchTexts, check_texts, measure_texts
@@ -45,8 +46,14 @@ JUNIT: Final = "compot/report.junit.xml"
 CARD: Final = "README.md"
 HTML: Final = "compot/report.html"
 
+REFERENCE: Final = "compot/reference.safetensors"
+"""Where an export keeps the answers of its original, see `compot_deploy.pipeline.reference`."""
+
 REPORT_FILES: Final = (REPORT, JUNIT, CARD, HTML)
 """Written last, for people and programs that decide: they do not count as bytes of the artifact."""
+
+UNCOUNTED: Final = (*REPORT_FILES, REFERENCE)
+"""What no runtime needs."""
 
 
 @dataclass(frozen=True)
@@ -86,23 +93,43 @@ class Subject:
         return task
 
 
+@dataclass(frozen=True)
+class Watchers:
+    """Who else looks at the models of an evaluation.
+
+    Attributes:
+        visits: called with each model once, while it is open.
+        listeners: who hears what the model of a role says to the evaluation text.
+    """
+
+    visits: tuple[Visit, ...] = ()
+    listeners: Mapping[str, Listener] = field(default_factory=dict)
+
+    def visit(self, roles: Sequence[str], runner: Any) -> None:
+        """Let all of them look."""
+        for one in self.visits:
+            one(roles, runner)
+
+
 def evaluate_folder(
-    subject: Subject, evaluation: Evaluation, gate: Gate, progress: Progress = silent
+    subject: Subject,
+    evaluation: Evaluation,
+    gate: Gate,
+    progress: Progress = silent,
+    watchers: Watchers = Watchers(),
 ) -> Report:
     """Lint a folder, read evaluation text with up to five models, and put everything into a report."""
     manifest, folder = subject.manifest, subject.folder
     exporter = EXPORTERS[manifest.exporter]
     diagnostics = exporter.lint(folder)
-    accuracy = measure_losses(subject, evaluation, gate, progress)
+    accuracy = measure_losses(subject, evaluation, gate, progress, watchers)
     return Report(
         model=str(manifest.recipe.get("model") or "the model that ships with compot-deploy"),
         artifact=subject.artifact or folder.resolve().name,
         format=manifest.exporter,
         package=__version__,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        sizes=replace(
-            sizes_of(manifest), transport=transport_bytes(folder, without=(*REPORT_FILES, MANIFEST))
-        ),
+        sizes=replace(sizes_of(manifest), transport=transport_bytes(folder, without=(*UNCOUNTED, MANIFEST))),
         accuracy=accuracy,
         diagnostics=diagnostics,
         notes=notes_of(manifest),
@@ -121,7 +148,11 @@ def evaluate_folder(
 
 
 def measure_losses(
-    subject: Subject, evaluation: Evaluation, gate: Gate, progress: Progress = silent
+    subject: Subject,
+    evaluation: Evaluation,
+    gate: Gate,
+    progress: Progress = silent,
+    watchers: Watchers = Watchers(),
 ) -> AccuracyReport:
     """Method, export and total loss of a folder, by the measures of its task; one model in memory at a time."""
     task, original, kind = subject.task, subject.original, subject.manifest.exporter
@@ -137,7 +168,13 @@ def measure_losses(
     def open_compressed() -> Any:
         return model_of(subject.model)
 
-    reference = None if original is None else _opening(task, open_original, "original")
+    def watched(role: str, opening: Callable[[], Any]) -> Callable[[], Any]:
+        listener = watchers.listeners.get(role)
+        return opening if listener is None else heard(task, opening, evaluation.text.windows, listener)
+
+    reference = None
+    if original is not None:
+        reference = watched("reference", _opening(task, open_original, "original"))
     factored = (
         None if original is None or subject.factors is None else _opening(task, open_factored, FACTORED)
     )
@@ -147,25 +184,27 @@ def measure_losses(
         return check(
             reference,
             compressed,
-            lambda: RUNNERS[kind](subject.folder),
+            watched("exported", lambda: RUNNERS[kind](subject.folder)),
             lambda: RUNNERS[kind](subject.folder, exact=True),
             evaluation,
             gate,
             factorized=factored,
             progress=progress,
             scratch=subject.scratch,
+            visit=watchers.visit,
             **absent,
         )
     return check_texts(
         task,
         reference,
         compressed,
-        lambda: TEXT_RUNNERS[kind](subject.folder, task),
+        watched("exported", lambda: TEXT_RUNNERS[kind](subject.folder, task)),
         lambda: TEXT_RUNNERS[kind](subject.folder, task, exact=True),
         evaluation,
         gate,
         factorized=factored,
         progress=progress,
+        visit=watchers.visit,
         **absent,
     )
 
@@ -217,7 +256,7 @@ def sizes_of(manifest: Manifest) -> Sizes:
         storage.leaf_bytes(record.inputs, record.outputs, Grid(8, DEFAULT_GROUP)) for record in linears
     )
     return Sizes(
-        artifact=sum(record.bytes for record in manifest.files if record.path not in REPORT_FILES),
+        artifact=sum(record.bytes for record in manifest.files if record.path not in UNCOUNTED),
         weights=weights,
         plain_int4=rest + sum(record.plain_int4_bytes for record in linears),
         plain_int8=rest + plain8,
@@ -245,4 +284,4 @@ def write_report(folder: Path, report: Report, manifest: Manifest) -> None:
     write_text(folder / JUNIT, to_junit(report))
     write_text(folder / HTML, to_html(report))
     write_text(folder / CARD, model_card(report, manifest))
-    seal(folder, REPORT_FILES)
+    seal(folder, UNCOUNTED)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from compot_deploy.accuracy.evaluate import Evaluation
 from compot_deploy.accuracy.gate import Gate
+from compot_deploy.accuracy.listening import Shortening, positions_of
+from compot_deploy.accuracy.probes import Probes
 from compot_deploy.core.json_files import as_object
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.core.store import Without, write_text
@@ -18,13 +20,24 @@ from compot_deploy.exporters.staging import staged_folder
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.pipeline.check import Deployment
 from compot_deploy.pipeline.compress import Compression
-from compot_deploy.pipeline.evaluation import REPORT, Subject, evaluate_folder, write_report
+from compot_deploy.pipeline.evaluation import (
+    REFERENCE,
+    REPORT,
+    Subject,
+    Watchers,
+    evaluate_folder,
+    write_report,
+)
+from compot_deploy.pipeline.limits import least_positions, positions_criterion
 from compot_deploy.pipeline.provenance import published, stamp
+from compot_deploy.pipeline.reading import ReadingCheck
+from compot_deploy.pipeline.reference import reading_of_source, write_reference
 from compot_deploy.pipeline.texts import EVALUATION, evaluation_json
 from compot_deploy.pipeline.workspace import RECIPE, note_finished
 from compot_deploy.planning.settings import Settings, options_of
 from compot_deploy.progress import Progress, silent
 from compot_deploy.recipe import Recipe, recipe_to_toml
+from compot_deploy.report.document import with_criteria
 from compot_deploy.report.json import from_json
 
 
@@ -69,7 +82,16 @@ def export(
             beside=compression.beside,
             scratch=folder,
         )
-        report = evaluate_folder(subject, evaluation, gate, progress)
+        probes = Probes(source.task, evaluation.text.windows, source.context, source.vocabulary)
+        reading = ReadingCheck(reading_of_source(source, evaluation.text), folder, kind)
+        answers = Shortening(source.task, positions_of(source.task, evaluation.text.windows))
+        watchers = Watchers((probes.visit, reading.visit), {"reference": answers})
+        report = evaluate_folder(subject, evaluation, gate, progress, watchers)
+        least = least_positions(recipe, min(recipe.length, source.context))
+        further = [positions_criterion(evaluation, source.task, least)]
+        report = with_criteria(report, [*further, *probes.criteria(gate), *reading.criteria()])
+        name = str(manifest.recipe.get("model") or "the model that ships with compot-deploy")
+        write_reference(folder / REFERENCE, name, source, evaluation, answers)
         write_report(folder, report, manifest)
         note_finished(work, recipe, kind, folder)
     if recipe.archive:

@@ -37,6 +37,7 @@ _DOES_NOT_CHANGE_WEIGHTS: Final = frozenset(
         "compare",
         "evaluation",
         "evaluation_tokens",
+        "min_positions",
         "max_perplexity_ratio",
         "max_kl",
         "min_top1",

@@ -203,6 +203,13 @@ class Recipe:
         group="gate",
     )
     evaluation_tokens: int = _option(4096, "tokens to evaluate on", unit="tokens", group="gate")
+    min_positions: int | None = _option(
+        None,
+        "gate: tokens to evaluate on, at least; of models that read whole texts a text counts as 16 (default: 256, or "
+        "the --evaluation-tokens where those are fewer)",
+        unit="tokens",
+        group="gate",
+    )
     max_perplexity_ratio: float | None = _option(
         2.0,
         "gate: perplexity of the deployed model over the original's; the default only catches collapse",

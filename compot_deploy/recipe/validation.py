@@ -172,6 +172,8 @@ def _check_gate(recipe: Recipe) -> None:
             raise RecipeError(
                 f"--{name.replace('_', '-')} {limit}: a limit is a number from 0 on; leave it out for none."
             )
+    if recipe.min_positions is not None and recipe.min_positions < 1:
+        raise RecipeError(f"--min-positions {recipe.min_positions}: give at least 1.")
     if recipe.min_top1 is not None and not 0 <= recipe.min_top1 <= 1:
         raise RecipeError(f"--min-top1 {recipe.min_top1}: give a fraction between 0 and 1.")
     if not -1 <= recipe.min_cosine <= 1:

@@ -6,10 +6,11 @@ layout is documented field by field in ``docs/report-schema.md``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from compot_deploy.accuracy.gate import Criterion, GateResult
 from compot_deploy.accuracy.losses import Loss
 from compot_deploy.accuracy.outcome import AccuracyReport
 from compot_deploy.core.diagnostics import Diagnostic, errors
@@ -121,6 +122,13 @@ class Report:
     def passed(self) -> bool:
         """Whether the gate passed and the lint found no error."""
         return self.accuracy.gate.passed and not errors(self.diagnostics)
+
+
+def with_criteria(report: Report, criteria: Iterable[Criterion]) -> Report:
+    """A report with further criteria behind those of its gate."""
+    every = (*report.accuracy.gate.criteria, *criteria)
+    gate = GateResult(every, all(one.passed for one in every))
+    return replace(report, accuracy=replace(report.accuracy, gate=gate))
 
 
 def verdict(report: Report) -> str:
