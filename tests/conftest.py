@@ -63,6 +63,15 @@ def _traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _short_reports() -> Iterator[None]:
+    """Evaluations of tiny models go on for a few tokens, and draw nothing."""
+    from short import short_reports
+
+    with short_reports():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _one_seed() -> None:
     torch.manual_seed(0)

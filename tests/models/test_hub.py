@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from fake_hub import serve
 
 pytestmark = pytest.mark.slow
 
-SMALL = ["--samples", "8", "--length", "64", "--evaluation-tokens", "256", "--max-perplexity-ratio", "100"]
+SMALL = ["--method", "plain", "--samples", "8", "--length", "64", "--evaluation-tokens", "256"]
 
 
 def run(hub: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -35,17 +36,25 @@ def run(hub: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[st
     )
 
 
-def test_a_model_is_had_by_its_hub_id(tmp_path: Path) -> None:
+def test_a_model_and_a_data_set_are_had_by_their_names(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "tiny", "llama")
-    text = tmp_path / "text.txt"
-    text.write_text(tiny.WORDS * 100)
-    with serve({"someone/tiny": folder}, {}) as hub:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "train.txt").write_text((tiny.WORDS + "\n") * 100)
+    # Without the extra datasets a text is a file.
+    text = "someone/texts" if importlib.util.find_spec("datasets") else str(texts / "train.txt")
+    with serve({"someone/tiny": folder}, {"someone/texts": texts}) as hub:
         done = run(
             hub, tmp_path / "home", "someone/tiny", "--out", str(tmp_path / "out"),
-            "--calibration", str(text), *SMALL,
+            "--calibration", text, *SMALL, "--max-perplexity-ratio", "100",
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "out" / "onnx" / "model.onnx").exists()
+    recipe = json.loads((tmp_path / "out" / "compot" / "manifest.json").read_text())["recipe"]
+    assert (recipe["model"], recipe["calibration"]) == (
+        "someone/tiny",
+        text if "someone" in text else "train.txt",
+    )
 
 
 def test_a_model_that_the_hub_does_not_have_is_one_sentence(tmp_path: Path) -> None:
@@ -53,21 +62,3 @@ def test_a_model_that_the_hub_does_not_have_is_one_sentence(tmp_path: Path) -> N
         done = run(hub, tmp_path / "home", "someone/else", "--out", str(tmp_path / "out"))
     assert done.returncode == 2
     assert "neither a local folder nor a model that the hub answers for" in " ".join(done.stderr.split())
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("datasets") is None, reason="the extra datasets is not installed"
-)
-def test_a_data_set_is_had_by_its_name(tmp_path: Path) -> None:
-    folder = tiny.save(tmp_path / "tiny", "llama")
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    (texts / "train.txt").write_text((tiny.WORDS + "\n") * 100)
-    with serve({}, {"someone/texts": texts}) as hub:
-        done = run(
-            hub, tmp_path / "home", str(folder), "--out", str(tmp_path / "out"),
-            "--calibration", "someone/texts", *SMALL,
-        )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    manifest = (tmp_path / "out" / "compot" / "manifest.json").read_text()
-    assert '"calibration": "someone/texts"' in manifest
