@@ -233,6 +233,21 @@ def test_more_blocks_than_tensors_are_refused_before_a_model_is_made(folder: Pat
         open_source(folder)
 
 
+def test_a_sentence_encoder_with_a_layer_behind_its_pooling_is_refused(tmp_path: Path) -> None:
+    folder = any_models.save(tmp_path / "m", "bert")
+    layers = [
+        {"type": f"sentence_transformers.models.{kind}"} for kind in ("Transformer", "Pooling", "Dense")
+    ]
+    (folder / "modules.json").write_text(json.dumps(layers[:2]))
+    assert open_source(folder).task.kind == "embedding"
+    (folder / "modules.json").write_text(json.dumps(layers))
+    with pytest.raises(UnsupportedModelError, match="a layer Dense behind the encoder"):
+        open_source(folder)
+    (folder / "modules.json").write_text("[5]")
+    with pytest.raises(InputError, match=r"modules\.json cannot be read"):
+        open_source(folder)
+
+
 def test_a_model_that_names_no_class_is_not_taken_for_one_without_a_head(tmp_path: Path) -> None:
     for kind in ("gpt2", "bert classes"):
         folder = any_models.save(tmp_path / kind, kind)
