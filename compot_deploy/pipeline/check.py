@@ -90,9 +90,9 @@ def check(
     manifest = verify(folder)
     _check_exporter(folder, manifest)
     recipe = recipe_from_mapping({**manifest.recipe, **limits}, origin=f"{folder}'s manifest")
+    model = EXPORTERS[manifest.exporter].read_model(folder)
     if manifest.exporter == "gguf":
         probe(find_gguf(folder))
-    model = EXPORTERS[manifest.exporter].read_model(folder)
     evaluation = read_evaluation(folder, load_tokenizer(folder), model.config)
     requirements.check_text(evaluation.text.digest, evaluation.text.source)
     original: ModelSource | None = None

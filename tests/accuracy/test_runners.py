@@ -258,7 +258,7 @@ def test_vocabulary_and_context_come_from_the_folder(toy: tuple[Path, ToyRunner]
     (folder / "config.json").write_text('{"max_position_embeddings": 77}')
     assert OnnxRunner(folder).context == 77
     (folder / "config.json").write_text("{")
-    with pytest.raises(ArtifactError, match=r"config.json is not valid JSON"):
+    with pytest.raises(ArtifactError, match=r"config.json cannot be read: it is not JSON"):
         OnnxRunner(folder)
 
 
