@@ -83,11 +83,12 @@ def settings_of(config: Mapping[str, Any], where: str, kind: type[CompotDeployEr
         if any(key in values for key in ROPE_KEYS):
             values = portable_config(values)
         settings = AutoConfig.for_model(**values)
-        _check_settings(settings, config, path)
-    except UnsupportedModelError:
-        raise
     except Exception as error:  # KeyError, TypeError, validation: whatever a damaged file provokes
         raise kind(f"{where} is not understood: {_reason(error)}.") from None
+    try:
+        check_ranges(settings, path)
+    except InputError as error:
+        raise kind(str(error)) from None
     return settings
 
 

@@ -8,7 +8,7 @@ transformers checks types, and only from version 5 on; a context of -1 or a bill
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Union
 
 from huggingface_hub.dataclasses import strict, validated_field
 from huggingface_hub.errors import StrictDataclassError
@@ -17,6 +17,12 @@ from compot_deploy.errors import InputError
 
 _LONGEST: Final = 2**31 - 1
 """Positions and ids: formats count them in 32 bits."""
+
+
+# Spelled out: huggingface_hub before version 1 does not know the shorter way.
+_Count = Union[int, None]  # noqa: UP007
+_Counts = Union[int, list[int], None]  # noqa: UP007
+_Number = Union[float, int, None]  # noqa: UP007
 
 
 def _within(least: int | float, most: int | float) -> Any:
@@ -35,16 +41,16 @@ def _within(least: int | float, most: int | float) -> Any:
 class Ranges:
     """Settings of a text model by the names that transformers has for all classes; some have a value for each layer."""
 
-    hidden_size: int | list[int] | None = _within(1, 2**20)
-    intermediate_size: int | list[int] | None = _within(1, 2**24)
-    num_hidden_layers: int | None = _within(1, 10_000)
-    num_attention_heads: int | list[int] | None = _within(1, 2**16)
-    num_key_value_heads: int | list[int] | None = _within(1, 2**16)
-    head_dim: int | list[int] | None = _within(1, 2**16)
-    vocab_size: int | None = _within(1, _LONGEST)
-    max_position_embeddings: int | None = _within(1, _LONGEST)
-    rms_norm_eps: float | int | None = _within(0, 1)
-    layer_norm_eps: float | int | None = _within(0, 1)
+    hidden_size: _Counts = _within(1, 2**20)
+    intermediate_size: _Counts = _within(1, 2**24)
+    num_hidden_layers: _Count = _within(1, 10_000)
+    num_attention_heads: _Counts = _within(1, 2**16)
+    num_key_value_heads: _Counts = _within(1, 2**16)
+    head_dim: _Counts = _within(1, 2**16)
+    vocab_size: _Count = _within(1, _LONGEST)
+    max_position_embeddings: _Count = _within(1, _LONGEST)
+    rms_norm_eps: _Number = _within(0, 1)
+    layer_norm_eps: _Number = _within(0, 1)
 
 
 @strict
@@ -52,8 +58,8 @@ class Ranges:
 class Rope:
     """Settings of one rotary embedding."""
 
-    rope_theta: float | int | None = _within(1e-3, 1e30)
-    factor: float | int | None = _within(1e-6, 1e9)
+    rope_theta: _Number = _within(1e-3, 1e30)
+    factor: _Number = _within(1e-6, 1e9)
 
 
 def check_ranges(settings: Any, path: Path) -> None:
@@ -73,7 +79,11 @@ def check_ranges(settings: Any, path: Path) -> None:
         raise InputError(f"{path}: the settings of its rotary embedding are {rope!r}, not an object.")
     of_layers = [value for value in rope.values() if isinstance(value, dict)]
     for one in of_layers or [rope]:
-        _check(Rope, {field.name: one.get(field.name) for field in fields(Rope)}, path)
+        _check(
+            Rope,
+            {field.name: one.get(field.name, getattr(text, field.name, None)) for field in fields(Rope)},
+            path,
+        )
     heads, groups = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         raise InputError(
@@ -88,10 +98,11 @@ def check_ranges(settings: Any, path: Path) -> None:
 
 
 def _check(kind: Any, values: dict[str, Any], path: Path) -> None:
-    try:
-        kind(**values)
-    except StrictDataclassError as error:
-        name = next((name for name in values if f"'{name}'" in str(error)), "a number")
-        cause = error.__cause__
-        said = str(cause) if type(cause) is ValueError else f"is {values.get(name)!r}, not a number"
-        raise InputError(f"{path}: {name} {said}.") from None
+    made = kind()
+    for name, value in values.items():
+        try:
+            setattr(made, name, value)  # checks it
+        except StrictDataclassError as error:
+            cause = error.__cause__
+            said = str(cause) if type(cause) is ValueError else f"is {value!r}, not a number"
+            raise InputError(f"{path}: {name} {said}.") from None

@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from compot_deploy.core.parsing import UnreadableError, decoded, json_of
 from compot_deploy.errors import InputError, UnsupportedModelError, first_line
 from compot_deploy.models.checkpoint import match_checkpoint
 from compot_deploy.models.configuration import CONFIG, config_of, context_of, read_settings
@@ -291,7 +292,31 @@ def _task(folder: Path, config: Mapping[str, Any]) -> Task:
             f"{folder}: a {classes[0]} is not supported: its head would be lost. Decoders, encoders, classifiers and "
             "masked language models of transformers are."
         )
+    if task.kind == "embedding":
+        _check_sentence_layers(folder)
     return task
+
+
+_POOLING: Final = ("Transformer", "Pooling", "Normalize")
+"""Layers of sentence-transformers that have no weights but the model's."""
+
+
+def _check_sentence_layers(folder: Path) -> None:
+    """Refuse a sentence encoder with layers behind its pooling: a projection to other widths, for example."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return
+    try:
+        layers = json_of(decoded(path.read_bytes()))
+        kinds = [str(layer["type"]).rpartition(".")[2] for layer in layers]
+    except (OSError, UnreadableError, TypeError, KeyError) as error:
+        raise InputError(f"{path} cannot be read: {error}.") from None
+    strange = next((kind for kind in kinds if kind not in _POOLING), None)
+    if strange is not None:
+        raise UnsupportedModelError(
+            f"{path} puts a layer {strange} behind the encoder, which would be lost. Sentence encoders of "
+            f"{', '.join(_POOLING)} are supported."
+        )
 
 
 def _download(model: str, ask_hub: bool) -> Path:

@@ -103,8 +103,10 @@ def test_a_checkpoint_saved_as_the_base_model_keeps_its_tied_head(tmp_path: Path
 
 def test_a_table_may_be_stored_under_the_heads_name(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "m", "llama3")
+    table = load_file(folder / SINGLE)["model.embed_tokens.weight"]
     rewrite(folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
-    same_as_transformers(folder)
+    source = open_source(folder)
+    assert source.tied and torch.equal(source.tensors["model.embed_tokens.weight"], table)
 
 
 def test_a_head_of_its_own_is_used_although_the_configuration_ties_it(folder: Path) -> None:
@@ -228,6 +230,21 @@ def test_an_adapter_beside_the_weights_is_refused(folder: Path) -> None:
 def test_more_blocks_than_tensors_are_refused_before_a_model_is_made(folder: Path) -> None:
     configure(folder, num_hidden_layers=9999)
     with pytest.raises(InputError, match="num_hidden_layers 9,999"):
+        open_source(folder)
+
+
+def test_a_sentence_encoder_with_a_layer_behind_its_pooling_is_refused(tmp_path: Path) -> None:
+    folder = any_models.save(tmp_path / "m", "bert")
+    layers = [
+        {"type": f"sentence_transformers.models.{kind}"} for kind in ("Transformer", "Pooling", "Dense")
+    ]
+    (folder / "modules.json").write_text(json.dumps(layers[:2]))
+    assert open_source(folder).task.kind == "embedding"
+    (folder / "modules.json").write_text(json.dumps(layers))
+    with pytest.raises(UnsupportedModelError, match="a layer Dense behind the encoder"):
+        open_source(folder)
+    (folder / "modules.json").write_text("[5]")
+    with pytest.raises(InputError, match=r"modules\.json cannot be read"):
         open_source(folder)
 
 

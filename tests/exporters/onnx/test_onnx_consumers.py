@@ -135,7 +135,7 @@ def test_tokenizers_of_transformers_5_are_spelled_for_4_as_well() -> None:
 def test_a_damaged_file_of_the_original_is_named(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("{")
     model = compressed(torch_model(MODELS["llama"]), source=tmp_path)
-    with pytest.raises(InputError, match=r"generation_config\.json is not JSON"):
+    with pytest.raises(InputError, match=r"generation_config\.json cannot be read: it is not JSON"):
         export(model, tmp_path / "model")
 
 
