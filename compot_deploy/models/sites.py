@@ -247,23 +247,25 @@ _CUT: Final = 256
 
 def _second_moments(rows: Float[Tensor, "rows inputs"]) -> Float[Tensor, "inputs inputs"]:
     """``XᵀX``; what lies below the diagonal is not computed again."""
-    inputs = rows.shape[1]
-    product = rows.new_empty(inputs, inputs)
-
-    def fill(start: int, stop: int) -> None:
-        if stop - start <= _CUT:
-            part = rows[:, start:stop]
-            product[start:stop, start:stop] = part.T @ part
-            return
-        middle = (start + stop) // 2
-        fill(start, middle)
-        fill(middle, stop)
-        across = rows[:, start:middle].T @ rows[:, middle:stop]
-        product[start:middle, middle:stop] = across
-        product[middle:stop, start:middle] = across.T
-
-    fill(0, inputs)
+    product = rows.new_empty(rows.shape[1], rows.shape[1])
+    _fill(product, rows, 0, rows.shape[1])
     return product
+
+
+def _fill(
+    product: Float[Tensor, "inputs inputs"], rows: Float[Tensor, "rows inputs"], start: int, stop: int
+) -> None:
+    """A square on the diagonal. No closure that calls itself: it would keep all rows until cycles are collected."""
+    if stop - start <= _CUT:
+        part = rows[:, start:stop]
+        product[start:stop, start:stop] = part.T @ part
+        return
+    middle = (start + stop) // 2
+    _fill(product, rows, start, middle)
+    _fill(product, rows, middle, stop)
+    across = rows[:, start:middle].T @ rows[:, middle:stop]
+    product[start:middle, middle:stop] = across
+    product[middle:stop, start:middle] = across.T
 
 
 def blocks_of(model: nn.Module) -> tuple[str, ...]:

@@ -148,6 +148,7 @@ class BlockStream:
                 mode = Products(block, path)
                 one.look(mode, go_on=replacements is None)
                 _add(grams, groups, mode, path, batch)
+                mode.seen.clear()  # the pass stands in front of the next block and still knows its mode
         if replacements is not None:
             weights = replacements({name: _on_cpu(gram) for name, gram in grams.items()})
             self._source.replace(block, path, weights, dtype=self._dtype)
