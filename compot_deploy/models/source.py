@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from compot_deploy.core.parsing import UnreadableError, decoded, json_of
-from compot_deploy.errors import InputError, UnsupportedModelError, first_line
+from compot_deploy.errors import InputError, UnsupportedModelError
+from compot_deploy.models import refusals
 from compot_deploy.models.checkpoint import match_checkpoint
 from compot_deploy.models.configuration import CONFIG, config_of, context_of, read_settings
 from compot_deploy.models.generation import read_generation
@@ -90,13 +91,13 @@ class ModelSource:
             layout = discover(self.meta, batch)
         except Exception as error:  # whatever a model's own code says
             raise UnsupportedModelError(
-                f"A {self.model_type} cannot be looked at: its forward pass stops with "
-                f"{type(error).__name__}: {first_line(error)}."
+                f"{self.folder}: {refusals.of_a_stopped_pass(self.meta, error)}"
             ) from None
+        experts = refusals.stacked(self.meta, layout)
+        if experts is not None:
+            raise UnsupportedModelError(f"{self.folder}: {refusals.of_experts(self.meta, experts)}")
         if not layout.groups:
-            raise UnsupportedModelError(
-                f"A {self.model_type} has no linear layers in its blocks, so there is nothing to compress."
-            )
+            raise UnsupportedModelError(f"{self.folder}: {refusals.of_no_sites(self.meta)}")
         return layout
 
     @cached_property

@@ -14,6 +14,7 @@ from compot_deploy.core.store import StoredMatrices, Without, save_matrices
 from compot_deploy.core.work_files import is_sound
 from compot_deploy.errors import RecipeError
 from compot_deploy.models.compressed import CompressedModel, Tables
+from compot_deploy.models.refusals import note_on
 from compot_deploy.models.tokens import TokenWindows
 from compot_deploy.pipeline.size import fit_size, other_bytes
 from compot_deploy.pipeline.tables import make_tables
@@ -103,6 +104,7 @@ def compress(settings: Settings, work: Path, progress: Progress = silent) -> Com
         calibration=context.windows,
         notes=(
             *settings.source.notes,
+            *note_on(settings.source.meta, settings.source.layout),
             *plan_notes,
             *(notes_on(draft.rate_points) if draft is not None else ()),
             *notes_on_tables(

@@ -139,15 +139,6 @@ def test_a_decoder_that_names_no_class_keeps_its_head(tmp_path: Path) -> None:
     assert source.layout.head == "lm_head"
 
 
-def test_a_model_that_reads_no_tokens_is_refused_where_it_is_looked_at(tmp_path: Path) -> None:
-    config = transformers.ViTConfig(
-        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=32, patch_size=8
-    )
-    transformers.ViTModel(config).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="A vit cannot be looked at"):
-        _ = open_source(tmp_path).layout
-
-
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "m")
     path = folder / "model.safetensors"

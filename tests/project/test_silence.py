@@ -71,16 +71,16 @@ assert serving.main([FOLDER, "--port", "0"]) == 0
 """
 
 COMMANDS = {
-    "check": "from compot_deploy.cli.main import main\nassert main(['check', FOLDER]) == 0",
-    "run": "from compot_deploy.cli.main import main\nassert main(['run', FOLDER, '-p', 'the quick']) == 0",
-    "serving": SERVE,
-    "page": (
+    "check, run and the page": (
         "import pathlib\n"
-        "from compot_deploy.cli.serve import PageServer\n"
+        "from compot_deploy.cli.main import main\n"
+        "assert main(['check', FOLDER]) == 0\n"
+        "assert main(['run', FOLDER, '-p', 'the quick']) == 0\n"
         "import compot_deploy.cli.serve as serve\n"
         "serve.page_files = lambda bundle: {}\n"
-        "with PageServer(pathlib.Path(FOLDER), 0): pass"
+        "with serve.PageServer(pathlib.Path(FOLDER), 0): pass"
     ),
+    "serving": SERVE,
 }
 
 
@@ -94,24 +94,28 @@ def test_a_command_looks_nothing_up_and_leaves_nothing_at_home(
     assert command != "serving" or '"text_completion"' in seen.output
 
 
-@pytest.mark.parametrize(
-    "named", ["someone/private-model", "private-model", "/root/private-model", "../private-model"]
-)
-def test_a_folder_of_somebody_else_leads_nowhere(exported: Path, tmp_path: Path, named: str) -> None:
+FOREIGN = ("someone/private-model", "private-model", "/root/private-model", "../private-model")
+
+
+def test_a_folder_of_somebody_else_leads_nowhere(exported: Path, tmp_path: Path) -> None:
     """Its recipe may name what it likes: neither the hub nor a path of this machine is asked unasked."""
-    folder = tmp_path / "foreign"
-    shutil.copytree(exported, folder)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["recipe"]["model"] = named
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-    program = f"from compot_deploy.cli.main import main\nassert main(['check', {str(folder)!r}]) == 2"
-    seen = watch(program, tmp_path / "watched")
+    lines = ["from compot_deploy.cli.main import main"]
+    for number, named in enumerate(FOREIGN):
+        folder = tmp_path / f"foreign-{number}"
+        shutil.copytree(exported, folder)
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest["recipe"]["model"] = named
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+        lines.append(f"assert main(['check', {str(folder)!r}]) == 2")
+    seen = watch("\n".join(lines), tmp_path / "watched")
     assert (seen.code, seen.network, seen.home) == (0, (), ()), seen.output
     said = " ".join(seen.output.split())
-    assert "unasked. Give it with --reference MODEL" in said and named in said
+    assert said.count("unasked. Give it with --reference MODEL") == len(FOREIGN)
+    assert all(named in said for named in FOREIGN)
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # it waits
 def test_onnxruntime_stays_silent_while_it_waits(exported: Path, tmp_path: Path) -> None:
     # Left to itself, 1.32 makes its first look-up five to ten seconds after a session is made.
     program = (
