@@ -331,7 +331,8 @@ def _write(folder: Path, manifest: Manifest) -> None:
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         try:
-            with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            # A file's name may hold bytes that are no UTF-8.
+            with temporary.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())

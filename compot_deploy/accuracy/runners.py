@@ -13,6 +13,7 @@ from compot_deploy.accuracy.onnx_runner import onnx_runner
 from compot_deploy.accuracy.runner import Runner, RunnerFactory
 from compot_deploy.accuracy.texts import OnnxTexts, TextRunner, TorchTexts
 from compot_deploy.accuracy.torch_runner import TorchRunner
+from compot_deploy.errors import ArtifactError, CompotDeployError, first_line
 from compot_deploy.models.tasks import Task
 
 
@@ -80,9 +81,14 @@ def _in_transformers(folder: Path, auto_class: str, exact: bool) -> tuple[Any, s
         EXPORTER.read_model(folder)  # refuses what is not as we write it
     else:
         read_config(folder)
-    model = getattr(transformers, auto_class).from_pretrained(
-        str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
+    try:
+        model = getattr(transformers, auto_class).from_pretrained(
+            str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+    except CompotDeployError:
+        raise
+    except Exception as error:  # transformers' own errors share no base class
+        raise ArtifactError(f"{folder}: transformers cannot load it: {first_line(error)}.") from error
     version = f"transformers {transformers.__version__}"
     if not plain:
         return model.unpack().eval(), f"{version}, packed factors"

@@ -184,6 +184,12 @@ def _run(arguments: list[str], out: Console, err: Console) -> int:
     options = parser.parse_args(arguments)
     if options.tokens < 1 or options.threads < 1:
         raise RecipeError("--tokens and --threads: give at least 1.")
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError:
+        raise RecipeError(
+            "--prompt: it is not text in the encoding of this terminal, UTF-8 for example."
+        ) from None
     generated = generate(options.path, options.prompt, tokens=options.tokens, threads=options.threads)
     out.print(Text(options.prompt + generated.text))
     err.print(f"{generated.tokens_per_second:.1f} tokens per second, {len(generated.tokens)} tokens")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -74,13 +74,13 @@ def match_checkpoint(folder: Path, files: LazyTensors, settings: Any, task: Task
         InputError: a tensor is missing, or of another shape than promised, or would be left out without a word.
         UnsupportedModelError: the checkpoint is quantized already, or is an adapter.
     """
-    _check_kind(folder, files)
     layers = getattr(settings.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > max(len(files), 1):  # before a model of a billion layers is made
         raise InputError(
             f"{folder}: config.json says num_hidden_layers {layers:,}, but the checkpoint has {len(files)} tensors."
         )
     meta, notes = on_meta(settings, task), []
+    _check_kind(folder, set(files) - set(_names(files, meta).values()))
     tensors, unknown = _matched_or_loaded(folder, files, meta, task)
     untied = _heads_of_their_own(tensors, meta)
     if untied:
@@ -106,20 +106,21 @@ def may_be_absent(name: str) -> bool:
     return ".pooler." in f".{name}"
 
 
-def _check_kind(folder: Path, files: LazyTensors) -> None:
-    """Refuse quantized checkpoints and adapters, which names tell."""
+def _check_kind(folder: Path, unknown: Collection[str]) -> None:
+    """Refuse quantized checkpoints and adapters, which names that the model does not know tell."""
     if (folder / _ADAPTER_CONFIG).is_file():
         raise UnsupportedModelError(
             f"{folder} holds an adapter ({_ADAPTER_CONFIG}) beside the weights, which transformers would add to them. "
             "Merge it (peft: merge_and_unload), or remove its files."
         )
-    adapter = next((name for name in files if _ADAPTER.search(name)), None)
+    names = sorted(unknown)
+    adapter = next((name for name in names if _ADAPTER.search(name)), None)
     if adapter is not None:
         raise UnsupportedModelError(
             f"{folder}: {adapter} belongs to an adapter that is not merged. Merge it (peft: merge_and_unload)."
         )
     quantized = next(
-        (name for name in files if _QUANTIZED.search(name.rpartition(".")[2]) or ".quant_state." in name),
+        (name for name in names if _QUANTIZED.search(name.rpartition(".")[2]) or ".quant_state." in name),
         None,
     )
     if quantized is not None:

@@ -26,11 +26,12 @@ def published(recipe: Recipe) -> Recipe:
 
 
 def public_name(place: str | None) -> str | None:
-    """The last part of a local path; anything else as it is."""
+    """The last part of a local path; anything else as it is. What UTF-8 does not have is a question mark."""
     if place is None:
         return None
     path = Path(place)
-    return path.resolve().name if path.is_absolute() or path.exists() else place
+    name = path.resolve().name if path.is_absolute() or path.exists() else place
+    return name.encode("utf-8", "replace").decode()
 
 
 def stamp(recipe: Recipe, calibration: str) -> dict[str, str]:

@@ -133,8 +133,9 @@ def _metadata(
     file_type = (
         _FILE_TYPES.get(options.type, _FILE_TYPE_GUESSED) if options.layout == "dense" else _FILE_TYPE_GUESSED
     )
+    name = options.name or Path(model.source).name or architecture.model_type
     keys: dict[str, gguf_metadata.Value] = {
-        "general.name": options.name or Path(model.source).name or architecture.model_type,
+        "general.name": name.encode("utf-8", "replace").decode(),
         "general.quantization_version": 2,
         "general.file_type": file_type,
     }
