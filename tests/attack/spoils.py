@@ -14,14 +14,17 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import onnx
 import torch
 from onnx.external_data_helper import load_external_data_for_tensor
+from signing import manifest_of, sign_again, write_manifest
 from torch import Tensor
 
 from compot_deploy import check, deploy
@@ -29,8 +32,6 @@ from compot_deploy.core.matrix import Matrix, Quantized
 from compot_deploy.embedded import MODEL
 from compot_deploy.errors import CompotDeployError
 from compot_deploy.exporters import EXPORTERS
-from compot_deploy.exporters.artifact import describe_matrices, file_record, list_files
-from compot_deploy.exporters.manifest import MANIFEST
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.pipeline.evaluation import REFERENCE
 
@@ -59,29 +60,6 @@ def spoil(what: str, *, strict: bool = False) -> Callable[[Spoil], Spoil]:
 
 
 # --- tools of an enemy
-
-
-def manifest_of(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / MANIFEST).read_text()))
-
-
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-
-
-def sign_again(folder: Path, **changes: Any) -> None:
-    """Write hashes of files and matrices anew, so that everything fits together."""
-    manifest = manifest_of(folder)
-    manifest["files"] = [asdict(file_record(folder, name)) for name in list_files(folder)]
-    exporter = EXPORTERS["onnx"]
-    try:
-        model = exporter.read_model(folder)
-        storage = exporter.storage(exporter.options(manifest["recipe"]))
-        records = describe_matrices(model.matrices, storage, role=model.role)
-        manifest["matrices"] = json.loads(json.dumps([asdict(record) for record in records]))
-    except CompotDeployError:
-        pass  # what cannot be read cannot be described either
-    write_manifest(folder, {**manifest, **changes})
 
 
 def rewrite(folder: Path, change: Callable[[CompressedModel], CompressedModel]) -> None:

@@ -14,7 +14,7 @@ from watched import Watched, watch
 from compot_deploy.exporters.manifest import MANIFEST
 from compot_deploy.silence import GENERAL, SWITCHES, silence
 
-QUICK = ["--samples", "2", "--length", "32", "--evaluation-tokens", "64", "--max-perplexity-ratio", "1e9"]
+QUICK = ["--samples", "2", "--length", "32", "--evaluation-tokens", "256", "--max-perplexity-ratio", "1e9"]
 
 
 FONTS = re.compile(r"\.(cache|config)(/matplotlib(/fontlist-.*)?)?")
@@ -27,7 +27,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Watched]
     pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
     folder = tmp_path_factory.mktemp("silence")
     text, source, out = folder / "words.txt", tiny.save(folder / "source", "llama"), folder / "out"
-    text.write_text("".join(f"{tiny.WORDS}{number} " for number in range(40)))
+    text.write_text("".join(f"{tiny.WORDS}{number} " for number in range(160)))
     arguments = [str(source), "--calibration", str(text), "--out", str(out), "--method", "plain", *QUICK]
     return out, watch(COMPRESS.format(arguments=arguments), folder / "watched")
 
