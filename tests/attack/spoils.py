@@ -552,7 +552,7 @@ def prepare(root: Path) -> Path:
         quant="int8",
         samples=4,
         length=64,
-        evaluation_tokens=512,
+        evaluation_tokens=256,
         out=str(root / "out"),
     )
     assert made.passed
