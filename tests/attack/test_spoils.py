@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import spoils
-from spoils import SPOILS
+from spoils import LIMITS, SPOILS
 
 from compot_deploy import check
 
@@ -30,7 +30,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_the_unspoilt_export_passes_both_ways(root: Path) -> None:
     for reference in spoils.references(root).values():
-        assert check(root / "out", reference=reference, strict=True).passed
+        assert check(root / "out", reference=reference, limits=LIMITS, strict=True).passed
 
 
 @pytest.mark.slow

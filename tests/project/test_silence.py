@@ -94,9 +94,22 @@ def test_a_command_looks_nothing_up_and_leaves_nothing_at_home(
     assert command != "serving" or '"text_completion"' in seen.output
 
 
-@pytest.mark.parametrize(
-    "named", ["someone/private-model", "private-model", "/root/private-model", "../private-model"]
-)
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["gguf", "huggingface"])
+def test_other_formats_are_silent_too(form: str, tmp_path: Path) -> None:
+    if form == "gguf":
+        pytest.importorskip("xllamacpp", reason="llama.cpp's library is the extra llama")
+    source, out = tiny.save(tmp_path / "source", "llama", num_hidden_layers=1), tmp_path / "out"
+    arguments = [str(source), "--format", form, "--out", str(out), "--method", "plain", *QUICK]
+    seen = watch(COMPRESS.format(arguments=arguments), tmp_path / "compress")
+    assert (seen.code, seen.network) == (0, ()), seen.output
+    for command in (["check", str(out), "--reference", str(source)], ["run", str(out), "-p", "the quick"]):
+        seen = watch(COMPRESS.format(arguments=command), tmp_path / command[0])
+        assert (seen.code, seen.network, seen.home) == (0, (), ()), seen.output
+
+
+@pytest.mark.parametrize("named", ["someone/private-model", "/root/private-model"])
 def test_a_folder_of_somebody_else_leads_nowhere(exported: Path, tmp_path: Path, named: str) -> None:
     """Its recipe may name what it likes: neither the hub nor a path of this machine is asked unasked."""
     folder = tmp_path / "foreign"
@@ -108,7 +121,7 @@ def test_a_folder_of_somebody_else_leads_nowhere(exported: Path, tmp_path: Path,
     seen = watch(program, tmp_path / "watched")
     assert (seen.code, seen.network, seen.home) == (0, (), ()), seen.output
     said = " ".join(seen.output.split())
-    assert "unasked. Give it with --reference MODEL" in said and named in said
+    assert "unasked). Give it with --reference MODEL" in said and named in said
 
 
 @pytest.mark.slow
