@@ -4,7 +4,7 @@
 
 Most of them write every hash anew afterwards, those of files and those of matrices: whoever can change a folder can do
 that. The folder is of the model that ships, int8 in ONNX; what is called original is a copy of that model. Whoever
-checks asks for a KL divergence of at most 0.01, forty times what the sound export has, but for the spoils that are about
+checks asks for a KL divergence of at most 0.01, forty times that of the sound export, but for the spoils that are about
 limits of the folder's own.
 """
 
