@@ -163,11 +163,11 @@ def _check(folder: Path, terms: Terms, progress: Progress) -> Deployment:
     manifest = verify(folder)
     _check_exporter(folder, manifest)
     recipe = recipe_from_mapping({**manifest.recipe, **terms.given}, origin=f"{folder}'s manifest")
-    strange = unlisted(folder, manifest, strict=terms.strict)
     model = EXPORTERS[manifest.exporter].read_model(folder)
     if manifest.exporter == "gguf":
         probe(find_gguf(folder))
     check_matrices(folder, manifest, model)
+    strange = unlisted(folder, manifest, strict=terms.strict)
     original, kept, absent = _reference(folder, manifest, model, recipe, terms)
     subject = Subject(folder, manifest, model, original, absent)
     evaluation = _evaluation(subject, kept, terms)

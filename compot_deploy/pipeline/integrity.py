@@ -58,8 +58,13 @@ def check_matrices(folder: Path, manifest: Manifest, model: CompressedModel) -> 
     """Compare the numbers of every matrix with what the manifest says of them.
 
     Raises:
-        ArtifactError: a matrix has other numbers; the manifest describes one that the files do not hold.
+        ArtifactError: a matrix has other numbers; the manifest describes one that the files do not hold, or none.
     """
+    for what, records in (("files", manifest.files), ("matrices", manifest.matrices)):
+        if not records:
+            raise ArtifactError(
+                f"{folder}: its manifest lists no {what}, so nothing is known of it. Export the model again."
+            )
     missing = [record.name for record in manifest.matrices if record.name not in model.matrices]
     if missing:
         raise ArtifactError(

@@ -140,7 +140,7 @@ def test_a_folder_is_held_against_a_baseline_and_a_gate_file(
     loss = "kl" if kind == "gpt2" else "cosine_distance"
     baseline = tmp_path / "baseline.json"
     baseline.write_bytes((folder / REPORT).read_bytes())
-    check = ["check", str(folder), "--reference", str(place.model(kind))]
+    check = ["check", str(folder), "--reference", str(place.model(kind)), *place.limits(kind)]
     command = [*check, "--baseline", str(baseline), "--report-dir", str(tmp_path / "report")]
     assert main(command) == 0
     report = from_json((tmp_path / "report" / "report.json").read_text())

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
 WORKFLOW = yaml.safe_load((ROOT / "examples" / "ci" / "compot-gate.yml").read_text(encoding="utf-8"))
 QUICK = (
-    "--samples 4 --length 32 --evaluation-tokens 64 --rounds 2 --max-perplexity-ratio 1e9 "
+    "--samples 4 --length 32 --evaluation-tokens 256 --rounds 2 --max-perplexity-ratio 1e9 "
     "--embeddings none --head none"
 )
 
@@ -36,7 +36,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("repository")
     tiny.save(folder / "models" / "original", num_hidden_layers=1)
     (folder / "ci").mkdir()
-    text = "".join(f"{tiny.WORDS}{number} " for number in range(40))
+    text = "".join(f"{tiny.WORDS}{number} " for number in range(160))
     (folder / "ci" / "calibration.txt").write_text(text)
     (good,) = deploy(
         str(folder / "models" / "original"),
@@ -44,7 +44,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         out=str(folder / "good"),
         samples=4,
         length=32,
-        evaluation_tokens=64,
+        evaluation_tokens=256,
         rounds=2,
         max_perplexity_ratio=1e9,
         embeddings="none",  # what quantization costs is what quantizing the factors costs

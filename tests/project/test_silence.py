@@ -14,7 +14,7 @@ from watched import Watched, watch
 from compot_deploy.exporters.manifest import MANIFEST
 from compot_deploy.silence import GENERAL, SWITCHES, silence
 
-QUICK = ["--samples", "2", "--length", "32", "--evaluation-tokens", "64", "--max-perplexity-ratio", "1e9"]
+QUICK = ["--samples", "2", "--length", "32", "--evaluation-tokens", "256", "--max-perplexity-ratio", "1e9"]
 
 
 FONTS = re.compile(r"\.(cache|config)(/matplotlib(/fontlist-.*)?)?")
@@ -27,7 +27,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Watched]
     pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
     folder = tmp_path_factory.mktemp("silence")
     text, source, out = folder / "words.txt", tiny.save(folder / "source", "llama"), folder / "out"
-    text.write_text("".join(f"{tiny.WORDS}{number} " for number in range(40)))
+    text.write_text("".join(f"{tiny.WORDS}{number} " for number in range(160)))
     arguments = [str(source), "--calibration", str(text), "--out", str(out), "--method", "plain", *QUICK]
     return out, watch(COMPRESS.format(arguments=arguments), folder / "watched")
 
@@ -94,6 +94,21 @@ def test_a_command_looks_nothing_up_and_leaves_nothing_at_home(
     assert command != "serving" or '"text_completion"' in seen.output
 
 
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["gguf", "huggingface"])
+def test_other_formats_are_silent_too(form: str, tmp_path: Path) -> None:
+    if form == "gguf":
+        pytest.importorskip("xllamacpp", reason="llama.cpp's library is the extra llama")
+    source, out = tiny.save(tmp_path / "source", "llama", num_hidden_layers=1), tmp_path / "out"
+    arguments = [str(source), "--format", form, "--out", str(out), "--method", "plain", *QUICK]
+    seen = watch(COMPRESS.format(arguments=arguments), tmp_path / "compress")
+    assert (seen.code, seen.network) == (0, ()), seen.output
+    for command in (["check", str(out), "--reference", str(source)], ["run", str(out), "-p", "the quick"]):
+        seen = watch(COMPRESS.format(arguments=command), tmp_path / command[0])
+        assert (seen.code, seen.network, seen.home) == (0, (), ()), seen.output
+
+
 FOREIGN = ("someone/private-model", "private-model", "/root/private-model", "../private-model")
 
 
@@ -110,7 +125,7 @@ def test_a_folder_of_somebody_else_leads_nowhere(exported: Path, tmp_path: Path)
     seen = watch("\n".join(lines), tmp_path / "watched")
     assert (seen.code, seen.network, seen.home) == (0, (), ()), seen.output
     said = " ".join(seen.output.split())
-    assert said.count("unasked. Give it with --reference MODEL") == len(FOREIGN)
+    assert said.count("unasked). Give it with --reference MODEL") == len(FOREIGN)
     assert all(named in said for named in FOREIGN)
 
 

@@ -47,12 +47,17 @@ class Place:
         """Lines of words."""
         return self.root / "text.txt"
 
-    def flags(self, kind: str, *more: str) -> list[str]:
-        """Of a command, without its output: a random model passes its gate."""
-        limits = ["--max-perplexity-ratio", "1000"]
+    def limits(self, kind: str) -> list[str]:
+        """With which a random model passes its gate."""
         if kind in any_models.READERS:
-            limits = ["--min-cosine", "-1"] if kind in ("bert", "distilbert") else ["--min-top1", "0.01"]
-        return [str(self.model(kind)), "--calibration", str(self.text), *SMALL, *limits, *more]
+            return ["--min-cosine", "-1"] if kind in ("bert", "distilbert") else ["--min-top1", "0.01"]
+        return ["--max-perplexity-ratio", "1000"]
+
+    def flags(self, kind: str, *more: str) -> list[str]:
+        """Of a command, without its output."""
+        return [
+            str(self.model(kind)), "--calibration", str(self.text), *SMALL, *self.limits(kind), *more,
+        ]  # fmt: skip
 
 
 class Exported:
