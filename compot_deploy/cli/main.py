@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from types import FrameType
 
@@ -30,8 +31,9 @@ from compot_deploy.cli.commands import COMMANDS, deploy_command
 from compot_deploy.cli.crash import crash_sentence
 from compot_deploy.cli.output import console, quiet_libraries
 from compot_deploy.cli.printing import forgive_characters, settle
+from compot_deploy.core.disk import FULL, refusal
 from compot_deploy.core.memory import give_back_freed_memory
-from compot_deploy.errors import EXIT_UNFORESEEN, CompotDeployError, InterruptedRunError
+from compot_deploy.errors import EXIT_BAD_INPUT, EXIT_UNFORESEEN, CompotDeployError, InterruptedRunError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if requests or isinstance(error, KeyboardInterrupt):
             err.print("compot-deploy: Interrupted; the same command goes on with what is finished.")
             return InterruptedRunError.exit_code
+        refused = refusal(error, FULL)
+        if refused is not None:  # by whatever disk the folder for temporary files is on, for example
+            place = getattr(error, "filename", None) or tempfile.gettempdir()
+            _tell(
+                err,
+                f"{place} could not be written: {refused}. Make room, or set TMPDIR to a folder that has it.",
+            )
+            return EXIT_BAD_INPUT
         _tell(err, crash_sentence(error, given))
         return EXIT_UNFORESEEN
     finally:

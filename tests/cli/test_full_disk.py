@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import sys
@@ -45,7 +44,6 @@ def limited(limit: int) -> Callable[[], None]:
     def prepare() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        os.environ["TMPDIR"] = "/tmp"
 
     return prepare
 
@@ -72,7 +70,7 @@ def test_a_disk_that_is_full_at_any_byte_is_one_sentence(
         if code:
             said = re.sub(r"\s+", " ", printed[printed.index("compot-deploy:") :]).strip()
             assert code == 2, printed
-            assert "could not be written: a file would grow beyond the largest size" in said, printed
+            assert re.search(r"could not be written: a file would grow|cannot be kept in", said), printed
             assert "Traceback" not in printed and said.count("compot-deploy:") == 1, printed
             left = {path.name for path in folder.iterdir() if ".work-" not in path.name}
             assert left <= ({"out"} if "zip" in said else set()), left

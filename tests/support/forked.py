@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -29,8 +30,13 @@ def start(arguments: Sequence[str], prepare: Callable[[], None] = lambda: None) 
         os.setsid()
         os.dup2(writing, 1)
         os.dup2(writing, 2)
+        sys.stdout, sys.stderr = (
+            os.fdopen(number, "w", closefd=False) for number in (1, 2)
+        )  # not a test's own
         prepare()
         code = main(list(arguments))
+        sys.stdout.flush()
+        sys.stderr.flush()
     except BaseException:
         os.write(2, traceback.format_exc().encode())
     os._exit(code)
