@@ -32,7 +32,7 @@ from compot_deploy.pipeline.limits import least_positions, positions_criterion
 from compot_deploy.pipeline.provenance import published, stamp
 from compot_deploy.pipeline.reading import ReadingCheck
 from compot_deploy.pipeline.reference import reading_of_source, write_reference
-from compot_deploy.pipeline.texts import EVALUATION, evaluation_json
+from compot_deploy.pipeline.texts import write_evaluation
 from compot_deploy.pipeline.workspace import RECIPE, note_finished
 from compot_deploy.planning.settings import Settings, options_of
 from compot_deploy.progress import Progress, silent
@@ -63,8 +63,7 @@ def export(
         progress(0, 1, f"Write {kind}")
         differences = exporter.write(compression.model, folder, options) or ()
         progress(1, 1, f"Write {kind}")
-        (folder / EVALUATION).parent.mkdir(exist_ok=True)
-        write_text(folder / EVALUATION, evaluation_json(evaluation))
+        write_evaluation(folder, evaluation)
         write_text(folder / RECIPE, recipe_to_toml(published(recipe)))
         # What a file rounds is described and evaluated by what it holds; what it leaves out is not described.
         model = exporter.read_model(folder) if exporter.multiplies_out(options) else compression.model
