@@ -38,6 +38,7 @@ from compot_deploy.accuracy.reading import NOISE_WINDOWS, Readings, batches_of, 
 from compot_deploy.accuracy.roles import evaluated_report, pairs_of, require_reference, roles_of
 from compot_deploy.accuracy.runner import Runner
 from compot_deploy.errors import InputError
+from compot_deploy.models.listening import Listener
 from compot_deploy.models.tokens import TokenWindows
 from compot_deploy.progress import Progress, Ticker, silent
 
@@ -53,6 +54,7 @@ class Evaluation:
         new_tokens: length of each continuation.
         end_tokens: ids that end a text: a continuation counts up to the first one, included.
         batch: windows of one length that are run together; more is faster on small models.
+        listener: how recordings are heard and transcribed, of a speech model.
     """
 
     text: TokenWindows
@@ -61,6 +63,7 @@ class Evaluation:
     new_tokens: int = 48
     end_tokens: frozenset[int] = frozenset()
     batch: int = 4
+    listener: Listener | None = None
 
     def __post_init__(self) -> None:
         if self.new_tokens < 1 or self.batch < 1:

@@ -21,6 +21,7 @@ class Gate:
         max_kl: total: mean KL divergence in nats per token.
         min_top1: total: fraction of positions with the same most likely token or class.
         min_cosine: total: mean cosine between embeddings.
+        max_wer_increase: total: word errors per word that the deployed model adds; 0.01 is one point.
         max_export_nmse: NMSE of compressed → float32 reference. Always on: a faithful export adds rounding, about
             1e-12, and the first wrong scale, permutation or mask adds far more than 1e-4.
     """
@@ -29,10 +30,11 @@ class Gate:
     max_kl: float | None = None
     min_top1: float | None = None
     min_cosine: float | None = None
+    max_wer_increase: float | None = None
     max_export_nmse: float = 1e-4
 
     def __post_init__(self) -> None:
-        for name in ("max_perplexity_ratio", "max_kl", "max_export_nmse"):
+        for name in ("max_perplexity_ratio", "max_kl", "max_wer_increase", "max_export_nmse"):
             limit = getattr(self, name)
             if limit is not None and not 0 <= limit < math.inf:
                 raise RecipeError(f"{name} = {limit}: a limit is a number from 0 on; leave it out for none.")
@@ -44,7 +46,13 @@ class Gate:
     @property
     def needs_reference(self) -> bool:
         """Whether a limit on the total loss is set."""
-        limits = (self.max_perplexity_ratio, self.max_kl, self.min_top1, self.min_cosine)
+        limits = (
+            self.max_perplexity_ratio,
+            self.max_kl,
+            self.min_top1,
+            self.min_cosine,
+            self.max_wer_increase,
+        )
         return any(limit is not None for limit in limits)
 
 
@@ -126,6 +134,12 @@ def _total_criteria(gate: Gate, figures: Comparison) -> Iterator[Criterion]:
     if gate.min_cosine is not None:
         what = "mean cosine to the original's embeddings"
         yield criterion("min_cosine", value(figures.cosine), gate.min_cosine, "at least", what)
+    if gate.max_wer_increase is not None:
+        added = figures.word_error_increase
+        what = "word errors per word more than the original makes"
+        yield criterion(
+            "max_wer_increase", math.nan if added is None else added, gate.max_wer_increase, "at most", what
+        )
 
 
 def criterion(

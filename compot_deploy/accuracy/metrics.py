@@ -294,6 +294,9 @@ class Comparison:
         largest_difference: of any logit at any position.
         cosine: mean over texts of the cosine between pooled embeddings.
         lowest_cosine: of the worst text.
+        word_errors: of what the candidate transcribes against what the reference does, per word.
+        reference_word_errors: of what the reference transcribes against what was said, where that is known.
+        candidate_word_errors: the same of the candidate.
     """
 
     positions: int
@@ -309,6 +312,16 @@ class Comparison:
     largest_difference: float
     cosine: Estimate | None = None
     lowest_cosine: float | None = None
+    word_errors: Estimate | None = None
+    reference_word_errors: Estimate | None = None
+    candidate_word_errors: Estimate | None = None
+
+    @property
+    def word_error_increase(self) -> float | None:
+        """Word errors that the candidate adds: against what was said where that is known, else the reference's text."""
+        if self.candidate_word_errors is None or self.reference_word_errors is None:
+            return None if self.word_errors is None else self.word_errors.value
+        return self.candidate_word_errors.value - self.reference_word_errors.value
 
 
 def summarize(positions: Positions, *, goes_on: bool = True) -> Comparison:

@@ -51,8 +51,8 @@ def require_reference(gate: Gate, reference: object | None, absent: str) -> None
     """
     if reference is None and gate.needs_reference:
         raise InputError(
-            "The gate limits the total loss (--max-perplexity-ratio, --max-kl, --min-top1 or --min-cosine), which "
-            f"needs the original model, and {absent}. Give it with --reference."
+            "The gate limits the total loss (--max-perplexity-ratio, --max-kl, --min-top1, --min-cosine or "
+            f"--max-wer-increase), which needs the original model, and {absent}. Give it with --reference."
         )
 
 

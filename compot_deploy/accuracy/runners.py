@@ -11,6 +11,7 @@ import torch
 
 from compot_deploy.accuracy.onnx_runner import onnx_runner
 from compot_deploy.accuracy.runner import Runner, RunnerFactory
+from compot_deploy.accuracy.speech import OnnxSpeech, TorchSpeech
 from compot_deploy.accuracy.texts import OnnxTexts, TextRunner, TorchTexts
 from compot_deploy.accuracy.torch_runner import TorchRunner
 from compot_deploy.errors import ArtifactError, CompotDeployError, first_line
@@ -44,15 +45,15 @@ def huggingface_runner(folder: Path, *, exact: bool = False, threads: int = 0) -
     return TorchRunner(model, name)
 
 
-def onnx_texts(folder: Path, task: Task, *, exact: bool = False) -> OnnxTexts:
+def onnx_texts(folder: Path, task: Task, *, exact: bool = False) -> TextRunner:
     """An exported ONNX folder: `exact`, the float32 reference, computes every quantized multiplication in float32."""
-    return OnnxTexts(folder, exact=exact)
+    return (OnnxSpeech if task.listens else OnnxTexts)(folder, exact=exact)
 
 
 def huggingface_texts(folder: Path, task: Task, *, exact: bool = False) -> TorchTexts:
     """An exported Hugging Face folder in transformers, in float32; see `_in_transformers`."""
     model, name = _in_transformers(folder, task.auto_class, exact)
-    return TorchTexts(model, task, name)
+    return (TorchSpeech if task.listens else TorchTexts)(model, task, name)
 
 
 def _in_transformers(folder: Path, auto_class: str, exact: bool) -> tuple[Any, str]:

@@ -22,6 +22,7 @@ from compot_deploy.accuracy.losses import Loss
 from compot_deploy.accuracy.metrics import Comparison, compare, concatenate, mean, predict, summarize
 from compot_deploy.accuracy.outcome import AccuracyReport
 from compot_deploy.accuracy.roles import evaluated_report, pairs_of, require_reference, roles_of
+from compot_deploy.accuracy.transcripts import transcripts_beside, transcripts_of, with_words
 from compot_deploy.errors import ArtifactError, InputError, first_line
 from compot_deploy.models.tasks import Batch, Task, pooled
 from compot_deploy.progress import Progress, silent
@@ -133,6 +134,7 @@ def check_texts(
         gate,
         reference_absent=reference_absent,
         factorized_absent=factorized_absent,
+        continuations=transcripts_beside(evaluation, took.transcripts) if task.listens else (),
     )
 
 
@@ -151,6 +153,7 @@ class _Turns:
 
     losses: Mapping[tuple[str, str], Loss]
     noise: Loss
+    transcripts: Mapping[str, Sequence[tuple[int, ...]]]
 
 
 def _take_turns(
@@ -162,24 +165,29 @@ def _take_turns(
     visit: Visit | None = None,
 ) -> _Turns:
     """Every model reads the texts, one after the other; the first one tells the numerical noise."""
-    windows = evaluation.text.windows
+    windows = evaluation.text.inputs
     pieces = [windows[start : start + _WINDOWS] for start in range(0, len(windows), _WINDOWS)]
     batches = [batch for piece in pieces for batch in task.batches(piece)]
     singly = [batch for window in pieces[0] for batch in task.batches([window])]
     kept: dict[str, tuple[str, list[Tensor]]] = {}
     losses: dict[tuple[str, str], Loss] = {}
+    said: dict[str, Sequence[tuple[int, ...]]] = {}
     noise: Loss | None = None
     label = f"Read {len(windows)} texts with {len(roles)} models"
     for number, (role, given) in enumerate(roles.items()):
         progress(number, len(roles), label)
         runner = given if isinstance(given, TextRunner) else given()
         outputs = [runner.outputs(batch) for batch in batches]
+        if task.listens:
+            said[role] = transcripts_of(runner, evaluation)
         noise = noise or _noise(task, runner, batches[0], singly)
         for pair in pairs:
             if pair[1] == role:
                 name, earlier = kept[pair[0]]
                 figures = compare_outputs(task, batches, earlier, outputs)
                 losses[pair] = Loss(name, runner.name, figures, ())
+                if task.listens:
+                    losses[pair] = with_words(losses[pair], said[pair[0]], said[role], evaluation)
         if any(role == first for first, _ in pairs):
             kept[role] = runner.name, outputs
         if visit is not None:
@@ -187,7 +195,7 @@ def _take_turns(
         del runner, given
     progress(len(roles), len(roles), label)
     assert noise is not None
-    return _Turns(losses, noise)
+    return _Turns(losses, noise, said)
 
 
 def compare_outputs(
@@ -215,7 +223,7 @@ def compare_outputs(
 
 
 def _rows(task: Task, output: Tensor, batch: Batch) -> Tensor:
-    return output if task.pools else output[batch.real]
+    return output if task.pools else output[batch.compared]
 
 
 def _compare_vectors(

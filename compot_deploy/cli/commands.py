@@ -25,7 +25,14 @@ from compot_deploy.pipeline.limits import FEWEST_POSITIONS
 from compot_deploy.report import inspection
 from compot_deploy.report import plan as plan_report
 from compot_deploy.report.document import verdict
-from compot_deploy.report.gate import GateFile, GateRequirements, parse_growth, read_baseline, read_gate
+from compot_deploy.report.gate import (
+    LOSS_LIMITS,
+    GateFile,
+    GateRequirements,
+    parse_growth,
+    read_baseline,
+    read_gate,
+)
 from compot_deploy.report.summary import STEP_SUMMARY, to_summary, write_summary
 
 
@@ -108,7 +115,7 @@ def _check(arguments: list[str], out: Console, err: Console) -> int:
         type=Path,
         help=f"write a Markdown summary there (default: add it to ${STEP_SUMMARY}, where that is set)",
     )
-    add_options(parser, only={"max_perplexity_ratio", "max_kl", "min_top1", "max_export_nmse", "min_cosine"})
+    add_options(parser, only=set(LOSS_LIMITS))
     values = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
     folder, reference = values.pop("folder"), values.pop("reference", None)
     export_only, strict = values.pop("export_only"), values.pop("strict")

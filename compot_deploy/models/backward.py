@@ -1,31 +1,29 @@
 """Gradients at every matrix of a model, block by block: one block's weights in memory, and the inputs of all blocks.
 
-Forwards the hidden states in front of every block are kept. Behind the last block the model's own code gives an output,
-and a scalar of it its gradient. Backwards each block is loaded once more, run on its kept input with gradients switched
-on, and asked for those at its products and at its input, which is the output of the block before.
+Forwards, what every block is called with and what it gives is kept, and what the model's own code does in between
+keeps what gradients need: it is little. Behind the last block the model gives an output, and a scalar of it its
+gradient at everything that blocks gave. Backwards each block is loaded once more, run on what it was called with,
+gradients switched on, and asked for those at its products and at its inputs, which lead on to the blocks before.
 
-Who wants to know what the tables do is told by a `TableWatch`: of the output head its input and the gradient of its
-output, and of the token table the ids and the gradients of their rows, through whatever stands before the first block.
-
-This needs blocks that hand nothing to each other but hidden states. A model that does otherwise is noticed: what
-a block gives is then not what the next one was given.
+So whatever blocks hand to each other is followed: hidden states, or what a decoder hears of an encoder. Who wants to
+know what the tables do is told by a `TableWatch`: of the output head its input and the gradient of its output, and of
+the token table the ids and the gradients of their rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.models.sites import Products
 from compot_deploy.models.source import ModelSource
-from compot_deploy.models.streaming import BlockStream, Given, hidden_of, output_of
+from compot_deploy.models.streaming import BlockStream, Given, hidden_of, outputs_of
 from compot_deploy.models.tasks import Batch
 
 Scalar = Callable[[Tensor, Batch], Tensor]
@@ -67,6 +65,37 @@ class TableWatch(Protocol):
         ...
 
 
+@dataclass
+class _Flow:
+    """One batch on its way back.
+
+    Attributes:
+        given: what each block was called with.
+        left: what each block gave: leaves of what stands in `given` of later blocks.
+        rows: ids of rows of the token table that were looked up between blocks, and the rows: leaves as well.
+        gradients: of each draw's scalar at these leaves, by draw and identity of the leaf.
+    """
+
+    given: list[Given] = field(default_factory=list)
+    left: list[list[Tensor]] = field(default_factory=list)
+    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    gradients: list[dict[int, Tensor]] = field(default_factory=list)
+
+    def add(
+        self, draw: int, value: Tensor, gradient: Tensor | None = None, also: Sequence[Tensor] = ()
+    ) -> tuple[Tensor | None, ...]:
+        """Follow a gradient at a value back to the leaves that it was computed of; returns it at others as well."""
+        leaves = [*(leaf for block in self.left for leaf in block), *(rows for _, rows in self.rows)]
+        if not leaves:
+            return (None,) * len(also)
+        parts = torch.autograd.grad(value, [*leaves, *also], gradient, retain_graph=True, allow_unused=True)
+        known = self.gradients[draw]
+        for leaf, part in zip(leaves, parts, strict=False):
+            if part is not None:
+                known[id(leaf)] = known[id(leaf)] + part if id(leaf) in known else part
+        return parts[len(leaves) :]
+
+
 def products_backwards(
     source: ModelSource,
     batches: Sequence[Batch],
@@ -91,140 +120,102 @@ def products_backwards(
         watch: told of the tables: of the head before the first block is given, of the rows behind the last.
 
     Raises:
-        UnsupportedModelError: the model's blocks hand each other more than hidden states.
+        UnsupportedModelError: a block gives something else when it is run again.
     """
     blocks = source.layout.blocks
-    given: list[list[Given]] = []
-    with BlockStream(source, batches, device=device, dtype=dtype, finish=True) as stream:
+    flows = [_Flow(gradients=[{} for _ in range(draws)]) for _ in batches]
+    with BlockStream(source, batches, device=device, dtype=dtype, finish=True, differentiates=True) as stream:
         for _ in blocks[:-1]:
-            given.append(stream.given())
+            for flow, given in zip(flows, stream.given(), strict=True):
+                flow.given.append(given)
             stream.advance(capture=False)
+            for flow, left in zip(flows, stream.left(), strict=True):
+                flow.left.append(left)
             step()
-        given.append(stream.given())
-        behind = stream.finish_with(
-            lambda output, batch: [scalar(output, batch) for _ in range(draws)],
-            None if watch is None else watch.head,
-        )
+        for flow, given in zip(flows, stream.given(), strict=True):
+            flow.given.append(given)
+        numbers = iter(range(len(flows)))
+
+        def behind(
+            output: Tensor, batch: Batch, left: list[Tensor], head: tuple[Tensor, Tensor] | None
+        ) -> None:
+            number = next(numbers)
+            flow = flows[number]
+            flow.left.append(left)
+            flow.rows = stream.looked_up(number)
+            products = () if head is None or watch is None else head[1:]
+            parts = [flow.add(draw, scalar(output, batch), also=products) for draw in range(draws)]
+            if watch is not None and head is not None and products:
+                values, product = head
+                outs = [found for (found,) in parts if found is not None]
+                watch.head(
+                    number,
+                    values.detach().reshape(-1, values.shape[-1]),
+                    [found.reshape(-1, product.shape[-1]) for found in outs],
+                )
+
+        stream.finish_with(behind)
         step()
         model, batches = stream.model, stream.batches
-    gradients = [one.gradients for one in behind]
-    after = [one.hidden for one in behind]
-    for block, inputs in zip(reversed(blocks), reversed(given), strict=True):
+    for block in reversed(blocks):
         source.load(model, block, device=torch.device(device), dtype=getattr(torch, dtype))
         found: list[Product] = []
-        for number, (entry, batch) in enumerate(zip(inputs, batches, strict=True)):
-            hidden, products = _through(model, block, entry, after[number], gradients[number], batch)
-            after[number], gradients[number] = hidden_of(entry), hidden
-            found += products
+        for flow, batch in zip(flows, batches, strict=True):
+            found += _through(model, block, flow, batch)
         source.unload(model.get_submodule(block))
         step()
         yield block, found
-    if watch is not None and source.layout.embedding is not None:
-        table = model.get_submodule(source.layout.embedding).weight
-        for number, (batch, hidden) in enumerate(zip(batches, gradients, strict=True)):
-            found_rows = _at_the_table(model, blocks[0], table, batch, hidden)
-            if found_rows is not None:
-                watch.rows(number, found_rows.ids, found_rows.gradients)
+    if watch is not None:
+        for number, flow in enumerate(flows):
+            rows = [
+                (ids, leaf) for ids, leaf in flow.rows if all(id(leaf) in known for known in flow.gradients)
+            ]
+            if rows:
+                ids = torch.cat([ids.flatten() for ids, _ in rows])
+                at_rows = [
+                    torch.cat([known[id(leaf)].reshape(-1, leaf.shape[-1]) for _, leaf in rows])
+                    for known in flow.gradients
+                ]
+                watch.rows(number, ids, at_rows)
 
 
-def _through(
-    model: Any, block: str, given: Given, after: Tensor, gradients: Sequence[Tensor], batch: Batch
-) -> tuple[list[Tensor], list[Product]]:
-    """Gradients at the input of a block and at its products, from those at its output."""
+def _through(model: Any, block: str, flow: _Flow, batch: Batch) -> list[Product]:
+    """Gradients at the products of the last block of a flow, which is taken off it; those at its inputs go on."""
+    given, left = flow.given.pop(), flow.left.pop()
     module = model.get_submodule(block)
     mode = Products(module, block, keep_products=True)
-    hidden = hidden_of(given).detach().requires_grad_(True)
-    args, kwargs = given.replaced(hidden)
+    hidden = hidden_of(given)
+    before = [value for value in given.tensors if value.requires_grad or value is hidden]
+    own = {id(value): value.detach().requires_grad_(True) for value in before}
+    args, kwargs = given.replaced(own)
     with torch.enable_grad(), mode:
-        result = module(*args, **kwargs)
-    output = output_of(result)
-    if output.shape != after.shape or not torch.allclose(output.detach(), after, rtol=1e-3, atol=1e-3):
-        raise UnsupportedModelError(f"What {block} gives is not what the block behind it is given.")
+        outputs = outputs_of(module(*args, **kwargs))
+    for output, leaf in zip(outputs, left, strict=True):
+        if output.shape != leaf.shape or not torch.allclose(output.detach(), leaf, rtol=1e-3, atol=1e-3):
+            raise UnsupportedModelError(f"{block} gives something else when it is run again.")
     seen = [one for one in mode.seen if one.product is not None and one.product.requires_grad]
-    wanted = [hidden, *(one.product for one in seen if one.product is not None)]
+    wanted = [*own.values(), *(one.product for one in seen if one.product is not None)]
+    texts = batch.real.shape[0]
     found: list[Product] = []
-    before: list[Tensor] = []
-    for number, gradient in enumerate(gradients):
-        parts = torch.autograd.grad(
-            output, wanted, gradient, retain_graph=number + 1 < len(gradients), allow_unused=True
-        )
-        before.append(torch.zeros_like(hidden) if parts[0] is None else parts[0])
-        texts = batch.real.shape[0]
-        for one, part in zip(seen, parts[1:], strict=True):
+    for draw, known in enumerate(flow.gradients):
+        reached = [
+            (output, known.pop(id(leaf)))
+            for output, leaf in zip(outputs, left, strict=True)
+            if id(leaf) in known
+        ]
+        if not reached:
+            continue
+        values, gradients = zip(*reached, strict=True)
+        parts = torch.autograd.grad(values, wanted, gradients, retain_graph=True, allow_unused=True)
+        for value, part in zip(before, parts, strict=False):
+            if part is not None and value.requires_grad:
+                flow.add(draw, value, part)
+        for one, part in zip(seen, parts[len(before) :], strict=True):
             if part is not None:
                 found.append(Product(one.site.name, _by_text(one.values, texts), _by_text(part, texts)))
-    return before, found
+    return found
 
 
 def _by_text(values: Tensor, texts: int) -> Tensor:
     rows = values.detach().reshape(-1, values.shape[-1])
     return rows.reshape(texts if len(rows) % texts == 0 else 1, -1, rows.shape[-1])
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """What was looked up, and the gradient of every scalar at each of the rows."""
-
-    ids: Tensor
-    gradients: list[Tensor]
-
-
-class _Reached(Exception):
-    """Leaves a model in front of its first block, with the hidden states there."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-
-class _LookedUp(TorchFunctionMode):
-    """Sees which rows of a table are looked up, and lets gradients end there."""
-
-    def __init__(self, table: Tensor) -> None:
-        super().__init__()
-        self._table = table
-        self.seen: list[tuple[Tensor, Tensor]] = []
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """See `torch.overrides.TorchFunctionMode`."""
-        result = function(*args, **(kwargs or {}))
-        if function is nn.functional.embedding and args[1] is self._table:
-            result = result.detach().requires_grad_(True)
-            self.seen.append((args[0], result))
-        return result
-
-
-def _at_the_table(
-    model: Any, block: str, table: Tensor, batch: Batch, gradients: Sequence[Tensor]
-) -> _Rows | None:
-    """Rows that a model looks up before its first block, from the gradients at the block's input; None without any.
-
-    What stands before the first block is run once more, now with gradients.
-    """
-
-    def reached(*args: Any, **kwargs: Any) -> Any:
-        raise _Reached(hidden_of(Given(args, kwargs)))
-
-    module = model.get_submodule(block)
-    module.forward, mode = reached, _LookedUp(table)
-    try:
-        with torch.enable_grad(), mode:
-            model(**batch.arguments)
-    except _Reached as stopped:
-        hidden = stopped.hidden
-    finally:
-        del module.forward
-    if not mode.seen:
-        return None
-    ids = torch.cat([one.flatten() for one, _ in mode.seen])
-    width = table.shape[-1]
-    found = []
-    for number, gradient in enumerate(gradients):
-        parts = torch.autograd.grad(
-            hidden,
-            [rows for _, rows in mode.seen],
-            gradient.view_as(hidden),
-            retain_graph=number + 1 < len(gradients),
-        )
-        found.append(torch.cat([part.reshape(-1, width) for part in parts]))
-    return _Rows(ids, found)

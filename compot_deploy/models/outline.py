@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from compot_deploy.core.matrix import Matrix
@@ -19,6 +18,7 @@ from compot_deploy.core.store import Without
 from compot_deploy.errors import ArtifactError, InputError, UnsupportedModelError, first_line
 from compot_deploy.models.compressed import CompressedModel, Tables
 from compot_deploy.models.configuration import settings_of
+from compot_deploy.models.example import example_of
 from compot_deploy.models.hints import ARCHITECTURES
 from compot_deploy.models.sites import Layout, discover
 from compot_deploy.models.skeleton import on_meta
@@ -164,7 +164,7 @@ def _outline(config: str, task: Task, where: str, kind: type[InputError]) -> Out
     settings = settings_of(json.loads(config), where, kind)
     try:
         meta = on_meta(settings, task)
-        layout = discover(meta, {"input_ids": torch.zeros(1, 4, dtype=torch.int64, device="meta")})
+        layout = discover(meta, example_of(meta, task))
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever a model's own code says to sizes that do not fit each other

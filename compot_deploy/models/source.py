@@ -21,6 +21,7 @@ from compot_deploy.errors import InputError, UnsupportedModelError
 from compot_deploy.models import refusals
 from compot_deploy.models.checkpoint import match_checkpoint
 from compot_deploy.models.configuration import CONFIG, config_of, context_of, read_settings
+from compot_deploy.models.example import example_of
 from compot_deploy.models.generation import read_generation
 from compot_deploy.models.hints import ARCHITECTURES, Architecture, find_architecture
 from compot_deploy.models.sites import Layout, Site, discover
@@ -39,8 +40,11 @@ TOKENIZER_FILES: Final = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "normalizer.json",
 )
-"""Files that a tokenizer may consist of; copied along where present."""
+"""Files that a tokenizer may consist of, and those that say how sound is read; copied along where present."""
 
 _HUB_PATTERNS: Final = [
     "*.json",
@@ -86,9 +90,8 @@ class ModelSource:
         Raises:
             UnsupportedModelError: the pass cannot be made, or shows no matrices.
         """
-        batch: dict[str, Any] = {"input_ids": torch.zeros(1, 4, dtype=torch.int64, device="meta")}
         try:
-            layout = discover(self.meta, batch)
+            layout = discover(self.meta, example_of(self.meta, self.task))
         except Exception as error:  # whatever a model's own code says
             raise UnsupportedModelError(
                 f"{self.folder}: {refusals.of_a_stopped_pass(self.meta, error)}"
@@ -198,6 +201,8 @@ class ModelSource:
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
         return model
 
     def load(self, model: Any, block: str, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -257,7 +262,7 @@ def open_source(model: str | Path, *, allow_pickle: bool = False, ask_hub: bool 
     settings = read_settings(folder)
     config = config_of(settings)
     task = _task(folder, config)
-    if getattr(settings, "is_encoder_decoder", False):
+    if getattr(settings, "is_encoder_decoder", False) and not task.listens:
         raise UnsupportedModelError(
             f"{folder}: a {settings.model_type} has an encoder and a decoder, which is not supported."
         )

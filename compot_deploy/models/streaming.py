@@ -19,6 +19,7 @@ from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.models.sites import Gram, InputGroup, Products, add_gram, real_rows
@@ -36,11 +37,16 @@ class Given:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
-    def replaced(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same call with other hidden states."""
-        if self.args:
-            return (hidden, *self.args[1:]), dict(self.kwargs)
-        return (), {**self.kwargs, _HIDDEN: hidden}
+    def replaced(self, others: Mapping[int, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same call with other tensors, by the identity of those in whose place they stand."""
+        args = tuple(others.get(id(value), value) for value in self.args)
+        return args, {name: others.get(id(value), value) for name, value in self.kwargs.items()}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors of numbers among its arguments, each once."""
+        found = {id(value): value for value in (*self.args, *self.kwargs.values()) if _has_numbers(value)}
+        return list(found.values())
 
 
 _HIDDEN: Final = "hidden_states"
@@ -57,23 +63,17 @@ def hidden_of(given: Given) -> Tensor:
     return found
 
 
-def output_of(result: Any) -> Tensor:
-    """The hidden states that a block gives: all of its result, or the first of several."""
-    found: Tensor = result[0] if isinstance(result, tuple) else result
-    return found
+def outputs_of(result: Any) -> list[Tensor]:
+    """The tensors of numbers that a block gives: its result, or those of several."""
+    return [value for value in (result if isinstance(result, tuple) else (result,)) if _has_numbers(value)]
 
 
-@dataclass(frozen=True)
-class Behind:
-    """What a batch was behind the last block.
+def _has_numbers(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
-    Attributes:
-        hidden: output of the last block.
-        gradients: of some scalars of the model's output with respect to it.
-    """
 
-    hidden: Tensor
-    gradients: list[Tensor]
+Finish: TypeAlias = Callable[[Tensor, Batch, list[Tensor], tuple[Tensor, Tensor] | None], None]
+"""Output of a batch, what the last block gave, and what the head multiplied and gave."""
 
 
 class BlockStream:
@@ -91,6 +91,7 @@ class BlockStream:
         finish: also run what comes behind the last block, head included; see `outputs`.
         at_head: given the Gram of what the output head reads, as soon as all batches have come there; None where the
             model has not asked its head. The head itself is not run. Not for a stream that finishes.
+        differentiates: keep what gradients need of everything that the model does between its blocks; see `left`.
     """
 
     def __init__(
@@ -102,8 +103,9 @@ class BlockStream:
         dtype: str = "float32",
         finish: bool = False,
         at_head: Callable[[Gram | None], None] | None = None,
+        differentiates: bool = False,
     ) -> None:
-        self._source, self._finish = source, finish
+        self._source, self._finish, self._differentiates = source, finish, differentiates
         self._at_head = None if finish or source.layout.head is None else at_head
         self._head: dict[str, Gram] = {}
         self._device, self._dtype = torch.device(device), getattr(torch, dtype)
@@ -191,47 +193,39 @@ class BlockStream:
             self._start()
         return [one.given for one in self._passes]
 
-    def finish_with(
-        self,
-        scalars: Callable[[Tensor, Batch], Sequence[Tensor]],
-        at_head: Callable[[int, Tensor, Sequence[Tensor]], None] | None = None,
-    ) -> list[Behind]:
-        """Run the last block and what comes behind it, and differentiate; one batch at a time; needs ``finish``.
+    def left(self) -> list[list[Tensor]]:
+        """What the last block gave, batch by batch: leaves of what the model computes of it behind the block."""
+        return [one.left for one in self._passes]
+
+    def looked_up(self, number: int) -> list[tuple[Tensor, Tensor]]:
+        """Ids that a batch looked up in the token table, and the rows: leaves, like what blocks give."""
+        return self._passes[number].rows
+
+    def finish_with(self, use: Finish) -> None:
+        """Run the last block and what comes behind it, one batch at a time; needs ``finish``.
 
         Args:
-            scalars: of an output; what is differentiated.
-            at_head: told, by number of the batch, what the output head multiplied (rows, in) and the gradient of each
-                scalar at what came out (rows, out); not called for a model without a head.
+            use: what to do with the output of a batch, with what the last block gave, and with what the output head
+                multiplied and gave, where the model has a head.
         """
         path = self._source.layout.blocks[self._next]
         self._source.load(self._model, path, device=self._device, dtype=self._dtype)
-        found = []
         products: list[tuple[Tensor, Tensor]] = []
         head = self._source.layout.head
         watched = None
-        if at_head is not None and head is not None:
+        if head is not None:
             watched = self._model.get_submodule(head).register_forward_hook(
                 lambda _, args, product: products.append((args[0], product))
             )
-        for place, (one, batch) in enumerate(zip(self._passes, self._batches, strict=True)):
-            hidden = one.go_on_with_gradients()
-            sums = scalars(self._source.task.output(one.result), batch)
+        for one, batch in zip(self._passes, self._batches, strict=True):
+            one.go_on()
+            output = self._source.task.output(one.result)
+            use(output, batch, one.left, products.pop() if products else None)
             one.result = None
-            wanted = [hidden, *(product for _, product in products)]
-            gradients = [
-                torch.autograd.grad(value, wanted, retain_graph=number + 1 < len(sums))
-                for number, value in enumerate(sums)
-            ]
-            if at_head is not None and products:
-                values, product = products.pop()
-                outs = [parts[1].reshape(-1, product.shape[-1]) for parts in gradients]
-                at_head(place, values.detach().reshape(-1, values.shape[-1]), outs)
-            found.append(Behind(hidden.detach(), [parts[0] for parts in gradients]))
         if watched is not None:
             watched.remove()
         self._source.unload(self._model.get_submodule(path))
         self._next += 1
-        return found
 
     def outputs(self) -> list[Tensor]:
         """What the model gives for each batch, all blocks run; needs ``finish``."""
@@ -263,8 +257,12 @@ class BlockStream:
         if self._at_head is not None:
             assert self._source.layout.head is not None
             self._model.get_submodule(self._source.layout.head).forward = self._stop_at_head(by_thread)
+        table = None
+        if self._differentiates:
+            place = self._source.layout.embedding
+            table = torch.empty(0) if place is None else self._model.get_submodule(place).weight
         for batch in self._batches:
-            one = _Pass(self._model, batch, by_thread, last)
+            one = _Pass(self._model, batch, by_thread, last, table)
             self._passes.append(one)
             one.begin()
 
@@ -283,11 +281,32 @@ class _Ended(BaseException):
     """Unwinds a pass whose rest is not wanted."""
 
 
+class _LookedUp(TorchFunctionMode):
+    """Sees which rows of a table are looked up, and lets gradients end there."""
+
+    def __init__(self, table: Tensor, seen: list[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self._table, self._seen = table, seen
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See `torch.overrides.TorchFunctionMode`."""
+        result = function(*args, **(kwargs or {}))
+        if function is nn.functional.embedding and args[1] is self._table:
+            result = result.detach().requires_grad_(True)
+            self._seen.append((args[0], result))
+        return result
+
+
 class _Pass(threading.Thread):
     """One batch on its way through the model. It and its caller run in turn, never together."""
 
     def __init__(
-        self, model: Any, batch: Batch, by_thread: dict[int, _Pass], last: str | None = None
+        self,
+        model: Any,
+        batch: Batch,
+        by_thread: dict[int, _Pass],
+        last: str | None,
+        table: Tensor | None,
     ) -> None:
         super().__init__(daemon=True)
         self._model, self._batch, self._by_thread, self._last = model, batch, by_thread, last
@@ -301,8 +320,11 @@ class _Pass(threading.Thread):
         self.result: Any = None
         self.given = Given((), {})
         """What that block is going to be called with."""
-        self._differentiates = False
-        self._hidden: Tensor | None = None
+        self.left: list[Tensor] = []
+        """What the last block gave, where that is kept."""
+        self.rows: list[tuple[Tensor, Tensor]] = []
+        """What was looked up in the token table, where gradients are kept."""
+        self._differentiates, self._table = table is not None, table
 
     @property
     def real(self) -> Tensor:
@@ -326,13 +348,6 @@ class _Pass(threading.Thread):
         self._turn.release()
         self._wait()
 
-    def go_on_with_gradients(self) -> Tensor:
-        """Run the block and the rest of the model, which keeps what gradients need; returns the block's output."""
-        self._differentiates = True
-        self.go_on()
-        assert self._hidden is not None
-        return self._hidden
-
     def end(self) -> None:
         """Leave the model where it stands."""
         if self.is_alive():
@@ -344,7 +359,8 @@ class _Pass(threading.Thread):
         """The whole forward pass, in its own thread."""
         self._by_thread[threading.get_ident()] = self
         try:
-            with torch.no_grad():
+            looking = nullcontext() if self._table is None else _LookedUp(self._table, self.rows)
+            with torch.set_grad_enabled(self._differentiates), looking:
                 self.result = self._model(**self._batch.arguments, **self._no_cache())
         except _Ended:
             pass
@@ -362,7 +378,7 @@ class _Pass(threading.Thread):
             if self._ending:
                 raise _Ended
             only_look = self._mode is not None and self._only_look
-            with self._mode or nullcontext():
+            with torch.no_grad(), self._mode or nullcontext():
                 result = real(*args, **kwargs)
             if only_look:
                 continue
@@ -370,9 +386,7 @@ class _Pass(threading.Thread):
                 raise _Ended
             self.given = Given((), {})
             if self._differentiates:
-                self._hidden = output_of(result).detach().requires_grad_(True)
-                torch.set_grad_enabled(True)  # of this thread, until its forward pass is over
-                return (self._hidden, *result[1:]) if isinstance(result, tuple) else self._hidden
+                self.left = [value.requires_grad_(True) for value in outputs_of(result)]
             return result
 
     def _wait(self) -> None:

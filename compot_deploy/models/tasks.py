@@ -4,20 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from compot_deploy.models.hints import ARCHITECTURES
 
-TaskKind: TypeAlias = Literal["generation", "masked", "classification", "token-classification", "embedding"]
+TaskKind: TypeAlias = Literal[
+    "generation", "masked", "classification", "token-classification", "embedding", "speech"
+]
 
 _LOGITS_AT_ONCE: Final = 2**19
 """Logits that are compared at a time: a few megabytes in float64."""
 
 TOKENS_PER_BATCH: Final = 1024
+
+UTTERANCES_PER_BATCH: Final = 4
+"""An encoder makes some 1500 vectors of one."""
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """What a speech model hears, and what it writes: it is cut and measured like a window of tokens.
+
+    Attributes:
+        tokens: shape (tokens,), int64: what a decoder is given to begin with, then the transcript.
+        features: what the encoder reads, without a batch: (bands, frames) or (samples,).
+        given: how many tokens stand in front of the transcript.
+        argument: of the model's forward pass that takes the features.
+    """
+
+    tokens: Int64[Tensor, " tokens"]
+    features: Float[Tensor, "..."]  # noqa: UP037
+    given: int
+    argument: str
+
+    def __len__(self) -> int:
+        """Tokens."""
+        return len(self.tokens)
+
+    def __getitem__(self, part: slice) -> Utterance:
+        """The same sound with a part of its tokens."""
+        return replace(self, tokens=self.tokens[part])
+
+
+Window: TypeAlias = Tensor | Utterance
+"""What a model reads at once: token ids, or sound and the token ids that go with it."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +61,30 @@ class Batch:
     Attributes:
         arguments: by name.
         real: which tokens are text and which are padding.
+        judged: at which of them outputs are compared; None compares at all: see `compared`.
     """
 
     arguments: Mapping[str, Tensor]
     real: Bool[Tensor, "texts tokens"]
+    judged: Bool[Tensor, "texts tokens"] | None = None
+
+    @property
+    def ids(self) -> Tensor:
+        """What is looked up in the token table."""
+        return self.arguments["decoder_input_ids" if "decoder_input_ids" in self.arguments else "input_ids"]
+
+    @property
+    def compared(self) -> Bool[Tensor, "texts tokens"]:
+        """The tokens at which outputs are compared."""
+        return self.real if self.judged is None else self.judged
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
-        return Batch({name: value.to(device) for name, value in self.arguments.items()}, self.real.to(device))
+        return Batch(
+            {name: value.to(device) for name, value in self.arguments.items()},
+            self.real.to(device),
+            None if self.judged is None else self.judged.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -67,6 +117,11 @@ class Task:
         return self.kind == "generation"
 
     @property
+    def listens(self) -> bool:
+        """Whether it writes down what is said: an encoder reads sound, a decoder writes."""
+        return self.kind == "speech"
+
+    @property
     def classifies(self) -> bool:
         """Whether its outputs are distributions: over tokens or over classes."""
         return self.kind != "embedding"
@@ -76,12 +131,17 @@ class Task:
         """Whether one output belongs to a whole text."""
         return self.kind in ("classification", "embedding")
 
-    def batches(self, windows: Sequence[Tensor]) -> list[Batch]:
-        """Windows of tokens, padded on the right where their lengths differ.
+    def batches(self, windows: Sequence[Window]) -> list[Batch]:
+        """Windows of tokens, padded on the right where their lengths differ; utterances together that are as long.
 
         A model that generates gets no attention mask: no token sees the padding behind it. One that classifies texts
         and has no token for padding reads them one by one.
         """
+        if self.listens:
+            return _heard(cast(Sequence[Utterance], windows))
+        return self._read(cast(Sequence[Tensor], windows))
+
+    def _read(self, windows: Sequence[Tensor]) -> list[Batch]:
         found: list[Batch] = []
         rows: list[Tensor] = []
         alone = self.kind == "classification" and self.padding is None
@@ -94,9 +154,7 @@ class Task:
         return [*found, self._batch(rows)] if rows else found
 
     def _batch(self, rows: Sequence[Tensor]) -> Batch:
-        ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=self.padding or 0)
-        lengths = torch.tensor([len(row) for row in rows])
-        real = torch.arange(ids.shape[1])[None] < lengths[:, None]
+        ids, real = _padded(rows, self.padding or 0)
         arguments = {"input_ids": ids}
         if not self.generates:
             arguments["attention_mask"] = real.long()
@@ -157,6 +215,35 @@ class Task:
         return logs.gather(-1, labels.to(logs.device)).sum()
 
 
+def _padded(rows: Sequence[Tensor], padding: int) -> tuple[Tensor, Bool[Tensor, "texts tokens"]]:
+    """Rows of ids side by side, and which of them are real."""
+    ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=padding)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, torch.arange(ids.shape[1])[None] < lengths[:, None]
+
+
+def _heard(utterances: Sequence[Utterance]) -> list[Batch]:
+    """Utterances of one length of sound together; what a decoder is given is read and not judged."""
+    found: list[Batch] = []
+    rows: list[Utterance] = []
+
+    def close() -> None:
+        if rows:
+            ids, real = _padded([row.tokens for row in rows], 0)
+            given = torch.tensor([row.given for row in rows])
+            judged = real & (torch.arange(ids.shape[1])[None] >= given[:, None] - 1)
+            features = torch.stack([row.features for row in rows])
+            found.append(Batch({rows[0].argument: features, "decoder_input_ids": ids}, real, judged))
+            rows.clear()
+
+    for utterance in utterances:
+        if len(rows) == UTTERANCES_PER_BATCH or (rows and rows[0].features.shape != utterance.features.shape):
+            close()
+        rows.append(utterance)
+    close()
+    return found
+
+
 @dataclass(frozen=True)
 class LossSum:
     """A sum over positions or texts, and over how many."""
@@ -185,6 +272,7 @@ def pooled(
 
 GENERATION: Final = Task("generation", "AutoModelForCausalLM", "decoder")
 EMBEDDING: Final = Task("embedding", "AutoModel", "encoder")
+SPEECH: Final = Task("speech", "AutoModelForSpeechSeq2Seq", "speech model")
 
 _BY_SUFFIX: Final[Mapping[str, Task]] = {
     "ForCausalLM": GENERATION,
@@ -194,6 +282,8 @@ _BY_SUFFIX: Final[Mapping[str, Task]] = {
     "ForTokenClassification": Task(
         "token-classification", "AutoModelForTokenClassification", "token classifier"
     ),
+    "WhisperForConditionalGeneration": SPEECH,
+    "MoonshineForConditionalGeneration": SPEECH,
 }
 """Ends of class names, as config.json lists them under ``architectures``."""
 

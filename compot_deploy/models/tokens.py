@@ -17,7 +17,9 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from compot_deploy.errors import InputError, MissingDependencyError, first_line
+from compot_deploy.models.audio import Recording
 from compot_deploy.models.cache import cache_argument, cache_of
+from compot_deploy.models.tasks import Utterance, Window
 from compot_deploy.models.templates import TemplateError, TemplateProcess
 from compot_deploy.models.text_files import Record
 
@@ -40,12 +42,21 @@ class TokenWindows:
         source: where the text came from, in words.
         digest: sha256 of the token ids, window boundaries included.
         notes: facts that a report must state (fewer windows than asked for, text shared with calibration …).
+        recordings: what is heard, of a speech model; the windows are its transcripts.
+        utterances: the same as the model reads it.
     """
 
     windows: tuple[Int64[Tensor, "..."], ...]  # noqa: UP037
     source: str
     digest: str
     notes: tuple[str, ...] = ()
+    recordings: tuple[Recording, ...] = ()
+    utterances: tuple[Utterance, ...] = ()
+
+    @property
+    def inputs(self) -> Sequence[Window]:
+        """What a task makes batches of."""
+        return self.utterances or self.windows
 
     @property
     def tokens(self) -> int:

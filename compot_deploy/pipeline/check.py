@@ -178,14 +178,15 @@ def _check(folder: Path, terms: Terms, progress: Progress) -> Deployment:
 
     settings = settings_of(model.config, str(folder / CONFIG), ArtifactError)
     vocabulary = int(settings.get_text_config().vocab_size)
+    reads = not subject.task.listens  # what is asked beside the losses is about text that is read
     probes = Probes(subject.task, evaluation.text.windows, context_of(settings), vocabulary)
-    reading = None if original is None else reading_of_source(original, evaluation.text)
+    reading = None if original is None or not reads else reading_of_source(original, evaluation.text)
     readings = ReadingCheck(kept.reading, folder, manifest.exporter) if kept is not None else None
     if reading is not None:
         readings = ReadingCheck(reading, folder, manifest.exporter)
     comparing = None if kept is None else Comparing(subject.task, kept.answers)
     watchers = Watchers(
-        visits=(probes.visit, *(() if readings is None else (readings.visit,))),
+        visits=(*((probes.visit,) if reads else ()), *(() if readings is None else (readings.visit,))),
         listeners={} if comparing is None else {"exported": comparing},
     )
     known = original is not None or terms.needs_total
@@ -194,7 +195,9 @@ def _check(folder: Path, terms: Terms, progress: Progress) -> Deployment:
     )
     if kept is not None and comparing is not None:
         report = _with_total(report, gate, kept, comparing)
-    further = [positions_criterion(evaluation, subject.task, terms.min_positions), *probes.criteria(gate)]
+    further = []
+    if reads:
+        further = [positions_criterion(evaluation, subject.task, terms.min_positions), *probes.criteria(gate)]
     further += [] if readings is None else list(readings.criteria())
     report = with_criteria(report, further)
     notes = (*report.notes, whose, *(() if kept is None else (_ABOUT_KEPT,)))

@@ -17,6 +17,7 @@ from compot_deploy.accuracy.gate import Gate
 from compot_deploy.accuracy.listening import Listener, heard
 from compot_deploy.accuracy.outcome import AccuracyReport
 from compot_deploy.accuracy.runners import RUNNERS, TEXT_RUNNERS
+from compot_deploy.accuracy.speech import TorchSpeech
 from compot_deploy.accuracy.texts import TorchTexts, check_texts, measure_texts
 from compot_deploy.accuracy.torch_runner import TorchRunner
 from compot_deploy.core.grid import Grid
@@ -32,6 +33,7 @@ from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.tasks import Task, task_of
 from compot_deploy.models.whole import model_of, put_in, whole_model
+from compot_deploy.pipeline.recordings import RECORDINGS
 from compot_deploy.progress import Progress, silent
 from compot_deploy.recipe import DEFAULT_GROUP
 from compot_deploy.report.document import Alternative, Report, Sizes
@@ -52,7 +54,7 @@ REFERENCE: Final = "compot/reference.safetensors"
 REPORT_FILES: Final = (REPORT, JUNIT, CARD, HTML)
 """Written last, for people and programs that decide: they do not count as bytes of the artifact."""
 
-UNCOUNTED: Final = (*REPORT_FILES, REFERENCE)
+UNCOUNTED: Final = (*REPORT_FILES, REFERENCE, RECORDINGS)
 """What no runtime needs."""
 
 
@@ -211,7 +213,10 @@ def measure_losses(
 
 def _opening(task: Task, model: Callable[[], Any], name: str) -> Callable[[], Any]:
     """Opens a model in torch when its turn has come."""
-    return lambda: TorchRunner(model(), name) if task.generates else TorchTexts(model(), task, name)
+    if task.generates:
+        return lambda: TorchRunner(model(), name)
+    reader = TorchSpeech if task.listens else TorchTexts
+    return lambda: reader(model(), task, name)
 
 
 FACTORED: Final = "factorized, before quantization"

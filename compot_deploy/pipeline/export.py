@@ -32,12 +32,12 @@ from compot_deploy.pipeline.limits import least_positions, positions_criterion
 from compot_deploy.pipeline.provenance import published, stamp
 from compot_deploy.pipeline.reading import ReadingCheck
 from compot_deploy.pipeline.reference import reading_of_source, write_reference
-from compot_deploy.pipeline.texts import EVALUATION, evaluation_json
+from compot_deploy.pipeline.texts import write_evaluation
 from compot_deploy.pipeline.workspace import RECIPE, note_finished
 from compot_deploy.planning.settings import Settings, options_of
 from compot_deploy.progress import Progress, silent
 from compot_deploy.recipe import Recipe, recipe_to_toml
-from compot_deploy.report.document import with_criteria
+from compot_deploy.report.document import Report, with_criteria
 from compot_deploy.report.json import from_json
 
 
@@ -63,8 +63,7 @@ def export(
         progress(0, 1, f"Write {kind}")
         differences = exporter.write(compression.model, folder, options) or ()
         progress(1, 1, f"Write {kind}")
-        (folder / EVALUATION).parent.mkdir(exist_ok=True)
-        write_text(folder / EVALUATION, evaluation_json(evaluation))
+        write_evaluation(folder, evaluation)
         write_text(folder / RECIPE, recipe_to_toml(published(recipe)))
         # What a file rounds is described and evaluated by what it holds; what it leaves out is not described.
         model = exporter.read_model(folder) if exporter.multiplies_out(options) else compression.model
@@ -82,21 +81,33 @@ def export(
             beside=compression.beside,
             scratch=folder,
         )
-        probes = Probes(source.task, evaluation.text.windows, source.context, source.vocabulary)
-        reading = ReadingCheck(reading_of_source(source, evaluation.text), folder, kind)
-        answers = Shortening(source.task, positions_of(source.task, evaluation.text.windows))
-        watchers = Watchers((probes.visit, reading.visit), {"reference": answers})
-        report = evaluate_folder(subject, evaluation, gate, progress, watchers)
-        least = least_positions(recipe, min(recipe.length, source.context))
-        further = [positions_criterion(evaluation, source.task, least)]
-        report = with_criteria(report, [*further, *probes.criteria(gate), *reading.criteria()])
-        name = str(manifest.recipe.get("model") or "the model that ships with compot-deploy")
-        write_reference(folder / REFERENCE, name, source, evaluation, answers)
+        if source.task.listens:  # what follows is about text that is read
+            report = evaluate_folder(subject, evaluation, gate, progress)
+        else:
+            report = _evaluated(settings, subject, evaluation, gate, progress)
         write_report(folder, report, manifest)
         note_finished(work, recipe, kind, folder)
     if recipe.archive:
         write_archive(target, recipe.force)
     return Deployment(target, report)
+
+
+def _evaluated(
+    settings: Settings, subject: Subject, evaluation: Evaluation, gate: Gate, progress: Progress
+) -> Report:
+    """The report of a folder of a model that reads text; the original's answers stay in it."""
+    recipe, source, folder, manifest = settings.recipe, settings.source, subject.folder, subject.manifest
+    probes = Probes(source.task, evaluation.text.windows, source.context, source.vocabulary)
+    reading = ReadingCheck(reading_of_source(source, evaluation.text), folder, manifest.exporter)
+    answers = Shortening(source.task, positions_of(source.task, evaluation.text.windows))
+    watchers = Watchers((probes.visit, reading.visit), {"reference": answers})
+    report = evaluate_folder(subject, evaluation, gate, progress, watchers)
+    least = least_positions(recipe, min(recipe.length, source.context))
+    further = [positions_criterion(evaluation, source.task, least)]
+    report = with_criteria(report, [*further, *probes.criteria(gate), *reading.criteria()])
+    name = str(manifest.recipe.get("model") or "the model that ships with compot-deploy")
+    write_reference(folder / REFERENCE, name, source, evaluation, answers)
+    return report
 
 
 def finished(target: Path, recipe: Recipe) -> Deployment:

@@ -57,7 +57,7 @@ def generate(path: Path, prompt: str, *, tokens: int = 64, threads: int = 1) -> 
 
         made = generate_in_llama(find_gguf(path), prompt, max_tokens=tokens, threads=threads)
         return Generated(made.text, made.tokens, made.tokens_per_second)
-    onnx = (path / "onnx" / "model.onnx").is_file()
+    onnx = any((path / graph).is_file() for graph in ("onnx/model.onnx", "onnx/decoder_model_merged.onnx"))
     if not onnx and not list(path.glob("model*.safetensors")):
         raise ArtifactError(
             f"{path} holds neither onnx/model.onnx nor a GGUF file nor model.safetensors: export a model there "
@@ -69,6 +69,9 @@ def generate(path: Path, prompt: str, *, tokens: int = 64, threads: int = 1) -> 
         raise InputError(
             f"{path} holds a model that gives embeddings or scores and writes no text: read it with onnxruntime or "
             "optimum."
+            if task is None or not task.listens
+            else f"{path} holds a model that writes down what it hears and continues no text: run it with optimum or "
+            "transformers.js."
         )
     tokenizer = load_tokenizer(path)
     ids = [*tokenizer.first, *tokenizer.encode(prompt)]

@@ -12,11 +12,13 @@ import torch
 
 from compot_deploy.accuracy.evaluate import Evaluation
 from compot_deploy.core.parsing import decoded, json_of
+from compot_deploy.core.store import write_text
 from compot_deploy.core.work_files import is_sound, read_tensors, write_tensors
 from compot_deploy.embedded import HELD_OUT_TEXT, TRAINING_TEXT
 from compot_deploy.errors import ArtifactError, InputError
 from compot_deploy.models.configuration import CONFIG, context_of, settings_of
 from compot_deploy.models.generation import end_tokens, read_generation
+from compot_deploy.models.listening import Listener, load_listener
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.text_files import ENDINGS, read_text, read_text_file
 from compot_deploy.models.tokens import (
@@ -33,6 +35,12 @@ from compot_deploy.models.tokens import (
     windows_of_text,
 )
 from compot_deploy.models.whole import whole_model
+from compot_deploy.pipeline.recordings import (
+    calibration_recordings,
+    evaluation_recordings,
+    keep_recordings,
+    kept_recordings,
+)
 from compot_deploy.planning.settings import device_of
 from compot_deploy.progress import Progress, silent
 from compot_deploy.recipe import Recipe
@@ -52,6 +60,8 @@ def calibration_windows(
     recipe: Recipe, source: ModelSource, work: Path, progress: Progress = silent
 ) -> TokenWindows:
     """The windows to calibrate on; sampled text is kept in the work folder, other text is read again."""
+    if source.task.listens:
+        return calibration_recordings(recipe, source, work, progress)
     reader = _Reader(recipe, source, work, progress, samples=recipe.samples, seed=recipe.seed)
     text = recipe.calibration
     if text is None and (recipe.model is None or not source.task.generates):
@@ -73,6 +83,8 @@ def evaluation_windows(
     recipe: Recipe, source: ModelSource, work: Path, progress: Progress = silent
 ) -> TokenWindows:
     """The windows to evaluate on: never ones that were calibrated on, unless a note says so."""
+    if source.task.listens:
+        return evaluation_recordings(recipe, source, work, progress)
     length = min(recipe.length, source.context)
     samples = max(1, recipe.evaluation_tokens // length)
     if not source.task.generates:
@@ -159,7 +171,8 @@ def evaluation_of(recipe: Recipe, source: ModelSource, work: Path, progress: Pro
     windows = evaluation_windows(recipe, source, work, progress)
     prompts = _prompts(windows) if source.task.generates else ()
     ends = end_tokens(read_generation(source.folder), source.config)
-    return _evaluation(windows, prompts, load_tokenizer(source.folder), source.context, ends)
+    listener = load_listener(source.folder, source.config) if source.task.listens else None
+    return _evaluation(windows, prompts, load_tokenizer(source.folder), source.context, ends, listener)
 
 
 def _prompts(windows: TokenWindows) -> tuple[tuple[int, ...], ...]:
@@ -174,6 +187,7 @@ def _evaluation(
     tokenizer: Tokenizer,
     context: int,
     ends: Sequence[int],
+    listener: Listener | None = None,
 ) -> Evaluation:
     return Evaluation(
         text=windows,
@@ -181,23 +195,31 @@ def _evaluation(
         decode=tokenizer.decode,
         new_tokens=max(1, min(_NEW_TOKENS, context - _PROMPT_TOKENS)),
         end_tokens=frozenset(ends),
+        listener=listener,
     )
 
 
-def evaluation_json(evaluation: Evaluation) -> str:
+def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     """What a folder keeps of the evaluation, so that it can be evaluated again."""
-    return json.dumps(
-        {
-            "source": evaluation.text.source,
-            "notes": list(evaluation.text.notes),
-            "windows": [window.tolist() for window in evaluation.text.windows],
-            "prompts": [list(prompt) for prompt in evaluation.prompts],
-        }
-    )
+    text = evaluation.text
+    kept: dict[str, Any] = {
+        "source": text.source,
+        "notes": list(text.notes),
+        "windows": [window.tolist() for window in text.windows],
+        "prompts": [list(prompt) for prompt in evaluation.prompts],
+    }
+    (folder / EVALUATION).parent.mkdir(exist_ok=True)
+    if text.recordings:
+        kept["recordings"] = [
+            {"name": recording.name, "reference": recording.reference, "given": utterance.given}
+            for recording, utterance in zip(text.recordings, text.utterances, strict=True)
+        ]
+        keep_recordings(folder, text)
+    write_text(folder / EVALUATION, json.dumps(kept))
 
 
 def read_evaluation(folder: Path, tokenizer: Tokenizer, config: Mapping[str, Any]) -> Evaluation:
-    """Read what `evaluation_json` made.
+    """Read what `write_evaluation` wrote.
 
     Raises:
         ArtifactError: it cannot be read.
@@ -207,9 +229,13 @@ def read_evaluation(folder: Path, tokenizer: Tokenizer, config: Mapping[str, Any
         stored = json_of(decoded(path.read_bytes()))
         settings = settings_of(config, str(folder / CONFIG), ArtifactError)
         rows = int(settings.get_text_config().vocab_size)
+        ends = end_tokens(read_generation(folder), config)
+        if "recordings" in stored:
+            listener = load_listener(folder, config)
+            heard = kept_recordings(folder, stored, config, listener)
+            return _evaluation(heard, (), tokenizer, context_of(settings), ends, listener)
         windows = make_windows(stored["windows"], stored["source"], rows, notes=stored["notes"])
         prompts = tuple(tuple(prompt) for prompt in stored["prompts"])
-        ends = end_tokens(read_generation(folder), config)
         return _evaluation(windows, prompts, tokenizer, context_of(settings), ends)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); export the model again.") from None

@@ -42,6 +42,7 @@ _DOES_NOT_CHANGE_WEIGHTS: Final = frozenset(
         "max_kl",
         "min_top1",
         "min_cosine",
+        "max_wer_increase",
         "max_export_nmse",
     )
 )
@@ -72,6 +73,8 @@ def work_folder(recipe: Recipe, source: ModelSource) -> Path:
         place = getattr(recipe, name)
         if place and Path(place).is_file():
             decisive[f"{name} text"] = hashlib.sha256(Path(place).read_bytes()).hexdigest()
+        elif place and Path(place).is_dir():
+            decisive[f"{name} files"] = _digest_of_folder(Path(place))
         elif name == "calibration" and place and names_dataset(place):
             decisive["calibration text"] = hashlib.sha256(text_of_dataset(place).encode()).hexdigest()
     if recipe.planned:
@@ -162,6 +165,15 @@ def _hash_of_recipe(recipe: Recipe) -> str:
 
 def _hash_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _digest_of_folder(folder: Path) -> str:
+    """Of names and contents of every file in it."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 @contextmanager

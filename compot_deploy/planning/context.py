@@ -72,7 +72,7 @@ class PlanningContext:
     @cached_property
     def batches(self) -> Sequence[Batch]:
         """The calibration text as the model reads it."""
-        return self.source.task.batches(self.windows.windows)
+        return self.source.task.batches(self.windows.inputs)
 
     def sizes(self, names: Sequence[str]) -> dict[str, tuple[int, int]]:
         """(in, out) of matrices."""

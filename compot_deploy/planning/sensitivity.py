@@ -97,7 +97,7 @@ def sensitivities_backwards(
     products = products_backwards(
         context.source,
         batches,
-        lambda output, batch: task.sampled(output, batch.real, generator),
+        lambda output, batch: task.sampled(output, batch.compared, generator),
         draws=draws,
         device=context.device,
         step=step,
@@ -112,7 +112,7 @@ def sensitivities_backwards(
         for one in seen:
             squares[one.name] += disturbances[one.name].expected_square(one)
     context.progress(2 * len(context.blocks), 2 * len(context.blocks), label)
-    count = sum(len(batch.real) if task.pools else int(batch.real.sum()) for batch in batches) * draws
+    count = sum(len(batch.real) if task.pools else int(batch.compared.sum()) for batch in batches) * draws
     return {name: squares[name] / (2 * count * units[name]) if units[name] else 0.0 for name in context.names}
 
 
@@ -186,7 +186,7 @@ class ReplacedLoss:
         with replaced(self._model, self._source.sites, matrices):
             for batch, shape in zip(self._batches, self._shapes, strict=True):
                 original, outputs = self._original.read(shape), self._outputs(batch)
-                total += self._task.loss(original.to(outputs), outputs, batch.real)
+                total += self._task.loss(original.to(outputs), outputs, batch.compared)
         return total.mean
 
     def _outputs(self, batch: Batch) -> torch.Tensor:
@@ -196,7 +196,7 @@ class ReplacedLoss:
 
 def _some(context: PlanningContext, times: int) -> list[Batch]:
     """The first windows, as many as the task needs, one to a batch."""
-    task, windows = context.source.task, context.windows.windows
+    task, windows = context.source.task, context.windows.inputs
     if task.pools:
         return [batch for window in windows[: _TEXTS * times] for batch in task.batches([window])]
     left = times * min(_POSITIONS, max(64, _LOGITS // context.source.vocabulary))

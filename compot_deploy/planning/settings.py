@@ -202,6 +202,11 @@ def resolve(recipe: Recipe, source: ModelSource) -> Settings:
         raise RecipeError(
             f"--calibration self: a {source.task.noun} writes no text that it could be calibrated on; give a file."
         )
+    if recipe.calibration is None and source.task.listens:
+        raise RecipeError(
+            f"A {source.task.noun} is calibrated on speech, and noise is none: give --calibration FOLDER, a folder "
+            "of WAV files."
+        )
     exporter = EXPORTERS[recipe.format[0]]
     storage: Storage = PaperStorage()
     if recipe.quant != "none":

@@ -149,7 +149,7 @@ class TableGradients:
         if not self._tied:
             self._told.add(self._head)
         self._draws = len(gradients)
-        read = self._batches[batch].arguments["input_ids"].unique() if self._tied else None
+        read = self._batches[batch].ids.unique() if self._tied else None
         for gradient in gradients:
             stepped = gradient * self._steps[self._head]
             self._add(self._head, batch, values.T @ (stepped @ stepped.T) @ values)

@@ -153,7 +153,8 @@ class Recipe:
     calibration: str | None = _option(
         None,
         "text file, JSON lines, a datasets name, or 'self' for text sampled from the model "
-        "(default: the shipped model's own text; otherwise self)",
+        "(default: the shipped model's own text; otherwise self); for speech to text a folder of WAV or FLAC files, "
+        "with what is said in NAME.txt beside NAME.wav where that is known",
         group="calibration",
     )
     samples: int = _option(128, "calibration windows", unit="windows", group="calibration")
@@ -199,7 +200,8 @@ class Recipe:
     # Check and gate
     evaluation: str | None = _option(
         None,
-        "text to evaluate on (default: the shipped model's held-out text; otherwise held-out calibration text)",
+        "text, or for speech to text a folder of recordings, to evaluate on (default: the shipped model's held-out "
+        "text; otherwise a part of what was given for calibration)",
         group="gate",
     )
     evaluation_tokens: int = _option(4096, "tokens to evaluate on", unit="tokens", group="gate")
@@ -226,6 +228,13 @@ class Recipe:
         0.9,
         "gate for encoders and other models that are traced: mean cosine of embeddings to the original's",
         unit="cosine",
+        group="gate",
+    )
+    max_wer_increase: float | None = _option(
+        None,
+        "gate for speech to text: word errors per word that the deployed model adds to the original's, 0.01 for one "
+        "point; counted against what was said where that is known, otherwise against the original's text",
+        unit="fraction",
         group="gate",
     )
     max_export_nmse: float = _option(

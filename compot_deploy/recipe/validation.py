@@ -166,7 +166,7 @@ def _check_layout(recipe: Recipe) -> None:
 
 def _check_gate(recipe: Recipe) -> None:
     """Limits of the gate."""
-    for name in ("max_perplexity_ratio", "max_kl", "max_export_nmse"):
+    for name in ("max_perplexity_ratio", "max_kl", "max_wer_increase", "max_export_nmse"):
         limit = getattr(recipe, name)
         if limit is not None and not 0 <= limit < math.inf:
             raise RecipeError(

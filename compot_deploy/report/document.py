@@ -19,7 +19,7 @@ from compot_deploy.report.facts import Frontier, LayerFigures, Origin
 SCHEMA_VERSION: Final = 1
 """Raised when a field of report.json changes its meaning or disappears; a new field does not raise it."""
 
-SCHEMA_MINOR: Final = 2
+SCHEMA_MINOR: Final = 3
 """Raised with every field that is added: a report without this field has 0, and lacks what came with 1."""
 
 

@@ -32,7 +32,14 @@ from compot_deploy.recipe import size_in_bytes
 from compot_deploy.report.document import Report
 from compot_deploy.report.json import from_json
 
-LOSS_LIMITS: Final = ("max_perplexity_ratio", "max_kl", "min_top1", "min_cosine", "max_export_nmse")
+LOSS_LIMITS: Final = (
+    "max_perplexity_ratio",
+    "max_kl",
+    "min_top1",
+    "min_cosine",
+    "max_wer_increase",
+    "max_export_nmse",
+)
 """Keys that replace an option of the recipe."""
 
 BYTE_LIMITS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(

@@ -15,6 +15,8 @@ from compot_deploy.report.facts import Frontier, FrontierPoint, LayerFigures, Or
 
 _BLOCK: Final = re.compile(r"(?:^|\.)(\d+)\.")
 
+_TOWERS: Final = ("encoder", "decoder")
+
 
 def layers_of(manifest: Manifest) -> tuple[LayerFigures, ...]:
     """One entry per matrix: scheme, bytes, bits, and the errors that the run recorded.
@@ -31,8 +33,12 @@ def layers_of(manifest: Manifest) -> tuple[LayerFigures, ...]:
         raise _wrong("facts.effects", "an object")
     shared = _bits_of_groups(manifest.matrices)
     layers = []
+    numbered = [record.name for record in manifest.matrices if place(record.name)[0] is not None]
+    two_towers = {_tower(name) for name in numbered} == set(_TOWERS)
     for record in manifest.matrices:
         block, role = place(record.name)
+        if two_towers and block is not None:  # both count their blocks from 0
+            role = f"{_tower(record.name)}.{role}"
         error = errors.get(record.name, {})
         layers.append(
             LayerFigures(
@@ -64,6 +70,11 @@ def place(name: str) -> tuple[int | None, str]:
     """Block and role of a module path: ``model.layers.3.mlp.up_proj`` is (3, ``mlp.up_proj``)."""
     match = _BLOCK.search(name)
     return (None, name) if match is None else (int(match[1]), name[match.end() :])
+
+
+def _tower(name: str) -> str | None:
+    """Whether a path leads into an encoder or a decoder."""
+    return next((part for part in name.split(".") if part in _TOWERS), None)
 
 
 def describe_choice(record: MatrixRecord) -> str:

@@ -90,6 +90,8 @@ _FIGURES: Final[tuple[tuple[str, Callable[[Report], float | None], Callable[[Rep
     ("perplexity ratio", *_of_loss("perplexity_ratio", estimate)),
     ("same top token", *_of_loss("top1_agreement", percent)),
     ("cosine of embeddings", *_of_loss("cosine", estimate)),
+    ("word errors against the original's text", *_of_loss("word_errors", percent)),
+    ("word errors against what was said", *_of_loss("candidate_word_errors", percent)),
     ("all files", lambda one: float(one.sizes.artifact), lambda one: readable_bytes(one.sizes.artifact)),
     ("weights", lambda one: float(one.sizes.weights), lambda one: readable_bytes(one.sizes.weights)),
 )

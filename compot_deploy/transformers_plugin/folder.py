@@ -5,7 +5,7 @@ A folder comes from anywhere: nothing in it is run, and what points elsewhere is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,7 +35,11 @@ AUTO_CLASSES: Final = (
     "AutoModelForTokenClassification",
     "AutoModelForQuestionAnswering",
     "AutoModelForSeq2SeqLM",
+    "AutoModelForSpeechSeq2Seq",
 )
+
+_FIRST: Final = AUTO_CLASSES[:7]
+"""The classes of version 0.1, whose folders are read as well."""
 
 
 def door_name(auto_class: str) -> str:
@@ -43,18 +47,26 @@ def door_name(auto_class: str) -> str:
     return "CompotModel" if auto_class == "AutoModel" else auto_class.replace("AutoModel", "Compot")
 
 
-AUTO_MAP: Final = {
-    "AutoConfig": "compot_modeling.CompotConfig",
-    **{name: f"compot_modeling.{door_name(name)}" for name in AUTO_CLASSES},
-}
+def _auto_map(classes: Sequence[str]) -> dict[str, str]:
+    return {
+        "AutoConfig": "compot_modeling.CompotConfig",
+        **{name: f"compot_modeling.{door_name(name)}" for name in classes},
+    }
 
-CODE_TEXT: Final = f'''\
+
+AUTO_MAP: Final = _auto_map(AUTO_CLASSES)
+
+_KNOWN_MAPS: Final = (AUTO_MAP, _auto_map(_FIRST))
+
+
+def _code(classes: Sequence[str]) -> str:
+    return f'''\
 """This model was compressed by compot-deploy, and runs with it: ``import compot_deploy`` is all it takes."""
 
 try:
     from compot_deploy.transformers_plugin import (
         CompotConfig,
-{"".join(f"        {door_name(name)},{chr(10)}" for name in AUTO_CLASSES)}    )
+{"".join(f"        {door_name(name)},{chr(10)}" for name in classes)}    )
 except ImportError as error:
     raise ImportError(
         "The weights of this model are packed factors that only compot-deploy can unpack, and it is not "
@@ -62,9 +74,13 @@ except ImportError as error:
     ) from error
 '''
 
+
+CODE_TEXT: Final = _code(AUTO_CLASSES)
+
 KNOWN_CODE: Final = (
     CODE_TEXT,
-    CODE_TEXT.replace("compot_deploy.transformers_plugin", "compot_deploy.huggingface"),
+    _code(_FIRST),
+    _code(_FIRST).replace("compot_deploy.transformers_plugin", "compot_deploy.huggingface"),
 )
 """What the file may hold: ours, and what version 0.1 wrote."""
 
@@ -109,7 +125,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
             "write it."
         )
     auto_map = config.get("auto_map")
-    if auto_map != AUTO_MAP:
+    if auto_map not in _KNOWN_MAPS:
         odd = auto_map if not isinstance(auto_map, Mapping) else _difference(auto_map)
         raise ArtifactError(
             f"{where}: auto_map points to {odd!r}, which is not the module that compot-deploy writes. It could "

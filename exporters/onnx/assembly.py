@@ -20,9 +20,12 @@ from compot_deploy import __version__
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.errors import InputError, UnsupportedModelError
 from compot_deploy.exporters.onnx.graph import GraphBuilder, TokenTable
-from compot_deploy.exporters.onnx.interface import Interface
+from compot_deploy.exporters.onnx.interface import BRANCH, HEARD, Interface
 from compot_deploy.exporters.onnx.nodes import IR_VERSION, MICROSOFT, TRACED, node_path
 from compot_deploy.exporters.onnx.tracing import INPUT, OPSET, PLACEHOLDER_DOMAIN, PREFIX, Trace
+
+_ALL: Final = 2**31 - 1
+"""Where a slice ends that takes everything."""
 
 _SUBGRAPHS: Final = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
@@ -34,7 +37,7 @@ def assemble(
 
     Args:
         trace: of the model.
-        matrices: by module path, (in, out); the token table as (hidden, vocabulary).
+        matrices: by module path, (in, out); the token table as (hidden, vocabulary); of a tower, those of both.
         tensors: all other parameters, by name in the model.
         graph: an empty builder.
 
@@ -44,7 +47,7 @@ def assemble(
         InputError: a parameter is missing, unknown, or has another shape than in the trace.
     """
     for name in matrices:
-        if f"{name}.weight" not in trace.shapes:
+        if f"{name}.weight" not in trace.shapes and not trace.interface.is_tower:
             raise InputError(f"A {trace.class_name} has no matrix {name}.")
     assembly = _Assembly(trace, matrices, tensors, graph)
     assembly.run()
@@ -105,6 +108,8 @@ class _Assembly:
     def run(self) -> None:
         proto = self.trace.proto.graph
         initializers = {tensor.name: tensor for tensor in proto.initializer}
+        if self.trace.interface.hears:
+            self.values[HEARD] = self._heard_once()
         outputs = {value.name for value in proto.output}
         taken: set[str] = set()
         named = 0
@@ -133,6 +138,14 @@ class _Assembly:
                 )
             copied.name = _unused(f"{_scope(node)}/{node.op_type}", taken)
             self.graph.nodes.append(copied)
+
+    def _heard_once(self) -> str:
+        """The encoder's output where the cache does not hold what was made of it, and nothing of it where it does."""
+        path = "/heard_once"
+        bounds = [self.graph.constant([value]) for value in (0, _ALL)]
+        end = self.graph.node("Where", [BRANCH, *bounds], f"{path}/Where")
+        slice_ = [HEARD, self.graph.constant([0]), end, self.graph.constant([1])]
+        return self.graph.node("Slice", slice_, f"{path}/Slice")
 
     def _for_every_row(self, angles: str, values: str) -> str:
         """Rotary angles as often as there are rows: torch spreads them by itself, the standard operator does not."""
@@ -280,12 +293,18 @@ def _unused(name: str, taken: set[str]) -> str:
 def _inputs(interface: Interface) -> list[onnx.ValueInfoProto]:
     decodes = interface.task == "generation"
     lengths = {"attention_mask": "total_sequence_length"} if decodes else {}
-    return [
-        helper.make_tensor_value_info(
+    floating = dict(interface.floating)
+    made = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch_size", *floating[name]])
+        if name in floating
+        else helper.make_tensor_value_info(
             name, TensorProto.INT64, ["batch_size", lengths.get(name, "sequence_length")]
         )
         for name in interface.inputs
     ] + _caches(interface, interface.past, "past_sequence_length")
+    if interface.hears:
+        made.append(helper.make_tensor_value_info(BRANCH, TensorProto.BOOL, [1]))
+    return made
 
 
 def _outputs(interface: Interface) -> list[onnx.ValueInfoProto]:
@@ -299,6 +318,10 @@ def _outputs(interface: Interface) -> list[onnx.ValueInfoProto]:
 def _caches(interface: Interface, names: Iterable[str], length: str) -> list[onnx.ValueInfoProto]:
     sizes = [size for size in interface.cache for _ in range(2)]
     return [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch_size", heads, length, size])
+        helper.make_tensor_value_info(
+            name,
+            TensorProto.FLOAT,
+            ["batch_size", heads, f"encoder_{length}" if ".encoder." in name else length, size],
+        )
         for name, (heads, size) in zip(names, sizes, strict=True)
     ]

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import onnx
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from compot_deploy.core.diagnostics import Diagnostic
 from compot_deploy.errors import ArtifactError, MissingDependencyError
 from compot_deploy.exporters.onnx.packed_codes import POSITIONS, expansion_table, three_bit_table
-from compot_deploy.exporters.onnx.tensors import GRAPH
+from compot_deploy.exporters.onnx.tensors import GRAPH, graphs_of
 
 EXPANSION_TABLE: Final = "/constants/two_of_four/table"
 EXPANSION_WEIGHTS: Final = "/constants/two_of_four/weights"
@@ -122,21 +122,26 @@ def unfolded_nodes(folder: Path, disabled_optimizers: Sequence[str] = ()) -> tup
     expansion = expansion_nodes(folder)
     if not expansion:
         return ()
-    executed = _executed_nodes(folder, disabled_optimizers)
+    executed = {
+        name for graph in graphs_of(folder) for name in _executed_nodes(folder / graph, disabled_optimizers)
+    }
     return tuple(name for name in expansion if name in executed)
 
 
 def expansion_nodes(folder: Path) -> tuple[str, ...]:
     """Names of all nodes that expand packed codes, in the order of the graph; none for a folder without any."""
-    model = onnx.load(folder / GRAPH, load_external_data=False)
-    producers = {output: node for node in model.graph.node for output in node.output if output}
-    found = (
-        expansion_of(node.input[1], producers) for node in model.graph.node if node.op_type == "MatMulNBits"
-    )
-    return tuple(node.name for expansion in found if expansion is not None for node in expansion.nodes)
+    names: list[str] = []
+    for place in graphs_of(folder):
+        graph = onnx.load(folder / place, load_external_data=False).graph
+        producers = {output: node for node in graph.node for output in node.output if output}
+        found = (
+            expansion_of(node.input[1], producers) for node in graph.node if node.op_type == "MatMulNBits"
+        )
+        names += [node.name for expansion in found if expansion is not None for node in expansion.nodes]
+    return tuple(names)
 
 
-def _executed_nodes(folder: Path, disabled_optimizers: Sequence[str]) -> frozenset[str]:
+def _executed_nodes(graph: Path, disabled_optimizers: Sequence[str]) -> frozenset[str]:
     """Names of the nodes that onnxruntime executes for one token without a past."""
     try:
         import onnxruntime
@@ -149,24 +154,36 @@ def _executed_nodes(folder: Path, disabled_optimizers: Sequence[str]) -> frozens
         options.profile_file_prefix = str(Path(scratch) / "profile")
         try:
             session = onnxruntime.InferenceSession(
-                str(folder / GRAPH),
+                str(graph),
                 options,
                 providers=["CPUExecutionProvider"],
                 disabled_optimizers=list(disabled_optimizers),
             )
-            feeds = {
-                entry.name: torch.zeros(1, entry.shape[1], 0, entry.shape[3]).numpy()
-                if entry.name.startswith("past_key_values.")
-                else torch.ones(1, 1, dtype=torch.int64).numpy()
-                for entry in session.get_inputs()
-            }
-            session.run(["logits"], feeds)
+            session.run(None, {entry.name: _least(entry) for entry in session.get_inputs()})
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         except Exception as error:  # the runtime's exceptions share no base class but this
-            raise ArtifactError(f"onnxruntime cannot run {folder / GRAPH}: {error}") from error
+            raise ArtifactError(f"onnxruntime cannot run {graph}: {error}") from error
     return frozenset(
         event["name"].removesuffix("_kernel_time") for event in events if event.get("cat") == "Node"
     )
+
+
+def _least(entry: Any) -> Any:
+    """The smallest input that a graph takes: one of everything, and nothing of a past."""
+    least = 0 if entry.name.startswith("past_key_values.") else 1
+    sizes = [size if isinstance(size, int) else least for size in entry.shape]
+    if entry.name.startswith("past_key_values."):
+        sizes[0] = 1
+    kind = _KINDS[entry.type]
+    return (torch.ones if kind == torch.int64 else torch.zeros)(sizes, dtype=kind).numpy()
+
+
+_KINDS: Final = {
+    "tensor(int64)": torch.int64,
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(bool)": torch.bool,
+}
 
 
 def lint_folding(folder: Path) -> Iterator[Diagnostic]:

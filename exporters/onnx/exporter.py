@@ -30,11 +30,11 @@ from compot_deploy.exporters.onnx.decoder import build_decoder
 from compot_deploy.exporters.onnx.expansion import expansion_nodes, lint_folding
 from compot_deploy.exporters.onnx.files import copy_tokenizer
 from compot_deploy.exporters.onnx.lint.folder import errors_first, lint_onnx
-from compot_deploy.exporters.onnx.matrices import OnnxMatrices
+from compot_deploy.exporters.onnx.matrices import FolderMatrices
 from compot_deploy.exporters.onnx.options import OnnxOptions
 from compot_deploy.exporters.onnx.shape import check_supported
 from compot_deploy.exporters.onnx.storage import OnnxCodes, OnnxOps, OnnxStorage, unsupported_grid
-from compot_deploy.exporters.onnx.tensors import DATA, GRAPH, external_extent
+from compot_deploy.exporters.onnx.tensors import DATA, GRAPH, data_of, external_extent, graphs_of
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.configuration import read_config
 from compot_deploy.models.decoder_shape import decoder_shape
@@ -159,14 +159,17 @@ class OnnxExporter:
     def dry_run(self, model: CompressedModel, folder: Path, options: OnnxOptions) -> int:
         """Write as `write` does, for matrices of stand-ins; returns the bytes that the data file lacks."""
         self.write(model, folder, options)
-        graph = onnx.load(folder / GRAPH, load_external_data=False).graph
-        extents = [
-            external_extent(tensor)[1]
-            for tensor in graph.initializer
-            if tensor.data_location == TensorProto.EXTERNAL
-        ]
-        end = max((extent.offset + extent.length for extent in extents), default=0)
-        return end - (folder / DATA).stat().st_size
+        missing = 0
+        for name in graphs_of(folder):
+            graph = onnx.load(folder / name, load_external_data=False).graph
+            extents = [
+                external_extent(tensor)[1]
+                for tensor in graph.initializer
+                if tensor.data_location == TensorProto.EXTERNAL
+            ]
+            end = max((extent.offset + extent.length for extent in extents), default=0)
+            missing += end - (folder / data_of(name)).stat().st_size
+        return missing
 
     def read(self, folder: Path) -> Mapping[str, Matrix]:
         """Every matrix of a folder, read back from the graph and its data file when it is asked for.
@@ -176,7 +179,7 @@ class OnnxExporter:
         Raises:
             ArtifactError: the graph cannot be read, or was not written by this exporter.
         """
-        return OnnxMatrices(folder / GRAPH)
+        return FolderMatrices(folder)
 
     def read_model(self, folder: Path) -> CompressedModel:
         """The whole model of a folder, from its own files alone: what `write` was given.
@@ -185,7 +188,7 @@ class OnnxExporter:
             ArtifactError: a file is missing or cannot be read.
             UnsupportedModelError: a configuration of another kind of model.
         """
-        matrices = OnnxMatrices(folder / GRAPH)
+        matrices = FolderMatrices(folder)
         if matrices.traced:
             return traced.read_model(folder, matrices)
         config = read_config(folder)

@@ -20,15 +20,28 @@ SENTENCE_FILES: Final = (
 """How token embeddings become one of a sentence, as sentence-transformers reads it; copied where present."""
 
 
+_WHISPER: Final = '"<|startoftranscript|>"'
+"""A token that Whisper's tokenizers have, as tokenizer.json spells it."""
+
+
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy the files of a tokenizer, readable in transformers 4 and 5."""
     for name in TOKENIZER_FILES:
         if name == "tokenizer_config.json":
             settings = read_optional(source, name)
             if settings:
-                write_object(folder / name, portable_tokenizer_config(settings))
+                write_object(folder / name, _named(portable_tokenizer_config(settings), source))
         elif (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+
+
+def _named(settings: dict[str, Any], source: Path) -> dict[str, Any]:
+    """The class of a tokenizer where consumers go by it: pipelines for speech ask Whisper's own for its timestamps."""
+    generic = settings.get("tokenizer_class") in (None, "PreTrainedTokenizerFast")
+    vocabulary = source / "tokenizer.json"
+    if generic and vocabulary.is_file() and _WHISPER in vocabulary.read_text(encoding="utf-8"):
+        return {**settings, "tokenizer_class": "WhisperTokenizer"}
+    return settings
 
 
 def read_optional(source: Path | None, name: str) -> dict[str, Any]:

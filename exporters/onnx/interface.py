@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import torch
 from torch import nn
 
 from compot_deploy.errors import UnsupportedModelError
+from compot_deploy.exporters.onnx.tensors import GRAPH, TOWERS
+from compot_deploy.models import tasks
 from compot_deploy.models.cache import cache_of, cache_tensors
+from compot_deploy.models.example import example_of
 from compot_deploy.models.skeleton import ValuesUnknown
 
-Task: TypeAlias = Literal["features", "generation"]
-"""What a graph is for: one pass over whole texts, or text token by token with a cache."""
+Task: TypeAlias = Literal["features", "generation", "encoder", "decoder"]
+"""What a graph is for: one pass over whole texts, text token by token with a cache; or one of the two towers of a
+model that hears and writes."""
+
+HEARD: Final = "encoder_hidden_states"
+"""What a decoder reads of an encoder."""
+
+BRANCH: Final = "use_cache_branch"
+"""Whether the cache that a decoder is given holds what it made of the encoder's output."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,9 @@ class Interface:
         inputs: names, in order; without the cache.
         output: ``last_hidden_state`` or ``logits``.
         output_sizes: its sizes after the batch, a name where they depend on the input.
-        cache: heads and head size of each layer's keys and values; empty without a cache.
+        cache: heads and head size of each layer's keys and values; empty without a cache. A decoder that reads an
+            encoder has two caches a layer: of its own text, and of what it heard.
+        floating: inputs that are no tokens, and their sizes after the batch.
     """
 
     task: Task
@@ -34,18 +47,33 @@ class Interface:
     output: str
     output_sizes: tuple[str | int, ...]
     cache: tuple[tuple[int, int], ...] = ()
+    floating: tuple[tuple[str, tuple[str | int, ...]], ...] = ()
+
+    @property
+    def hears(self) -> bool:
+        """Whether it is a decoder that reads an encoder."""
+        return self.task == "decoder"
+
+    @property
+    def is_tower(self) -> bool:
+        """Whether there is another graph of the same model."""
+        return self.task in ("encoder", "decoder")
 
     @property
     def past(self) -> tuple[str, ...]:
         """Names of the cache on its way in."""
-        return tuple(
-            f"past_key_values.{i}.{kind}" for i in range(len(self.cache)) for kind in ("key", "value")
-        )
+        return tuple(f"past_key_values.{name}" for name in self._caches)
 
     @property
     def present(self) -> tuple[str, ...]:
         """Names of the cache on its way out."""
-        return tuple(f"present.{i}.{kind}" for i in range(len(self.cache)) for kind in ("key", "value"))
+        return tuple(f"present.{name}" for name in self._caches)
+
+    @property
+    def _caches(self) -> Iterator[str]:
+        for number in range(len(self.cache)):
+            place = f"{number // 2}.{('decoder', 'encoder')[number % 2]}" if self.hears else str(number)
+            yield from (f"{place}.{kind}" for kind in ("key", "value"))
 
 
 def interface_of(model: nn.Module) -> Interface:
@@ -94,17 +122,60 @@ def interface_of(model: nn.Module) -> Interface:
     return Interface(task, inputs, output, sizes)
 
 
+def towers_of(model: nn.Module, task: tasks.Task) -> dict[str, Interface]:
+    """What the graphs of a model take and give, by their places in a folder: one, or one for each tower.
+
+    Raises:
+        UnsupportedModelError: see `interface_of`.
+    """
+    if not task.listens:
+        return {GRAPH: interface_of(model)}
+    shown = example_of(model, task, tokens=2)
+    name, sound = next(iter(shown.items()))
+    with ValuesUnknown(), torch.inference_mode():
+        found = model(**shown, use_cache=True)
+    heard = found.encoder_last_hidden_state
+    frames: tuple[str | int, ...] = tuple(sound.shape[1:])
+    length: str | int = heard.shape[1]
+    if len(frames) == 1:  # sound as it is, of any length
+        frames, length = ("num_samples",), _FRAMES
+    own, crossed = (
+        _cache_sizes(cache, type(model).__name__, length)
+        for cache, length in (
+            (cache_of(found).self_attention_cache, 2),
+            (cache_of(found).cross_attention_cache, heard.shape[1]),
+        )
+    )
+    width = int(heard.shape[2])
+    return {
+        TOWERS[0]: Interface(
+            "encoder", (name,), "last_hidden_state", (length, width), floating=((name, frames),)
+        ),
+        TOWERS[1]: Interface(
+            "decoder",
+            ("input_ids", HEARD),
+            "logits",
+            ("sequence_length", int(found.logits.shape[-1])),
+            tuple(sizes for pair in zip(own, crossed, strict=True) for sizes in pair),
+            floating=((HEARD, (_FRAMES, width)),),
+        ),
+    }
+
+
+_FRAMES: Final = "encoder_sequence_length"
+
+
 def decodes(model: nn.Module) -> bool:
     """Whether a model generates text token by token."""
     can_generate = getattr(model, "can_generate", None)
     return can_generate is not None and bool(can_generate())
 
 
-def _cache_sizes(cache: Any, name: str) -> tuple[tuple[int, int], ...]:
-    """Heads and head size by layer, of a cache that holds two tokens."""
+def _cache_sizes(cache: Any, name: str, length: int = 2) -> tuple[tuple[int, int], ...]:
+    """Heads and head size by layer, of a cache that holds so many tokens."""
     tensors = cache_tensors(cache)
     for keys, values in zip(tensors[::2], tensors[1::2], strict=True):
-        if keys.dim() != 4 or keys.shape != values.shape or keys.shape[2] != 2:
+        if keys.dim() != 4 or keys.shape != values.shape or keys.shape[2] != length:
             raise UnsupportedModelError(
                 f"{name} cannot be traced for generation: its cache holds tensors of the shapes "
                 f"{tuple(keys.shape)} and {tuple(values.shape)}, not keys and values of every token."

@@ -5,7 +5,8 @@ Names, pairs and patterns come from the nodes themselves, not from the manifest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import cast
 
@@ -26,7 +27,42 @@ from compot_deploy.exporters.onnx.packed_codes import (
     unpack_three_bits,
     unpack_two_of_four,
 )
-from compot_deploy.exporters.onnx.tensors import TensorReader
+from compot_deploy.exporters.onnx.tensors import TensorReader, graphs_of
+
+
+class FolderMatrices(Mapping[str, Matrix]):
+    """The matrices of all graphs of a folder by module path."""
+
+    def __init__(self, folder: Path) -> None:
+        self._graphs = [OnnxMatrices(folder / graph) for graph in graphs_of(folder)]
+        self._homes = {name: graph for graph in self._graphs for name in graph}
+
+    def __getitem__(self, name: str) -> Matrix:
+        return self._homes[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._homes)
+
+    def __len__(self) -> int:
+        return len(self._homes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._homes
+
+    @property
+    def traced(self) -> bool:
+        """Whether the graphs were made by tracing the model's own code."""
+        return self._graphs[0].traced
+
+    @property
+    def vectors(self) -> Mapping[str, Tensor]:
+        """Norms and biases by checkpoint name; small enough to be read at once."""
+        return {name: value for graph in self._graphs for name, value in graph.vectors.items()}
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Every floating-point tensor by its name in the graphs, read when it is asked for."""
+        return ChainMap(*(cast(MutableMapping[str, Tensor], graph.tensors) for graph in self._graphs))
 
 
 class OnnxMatrices(Mapping[str, Matrix]):

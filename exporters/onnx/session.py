@@ -69,7 +69,9 @@ def _set_accuracy_level(graph: onnx.GraphProto | onnx.FunctionProto, level: int)
                 _set_accuracy_level(subgraph, level)
 
 
-def open_session(folder: Path, accuracy_level: int | None = None, threads: int = 0) -> Any:
+def open_session(
+    folder: Path, accuracy_level: int | None = None, threads: int = 0, graph: str = GRAPH
+) -> Any:
     """An onnxruntime session of a folder, on the CPU.
 
     Args:
@@ -77,6 +79,7 @@ def open_session(folder: Path, accuracy_level: int | None = None, threads: int =
         accuracy_level: None loads the file as deployed; 0 runs the same integers and scales in float32, the
             oracle for what the file holds.
         threads: of one operator; 0 leaves it to onnxruntime.
+        graph: which one, of a folder with several.
 
     Raises:
         MissingDependencyError: onnxruntime is not installed.
@@ -86,7 +89,7 @@ def open_session(folder: Path, accuracy_level: int | None = None, threads: int =
         import onnxruntime
     except ImportError:
         raise MissingDependencyError("onnxruntime", "onnx", "Running an exported ONNX folder") from None
-    path = folder / GRAPH
+    path = folder / graph
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist: {folder} is not an exported ONNX folder.")
     options = onnxruntime.SessionOptions()

@@ -26,6 +26,20 @@ GRAPH: Final = "onnx/model.onnx"
 DATA: Final = "onnx/model.onnx_data"
 """Its tensors; transformers.js looks for exactly this name."""
 
+TOWERS: Final = ("onnx/encoder_model.onnx", "onnx/decoder_model_merged.onnx")
+"""The graphs of a model of two towers, relative to the folder; tensors lie beside each as beside `GRAPH`."""
+
+
+def data_of(graph: str) -> str:
+    """The tensors of a graph, relative to the folder."""
+    return f"{graph}_data"
+
+
+def graphs_of(folder: Path) -> tuple[str, ...]:
+    """The graphs of a folder: one, or those of the towers."""
+    found = tuple(graph for graph in TOWERS if (folder / graph).is_file())
+    return (GRAPH,) if (folder / GRAPH).is_file() or not found else TOWERS
+
 
 @dataclass(frozen=True)
 class Extent:

@@ -18,11 +18,11 @@ from compot_deploy.exporters.onnx.assembly import assemble
 from compot_deploy.exporters.onnx.config import GenaiDecoder, genai_json, generation_config_json
 from compot_deploy.exporters.onnx.files import copy_sentence_files, copy_tokenizer
 from compot_deploy.exporters.onnx.graph import GraphBuilder
-from compot_deploy.exporters.onnx.interface import Interface, interface_of
-from compot_deploy.exporters.onnx.matrices import OnnxMatrices
+from compot_deploy.exporters.onnx.interface import Interface, towers_of
+from compot_deploy.exporters.onnx.matrices import FolderMatrices
 from compot_deploy.exporters.onnx.options import OnnxOptions
-from compot_deploy.exporters.onnx.tensors import DATA, GRAPH, TensorWriter
-from compot_deploy.exporters.onnx.tracing import Trace, trace
+from compot_deploy.exporters.onnx.tensors import GRAPH, TensorWriter, data_of
+from compot_deploy.exporters.onnx.tracing import Trace, traces
 from compot_deploy.models.compressed import CompressedModel, tied_config
 from compot_deploy.models.configuration import read_config
 from compot_deploy.models.generation import read_generation
@@ -40,7 +40,7 @@ def objection(source: ModelSource) -> str | None:
     if stacked is not None:
         return f"{stacked} of this {source.model_type} is a part of a larger parameter, which ONNX cannot hold apart."
     try:
-        interface_of(source.meta)
+        towers_of(source.meta, source.task)
     except UnsupportedModelError as error:
         return str(error)
     return None
@@ -50,32 +50,33 @@ def check(source: ModelSource) -> None:
     """Trace the model, so that what torch's exporter cannot do is known before any work.
 
     Raises:
-        MissingDependencyError, UnsupportedModelError: see `trace`.
+        MissingDependencyError, UnsupportedModelError: see `traces`.
     """
     layout = source.layout
-    trace(tied_config(source.config, layout.head, layout.tied), source.task)
+    traces(tied_config(source.config, layout.head, layout.tied), source.task)
 
 
 def write(model: CompressedModel, folder: Path, options: OnnxOptions) -> tuple[str, ...]:
     """Write the folder; returns what was left out of it."""
     config = model.stored_config
-    traced = trace(config, model.task)
-    graph, data = folder / GRAPH, folder / DATA
-    graph.parent.mkdir(exist_ok=True)
-    with data.open("wb") as file:
-        builder = GraphBuilder(
-            TensorWriter(file, data.name), options.floats, ops=options.ops, codes=options.codes
-        )
-        proto = assemble(traced, model.matrices, model.tensors, builder)
-    graph.write_bytes(proto.SerializeToString(deterministic=True))
+    made = traces(config, model.task)
+    for place, traced in made.items():
+        graph, data = folder / place, folder / data_of(place)
+        graph.parent.mkdir(exist_ok=True)
+        with data.open("wb") as file:
+            builder = GraphBuilder(
+                TensorWriter(file, data.name), options.floats, ops=options.ops, codes=options.codes
+            )
+            proto = assemble(traced, model.matrices, model.tensors, builder)
+        graph.write_bytes(proto.SerializeToString(deterministic=True))
     source = Path(model.source) if model.source else None
-    _write_files(traced, config, source, folder)
-    held = set(OnnxMatrices(graph))
+    _write_files(next(iter(made.values())), config, source, folder)
+    held = set(FolderMatrices(folder))
     missing = [name for name in model.matrices if name not in held]
     return tuple(f"{name} is left out: the output does not depend on it." for name in missing)
 
 
-def read_model(folder: Path, matrices: OnnxMatrices) -> CompressedModel:
+def read_model(folder: Path, matrices: FolderMatrices) -> CompressedModel:
     """The whole model of a folder, from its own files alone.
 
     Raises:
@@ -94,10 +95,10 @@ def _write_files(traced: Trace, config: Mapping[str, Any], source: Path | None, 
     settings = AutoConfig.for_model(**config)
     values = _config_json(settings, traced.class_name)
     write_object(folder / "config.json", values)
-    if traced.interface.task == "generation":
+    if traced.interface.task in ("generation", "encoder"):
         generation = generation_config_json(values, read_generation(source) if source else {})
         write_object(folder / "generation_config.json", generation)
-        decoder = _genai_decoder(settings, traced.interface)
+        decoder = None if traced.interface.task == "encoder" else _genai_decoder(settings, traced.interface)
         if decoder is not None:
             write_object(folder / "genai_config.json", genai_json(decoder, generation, GRAPH))
     if source is not None:

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from compot_deploy.errors import MissingDependencyError, UnsupportedModelError
-from compot_deploy.exporters.onnx.interface import Interface, interface_of
+from compot_deploy.exporters.onnx.interface import Interface, towers_of
 from compot_deploy.models.cache import cache_argument, cache_of, cache_tensors
 from compot_deploy.models.sites import tables_of
 from compot_deploy.models.skeleton import on_meta, without_parameters
@@ -77,8 +77,8 @@ class Trace:
     buffers: Mapping[str, Tensor]
 
 
-def trace(config: Mapping[str, Any], task: Task) -> Trace:
-    """The graph of a model's forward pass.
+def traces(config: Mapping[str, Any], task: Task) -> Mapping[str, Trace]:
+    """The graphs of a model's forward pass, by their places in a folder: one, or one for each tower.
 
     Args:
         config: of transformers, with what says whether the head is tied.
@@ -86,19 +86,24 @@ def trace(config: Mapping[str, Any], task: Task) -> Trace:
 
     Raises:
         MissingDependencyError: onnxscript is not installed, or torch is older than 2.8.
-        UnsupportedModelError: see `interface_of`, and whatever torch's exporter cannot do.
+        UnsupportedModelError: see `towers_of`, and whatever torch's exporter cannot do.
     """
     _require_tracer()
-    return _trace(json.dumps(dict(config), sort_keys=True), task)
+    return _traces(json.dumps(dict(config), sort_keys=True), task)
 
 
 @lru_cache(maxsize=4)
-def _trace(config: str, task: Task) -> Trace:
+def _traces(config: str, task: Task) -> Mapping[str, Trace]:
     from transformers import AutoConfig
 
     settings = AutoConfig.for_model(**json.loads(config))
-    interface = interface_of(on_meta(settings, task))
-    model = _hollow(without_parameters(settings, task, torch.float32))
+    return {
+        place: _trace(_hollow(without_parameters(settings, task, torch.float32)), interface)
+        for place, interface in towers_of(on_meta(settings, task), task).items()
+    }
+
+
+def _trace(model: Any, interface: Interface) -> Trace:
     table, head, _ = tables_of(model)
     stored = dict(model.named_parameters())
     if (
@@ -112,9 +117,9 @@ def _trace(config: str, task: Task) -> Trace:
         for name, value in model.state_dict(keep_vars=True).items()
         if not isinstance(value, nn.Parameter) and value.is_floating_point()
     }
-    shown = {**stored, **buffers}
+    shown = {name: value for name, value in {**stored, **buffers}.items() if _belongs(name, model, interface)}
     names = list(shown)
-    wrapper = (_Generation if interface.task == "generation" else _Features)(model, interface, names)
+    wrapper = _WRAPPERS[interface.task](model, interface, names)
     proto = _exported(wrapper, interface, names, list(shown.values()))
     return Trace(
         proto=proto,
@@ -244,6 +249,76 @@ class _Generation(_Wrapper):
         return found[self.interface.output], *cache_tensors(cache_of(found))
 
 
+class _Encoder(_Wrapper):
+    """The tower that hears: sound in, hidden states out."""
+
+    def __init__(self, model: Any, interface: Interface, names: Sequence[str]) -> None:
+        super().__init__(model, interface, names)
+        encoder = model.get_encoder()
+        model.forward = lambda **sound: encoder(**sound)  # what it does in this graph
+
+    def forward(self, sound: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+        found: Tensor = self.run(dict(zip(self.interface.inputs, sound, strict=True)), values)[
+            self.interface.output
+        ]
+        return found
+
+
+class _Decoder(_Wrapper):
+    """The tower that writes. What it makes of the encoder's output joins what its cache holds of it.
+
+    So one graph serves the first token, with an empty cache, and all others, with an encoder's output of no frames.
+    """
+
+    def forward(
+        self, input_ids: Tensor, heard: Tensor, past: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        from transformers import DynamicCache, EncoderDecoderCache
+        from transformers.modeling_outputs import BaseModelOutput
+
+        own, crossed = DynamicCache(), DynamicCache()
+        for layer in range(len(self.interface.cache) // 2):
+            key, value, heard_key, heard_value = past[4 * layer : 4 * layer + 4]
+            own.update(key, value, layer)
+            crossed.update(heard_key, heard_value, layer)
+        cache = EncoderDecoderCache(own, crossed)
+        cache.is_updated = dict.fromkeys(cache.is_updated, False)
+        arguments = {
+            "encoder_outputs": BaseModelOutput(last_hidden_state=heard),
+            "decoder_input_ids": input_ids,
+            cache_argument(self.traced): cache,
+            "use_cache": True,
+        }
+        found = self.run(arguments, values)
+        caches = cache_of(found)
+        own_tensors, crossed_tensors = (
+            cache_tensors(one) for one in (caches.self_attention_cache, caches.cross_attention_cache)
+        )
+        made = [
+            tensor
+            for at in range(0, len(own_tensors), 2)
+            for tensor in (*own_tensors[at : at + 2], *crossed_tensors[at : at + 2])
+        ]
+        return found[self.interface.output], *made
+
+
+_WRAPPERS: Final[Mapping[str, type[_Wrapper]]] = {
+    "features": _Features,
+    "generation": _Generation,
+    "encoder": _Encoder,
+    "decoder": _Decoder,
+}
+
+
+def _belongs(name: str, model: Any, interface: Interface) -> bool:
+    """Whether a parameter is one of a tower: the encoder's are its own, all others the decoder's."""
+    if not interface.is_tower:
+        return True
+    encoder = model.get_encoder()
+    (path,) = (path for path, module in model.named_modules() if module is encoder)
+    return name.startswith(f"{path}.") == (interface.task == "encoder")
+
+
 def _takes_positions(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
@@ -263,6 +338,23 @@ def _exported(
         cache = [torch.zeros(rows, heads, past, size) for heads, size in interface.cache for _ in range(2)]
         arguments = (_ones(rows, length), _ones(rows, past + length), cache, own)
         shapes = (by_row, by_row, [{0: dynamic, 2: dynamic}] * len(cache), [None] * len(own))
+    elif interface.task == "decoder":
+        lengths = [one for _ in interface.cache[::2] for one in (past, past, past + 1, past + 1)]
+        sizes = [size for size in interface.cache for _ in range(2)]
+        cache = [
+            torch.zeros(rows, heads, held, size) for (heads, size), held in zip(sizes, lengths, strict=True)
+        ]
+        ((_, (_, width)),) = interface.floating
+        arguments = (_ones(rows, length), torch.zeros(rows, _HEARD_FRAMES, int(width)), cache, own)
+        shapes = (by_row, by_row, [{0: dynamic, 2: dynamic}] * len(cache), [None] * len(own))
+    elif interface.task == "encoder":
+        ((_, sizes_of_sound),) = interface.floating
+        shown = [size if isinstance(size, int) else _SAMPLES for size in sizes_of_sound]
+        changing = {0: dynamic} | {
+            axis: dynamic for axis, size in enumerate(sizes_of_sound, start=1) if isinstance(size, str)
+        }
+        arguments = ([torch.zeros(rows, *shown)], own)
+        shapes = ([changing], [None] * len(own))
     else:
         arguments = ([_ones(rows, length) for _ in interface.inputs], own)
         shapes = ([by_row] * len(interface.inputs), [None] * len(own))
@@ -286,6 +378,11 @@ def _exported(
     assert program is not None
     proto: ModelProto = program.model_proto
     return inliner.inline_local_functions(proto) if proto.functions else proto
+
+
+_HEARD_FRAMES: Final = 7
+_SAMPLES: Final = 16_000
+"""Of an encoder's output, and of sound of any length, that the tracer is shown."""
 
 
 def _reason(error: BaseException) -> str:

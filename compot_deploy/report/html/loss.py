@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from compot_deploy.accuracy.losses import Loss
 from compot_deploy.accuracy.metrics import Comparison
 from compot_deploy.report.document import Report
-from compot_deploy.report.figures import estimate, figure, percent
+from compot_deploy.report.figures import ABSENT, estimate, figure, percent
 from compot_deploy.report.html.drawing import Plot
 from compot_deploy.report.html.elements import (
     html_table,
@@ -86,6 +86,13 @@ def _table(measured: _Measured) -> str:
             row("cosine of embeddings, mean", _nested("cosine", marked_estimate)),
             row("lowest", _nested("lowest_cosine", marked_number)),
         ]
+    if figures.word_errors is not None:
+        rows.append(row("word errors against each other", _nested("word_errors", marked_percent)))
+    if figures.candidate_word_errors is not None:
+        rows += [
+            row("word errors against what was said, from", _nested("reference_word_errors", marked_percent)),
+            row("to", _nested("candidate_word_errors", marked_percent)),
+        ]
     what = "logit" if figures.cosine is None else "vector"
     rows += [
         row(f"{what} NMSE", _nested("nmse", marked_number)),
@@ -104,6 +111,8 @@ def _nested(path: str, formatter: Any) -> _Cell:
         value: Any = loss.comparison
         for part in path.split("."):
             value = getattr(value, part)
+        if value is None:  # no transcripts are written to measure the numerical noise
+            return ABSENT
         return str(formatter(f"{place}.{path}", value))
 
     return cell

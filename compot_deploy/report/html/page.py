@@ -101,6 +101,13 @@ def _head(report: Report) -> str:
     if comparison.cosine is not None:
         value = marked_estimate(f"{path}.cosine", comparison.cosine)
         tiles.append(tile("cosine of embeddings", value, against))
+    if comparison.candidate_word_errors is not None:
+        value = marked_percent(f"{path}.candidate_word_errors", comparison.candidate_word_errors)
+        tiles.append(tile("word errors", value, "against what was said"))
+    elif comparison.word_errors is not None:
+        tiles.append(
+            tile("word errors", marked_percent(f"{path}.word_errors", comparison.word_errors), against)
+        )
     tiles += [
         tile(
             "export error",

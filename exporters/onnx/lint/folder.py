@@ -6,6 +6,7 @@ Nothing is executed. Tensors are looked at one at a time through the mapped data
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,12 +18,14 @@ from compot_deploy.exporters.onnx.lint.operators import lint_operators
 from compot_deploy.exporters.onnx.lint.subject import Subject, in_graph, json_object, metadata_of
 from compot_deploy.exporters.onnx.lint.tensors import lint_tensors
 from compot_deploy.exporters.onnx.nodes import Part
-from compot_deploy.exporters.onnx.tensors import GRAPH
+from compot_deploy.exporters.onnx.tensors import GRAPH, graphs_of
 
 _CONSUMER_FILES: Final = {
     None: ("config.json", "generation_config.json", "genai_config.json"),
     "generation": ("config.json", "generation_config.json"),
     "features": ("config.json",),
+    "encoder": ("config.json", "preprocessor_config.json"),
+    "decoder": ("config.json", "generation_config.json"),
 }
 """By what the graph was traced for; None for a native graph."""
 
@@ -33,14 +36,22 @@ def lint_onnx(folder: Path) -> tuple[Diagnostic, ...]:
     Args:
         folder: as `OnnxExporter.write` makes it.
     """
-    path = folder / GRAPH
+    found = [diagnostic for graph in graphs_of(folder) for diagnostic in _lint_graph(folder, graph)]
+    return errors_first(dict.fromkeys(found))
+
+
+def _lint_graph(folder: Path, graph: str) -> Iterator[Diagnostic]:
     try:
-        model = onnx.load(path, load_external_data=False)
+        model = onnx.load(folder / graph, load_external_data=False)
     except FileNotFoundError:
-        return (Diagnostic("error", GRAPH, "The graph is missing: export the model again."),)
+        yield Diagnostic("error", graph, "The graph is missing: export the model again.")
+        return
     except Exception as error:  # protobuf's own error types differ between its implementations
-        return (Diagnostic("error", GRAPH, f"The graph cannot be parsed: {error}."),)
-    return errors_first(_diagnostics(Subject(folder, model)))
+        yield Diagnostic("error", graph, f"The graph cannot be parsed: {error}.")
+        return
+    for one in _diagnostics(Subject(folder, model, graph)):
+        # Rules name the graph of models that have one.
+        yield replace(one, where=one.where.replace(GRAPH, graph, 1))
 
 
 def errors_first(diagnostics: Iterable[Diagnostic]) -> tuple[Diagnostic, ...]:
@@ -59,7 +70,7 @@ def _diagnostics(subject: Subject) -> Iterator[Diagnostic]:
 
 def _tied(subject: Subject) -> Iterator[Diagnostic]:
     """A model with tied embeddings has one table, and head and embedding read the same bytes of it."""
-    if subject.task == "features":
+    if subject.task in ("features", "encoder"):
         return  # whatever config.json ties, there is no head
     roles = {metadata_of(node, Part.ROLE): node for node in subject.model.graph.node}
     head, table = roles.get(Part.TIED_HEAD), roles.get(Part.EMBEDDING)

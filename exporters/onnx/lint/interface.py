@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from compot_deploy.core.diagnostics import Diagnostic
+from compot_deploy.exporters.onnx.interface import BRANCH, HEARD
 from compot_deploy.exporters.onnx.lint.subject import Subject, in_graph
 from compot_deploy.exporters.onnx.nodes import MICROSOFT
 
@@ -60,6 +61,9 @@ def _interface(subject: Subject) -> Iterator[Diagnostic]:
     if subject.task == "features":
         yield from _features(subject, inputs, outputs)
         return
+    if subject.task in ("encoder", "decoder"):
+        yield from _tower(subject, inputs, outputs)
+        return
     declared = subject.config.get("num_hidden_layers")
     layers = -(-sum(name.startswith("past_key_values.") for name in inputs) // 2)
     if isinstance(declared, int) and declared != layers:
@@ -81,6 +85,30 @@ def _interface(subject: Subject) -> Iterator[Diagnostic]:
         for name in found:
             if name not in expected:
                 yield in_graph("warning", f"{what}s", f"The {what} {name} is none that consumers know.")
+
+
+def _tower(subject: Subject, inputs: list[str], outputs: list[str]) -> Iterator[Diagnostic]:
+    """One of two towers: what the encoder gives is what the decoder reads, and every cache goes in and comes out."""
+    if subject.task == "encoder":
+        expected, given = [], ["last_hidden_state"]
+        if len(inputs) != 1:
+            yield in_graph(
+                "error", "inputs", f"It has the inputs {', '.join(inputs)}; consumers give one, sound."
+            )
+    else:
+        layers = subject.config.get("decoder_layers", subject.config.get("decoder_num_hidden_layers", 0))
+        caches = [
+            f"{layer}.{side}.{kind}"
+            for layer in range(layers)
+            for side in ("decoder", "encoder")
+            for kind in ("key", "value")
+        ]
+        expected = ["input_ids", HEARD, BRANCH, *(f"past_key_values.{name}" for name in caches)]
+        given = ["logits", *(f"present.{name}" for name in caches)]
+    for found, names, what in ((inputs, expected, "input"), (outputs, given, "output")):
+        for name in names:
+            if name not in found:
+                yield in_graph("error", f"{what}s", f"The {what} {name} is missing; consumers look for it.")
 
 
 def _features(subject: Subject, inputs: list[str], outputs: list[str]) -> Iterator[Diagnostic]:

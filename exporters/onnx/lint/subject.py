@@ -20,7 +20,7 @@ from compot_deploy.exporters.onnx.tensors import GRAPH, TensorReader, external_e
 CHUNK: Final = 1 << 24
 """Bytes that are looked at at once."""
 
-TASKS: Final = ("generation", "features")
+TASKS: Final = ("generation", "features", "encoder", "decoder")
 """What a graph is traced for."""
 
 
@@ -31,15 +31,17 @@ class Subject:
     Attributes:
         folder: as `OnnxExporter.write` makes it.
         model: its graph, loaded without its tensors.
+        graph: where that lies, relative to the folder.
         reader: of its tensors, one at a time through the mapped data file.
     """
 
     folder: Path
     model: ModelProto
+    graph: str = GRAPH
     reader: TensorReader = field(init=False)
 
     def __post_init__(self) -> None:
-        self.reader = TensorReader(self.model.graph, (self.folder / GRAPH).parent)
+        self.reader = TensorReader(self.model.graph, (self.folder / self.graph).parent)
 
     @cached_property
     def producers(self) -> Mapping[str, NodeProto]:

@@ -14,7 +14,7 @@ from compot_deploy.core.diagnostics import Diagnostic
 from compot_deploy.errors import ArtifactError
 from compot_deploy.exporters.onnx.lint.subject import CHUNK, Subject, in_graph
 from compot_deploy.exporters.onnx.nodes import FLOAT_TYPES
-from compot_deploy.exporters.onnx.tensors import DATA, Extent, external_extent
+from compot_deploy.exporters.onnx.tensors import Extent, data_of, external_extent
 
 _BITS: Final = {
     TensorProto.FLOAT: 32,
@@ -87,18 +87,18 @@ def _values(subject: Subject, proto: TensorProto, data: Tensor, dtype: torch.dty
 def _data_file(subject: Subject) -> Iterator[Diagnostic]:
     """Tensors overlap only where they are the same bytes; nothing lies behind the last one."""
     extents: dict[Extent, str] = {}
-    end = 0
+    end, data = 0, data_of(subject.graph)
     for proto in subject.model.graph.initializer:
         if proto.data_location == TensorProto.EXTERNAL:
             try:
                 location, extent = external_extent(proto)
             except ArtifactError:
                 continue  # reported with the tensor itself
-            if location != Path(DATA).name:
+            if location != Path(data).name:
                 yield in_graph(
                     "warning",
                     proto.name,
-                    f"It lies in {location!r}; some consumers look for {Path(DATA).name}.",
+                    f"It lies in {location!r}; some consumers look for {Path(data).name}.",
                 )
                 continue
             extents.setdefault(extent, proto.name)
@@ -108,7 +108,7 @@ def _data_file(subject: Subject) -> Iterator[Diagnostic]:
         if previous is not None and extent.offset < previous[0].offset + previous[0].length:
             yield in_graph("error", name, f"Its bytes overlap those of {previous[1]}.")
         previous = (extent, name)
-    path = subject.folder / DATA
+    path = subject.folder / data
     size = path.stat().st_size if path.is_file() else 0
     if size > end:
-        yield Diagnostic("warning", DATA, f"{size - end:,} bytes behind the last tensor belong to none.")
+        yield Diagnostic("warning", data, f"{size - end:,} bytes behind the last tensor belong to none.")

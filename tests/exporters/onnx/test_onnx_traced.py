@@ -141,10 +141,10 @@ def test_what_the_output_does_not_depend_on_is_left_out_and_said(encoder: Case, 
 
 
 def test_the_same_model_gives_the_same_bytes_and_one_trace(case: Case, tmp_path: Path) -> None:
-    before = tracing._trace.cache_info().misses
+    before = tracing._traces.cache_info().misses
     EXPORTER.write(case.given, tmp_path, OnnxOptions())
     EXPORTER.check(case.source, {}, OnnxOptions())
-    assert tracing._trace.cache_info().misses == before
+    assert tracing._traces.cache_info().misses == before
     for path in sorted(case.folder.rglob("*")):
         if path.is_file():
             assert (tmp_path / path.relative_to(case.folder)).read_bytes() == path.read_bytes(), path
