@@ -8,7 +8,7 @@ import pytest
 from short import whole_reports
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _whole_reports() -> Iterator[None]:
     with whole_reports():
         yield

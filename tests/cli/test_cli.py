@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -55,7 +56,8 @@ def finished(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) 
     with whole_reports():
         code = cli.main([str(model), "--calibration", str(text), "--out", str(out), *QUICK, *NO_LIMIT])
     assert code == EXIT_OK
-    assert "<svg" in (out / "compot" / "report.html").read_text()
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    assert ("<svg" in (out / "compot" / "report.html").read_text()) is drawn
     return out
 
 
