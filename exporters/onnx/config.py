@@ -28,7 +28,7 @@ def config_json(architecture: Architecture, config: Mapping[str, Any], tied: boo
     settings = settings_of(config, f"The configuration of this {architecture.model_type}")
     theta = (getattr(settings, "rope_parameters", None) or {}).get("rope_theta") or settings.rope_theta
     result["rope_theta"] = result["rope_parameters"]["rope_theta"] = float(theta)
-    if "architectures" not in result:
+    if not result.get("architectures"):
         result["architectures"] = [_causal_class(settings)]
     result["head_dim"] = decoder_shape(architecture, config).head_size
     result["tie_word_embeddings"] = tied

@@ -20,6 +20,7 @@ from compot_deploy.core.grid import DENSE, Grid, Pattern
 from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Matrix, Quantized
 from compot_deploy.exporters.onnx.shape import portable_config
 from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.configuration import config_of
 from compot_deploy.models.hints import find_architecture
 from compot_deploy.models.source import ModelSource, open_source
 
@@ -162,7 +163,7 @@ def compressed(
         scheme: (module path, weight (in, out)) to a matrix; None leaves everything dense.
         source: folder with tokenizer files.
     """
-    config = json.loads(model.config.to_json_string(use_diff=False))
+    config = config_of(model.config)
     architecture = find_architecture(config)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     tied = bool(config["tie_word_embeddings"])
