@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from compot_deploy.errors import UnsupportedModelError
+from compot_deploy.errors import InputError, UnsupportedModelError, first_line
 from compot_deploy.models.tasks import Task
 
 _ADVICE: Final = "warn_if_padding_and_no_attention_mask"
@@ -84,6 +84,11 @@ def _made(config: Any, task: Task, dtype: torch.dtype) -> Any:
     except ValueError as error:
         raise UnsupportedModelError(
             f"The model type {config.model_type!r} is not supported: {str(error).strip().splitlines()[0]}"
+        ) from None
+    except (TypeError, AttributeError, KeyError, RuntimeError, ArithmeticError) as error:
+        raise InputError(
+            f"The configuration of a {config.model_type} is not understood: transformers makes no model of it "
+            f"({first_line(error)}). Compare its numbers with those of the model that it came from."
         ) from None
     for module in model.modules():
         if hasattr(module, _ADVICE):  # reads values of tokens, which there are none of on `meta`

@@ -113,7 +113,6 @@ HEADS = (
     "GPT2DoubleHeadsModel",
     "T5ForConditionalGeneration",
     "ViTForImageClassification",
-    "WhisperForConditionalGeneration",
 )
 
 

@@ -108,7 +108,7 @@ def test_more_tokens_than_fit_into_a_batch_are_several_batches(folders: dict[str
     source = opened(folders, "llama")
     windows = windows_of([250] * 20)
     batches = source.task.batches(windows)
-    assert [len(batch.real) for batch in batches] == [16, 4]
+    assert [len(batch.real) for batch in batches] == [4] * 5
     with BlockStream(source, batches) as stream:
         gram = stream.advance()["self_attn.q_proj"]
     assert gram.tokens == 5000
@@ -279,7 +279,7 @@ def test_passes_end_when_the_stream_is_closed_in_the_middle(folders: dict[str, P
     source = opened(folders, "gpt2")
     stream = BlockStream(source, source.task.batches(windows_of([250] * 20)))
     stream.advance()
-    assert len(passes()) == 2
+    assert len(passes()) == 5
     stream.close()
     assert passes() == []
     stream.close()  # once more does no harm

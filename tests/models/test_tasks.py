@@ -73,10 +73,11 @@ def test_a_model_that_generates_gets_no_mask_and_the_others_do() -> None:
 
 
 def test_windows_keep_their_order_over_batches_and_none_is_too_large() -> None:
-    windows = [torch.full((length,), number) for number, length in enumerate([3000, 1000, 2000, 100] * 3)]
+    windows = [torch.full((length,), number) for number, length in enumerate([3000, 100, 200, 1000] * 3)]
     batches = GENERATION.batches(windows)
     assert [int(row[0]) for batch in batches for row in batch.arguments["input_ids"]] == list(range(12))
-    assert all(batch.real.numel() <= TOKENS_PER_BATCH for batch in batches)
+    together = [batch for batch in batches if len(batch.real) > 1]
+    assert together and all(batch.real.numel() <= TOKENS_PER_BATCH for batch in together)
     assert [int(row.sum()) for batch in batches for row in batch.real] == [len(window) for window in windows]
     assert GENERATION.batches([]) == []
 
