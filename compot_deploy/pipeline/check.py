@@ -293,7 +293,7 @@ def _original(folder: Path, name: str | None) -> str | Path:
     if Path(name).is_absolute() or ".." in Path(name).parts or name.startswith("~"):
         raise InputError(f"{name} is a path, which is not followed unasked")
     beside = folder.resolve().parent / name
-    return beside if beside.exists() and not Path(name).exists() else name
+    return beside if beside.exists() and beside != folder.resolve() and not Path(name).exists() else name
 
 
 def _check_exporter(folder: Path, manifest: Manifest) -> None:

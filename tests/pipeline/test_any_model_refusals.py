@@ -40,7 +40,7 @@ def test_a_damaged_file_is_named(exported: Exported, tmp_path: Path) -> None:
         (folder / EVALUATION).write_text("[]")
         seal(folder, [EVALUATION])
         with pytest.raises(ArtifactError, match=r"evaluation\.json"):
-            check(folder)
+            check(folder, export_only=True)
 
 
 def test_a_check_with_another_original_is_refused_and_without_one_evaluates_the_file(

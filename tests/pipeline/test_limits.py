@@ -13,13 +13,20 @@ from compot_deploy.pipeline.limits import TOTAL_LIMITS, gate_of
 from compot_deploy.recipe import Recipe
 
 KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
-SET: dict[str, Any] = {"max_perplexity_ratio": 1.5, "max_kl": 0.5, "min_top1": 0.7, "min_cosine": 0.95}
+SET: dict[str, Any] = {
+    "max_perplexity_ratio": 1.5,
+    "max_kl": 0.5,
+    "min_top1": 0.7,
+    "min_cosine": 0.95,
+    "max_wer_increase": 0.05,
+}
 FIGURES = {
     "generation": {"max_perplexity_ratio", "max_kl", "min_top1"},
     "masked": {"max_kl", "min_top1"},
     "classification": {"max_kl", "min_top1"},
     "token-classification": {"max_kl", "min_top1"},
     "embedding": {"min_cosine"},
+    "speech": {"max_kl", "min_top1", "max_wer_increase"},
 }
 
 
