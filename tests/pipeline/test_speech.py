@@ -10,7 +10,6 @@ import onnx
 import pytest
 import spoken
 import torch
-from places import few_schemes
 
 from compot_deploy.accuracy.speech import OnnxSpeech, TorchSpeech
 from compot_deploy.cli.main import main
@@ -49,7 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("speech")
     found = Made(spoken.save(root / "model"), spoken.record(root / "recordings", 12), root / "out")
     formats = [flag for form in FORMATS for flag in ("--format", form)]
-    flags = ["--bits", "3", "--method", "compot", "--min-top1", "0.01", "--max-wer-increase", "100"]
+    flags = ["--bits", "3.5", "--method", "compot", "--min-top1", "0.01", "--max-wer-increase", "100"]
     command = [
         str(found.model),
         "--calibration",
@@ -59,8 +58,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         "--out",
         str(found.out),
     ]
-    with few_schemes():
-        assert main(command) == 0
+    assert main(command) == 0
     return found
 
 
@@ -70,7 +68,7 @@ def test_a_report_counts_word_errors_beside_divergence(made: Made, form: str) ->
     total = report.accuracy.total
     assert total is not None and report.passed
     figures = total.comparison
-    assert figures.divergence is not None and figures.divergence.mean.value > 1e-4
+    assert figures.divergence is not None and figures.divergence.mean.value > 1e-6
     assert figures.perplexity_ratio is None and figures.top1_agreement is not None
     assert figures.word_errors is not None and figures.candidate_word_errors is not None
     assert report.accuracy.export_reference.comparison.nmse < 1e-9
@@ -151,9 +149,9 @@ def test_the_graphs_are_those_that_optimum_and_transformers_js_look_for(made: Ma
     [
         ([], "give --calibration FOLDER"),
         (["--calibration", "self"], "writes no text that it could be calibrated on"),
-        (["--calibration", "nowhere"], "does not exist"),
+        (["--calibration", "nowhere"], "is neither a file nor a data set"),
         (["--calibration", "SPEECH", "--max-perplexity-ratio", "1.1"], "does not apply to a speech model"),
-        (["--calibration", "SPEECH", "--max-wer-increase", "-1"], "a limit cannot be negative"),
+        (["--calibration", "SPEECH", "--max-wer-increase", "-1"], "a limit is a number from 0 on"),
     ],
 )
 def test_what_cannot_be_calibrated_on_is_refused_in_a_sentence(
