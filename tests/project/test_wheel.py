@@ -172,7 +172,7 @@ def test_the_wheel_runs_outside_of_the_repository(python: Path, tmp_path: Path) 
     assert len(where) == 2 and all(Path(path).is_relative_to(python.parents[1]) for path in where)
 
     command = python.parent / "compot-deploy"
-    quick = ["--samples", "4", "--length", "32", "--evaluation-tokens", "64", "--calibration", "text.txt"]
+    quick = ["--samples", "4", "--length", "32", "--evaluation-tokens", "32", "--calibration", "text.txt"]
     plain = ["--method", "plain", "--max-perplexity-ratio", "1e9"]
     (tmp_path / "text.txt").write_text("The file object that open() returns has a read() method. " * 40)
     done = _run([command, "--quant", "int4", "--out", "small", *quick, *plain], tmp_path)
