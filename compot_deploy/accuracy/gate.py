@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Final, Literal
 
 from compot_deploy.accuracy.losses import Loss
 from compot_deploy.accuracy.metrics import Comparison, Estimate
@@ -46,14 +46,11 @@ class Gate:
     @property
     def needs_reference(self) -> bool:
         """Whether a limit on the total loss is set."""
-        limits = (
-            self.max_perplexity_ratio,
-            self.max_kl,
-            self.min_top1,
-            self.min_cosine,
-            self.max_wer_increase,
-        )
-        return any(limit is not None for limit in limits)
+        return any(getattr(self, name) is not None for name in LOSS_LIMITS if name != "max_export_nmse")
+
+
+LOSS_LIMITS: Final = tuple(entry.name for entry in fields(Gate))
+"""Options of a recipe, and keys of a gate file, that limit a loss."""
 
 
 @dataclass(frozen=True)

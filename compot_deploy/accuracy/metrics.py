@@ -191,18 +191,11 @@ def concatenate(parts: Sequence[Positions]) -> Positions:
     """
     if not parts:
         raise ValueError("No position was compared.")
-    return Positions(
-        reference_surprise=torch.cat([part.reference_surprise for part in parts]),
-        candidate_surprise=torch.cat([part.candidate_surprise for part in parts]),
-        divergence=torch.cat([part.divergence for part in parts]),
-        agreement=torch.cat([part.agreement for part in parts]),
-        squared_error=torch.cat([part.squared_error for part in parts]),
-        reference_power=torch.cat([part.reference_power for part in parts]),
-        largest_difference=torch.cat([part.largest_difference for part in parts]),
-        skipped=sum(part.skipped for part in parts),
-        nonfinite_reference=sum(part.nonfinite_reference for part in parts),
-        nonfinite_candidate=sum(part.nonfinite_candidate for part in parts),
-    )
+    joined: dict[str, Any] = {
+        name: torch.cat([getattr(part, name) for part in parts]) for name in _PER_POSITION
+    }
+    counted: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in _COUNTS}
+    return Positions(**joined, **counted)
 
 
 class Collected:

@@ -45,15 +45,14 @@ class OnnxRunner:
         threads: int = 0,
         name: str | None = None,
     ) -> None:
-        from compot_deploy.exporters.onnx.session import open_session
+        from compot_deploy.exporters.onnx.session import open_session, runtime_name
         from compot_deploy.exporters.onnx.tensors import GRAPH
 
         self._path = folder / GRAPH
         self._session: onnxruntime.InferenceSession = open_session(folder, accuracy_level, threads)
         import onnxruntime  # after open_session, which says how to install it where it is missing
 
-        setting = "as deployed" if accuracy_level is None else f"accuracy level {accuracy_level}"
-        self.name = name or f"onnxruntime {onnxruntime.__version__}, {setting}"
+        self.name = name or runtime_name(accuracy_level)
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
         inputs = {entry.name: entry for entry in self._session.get_inputs()}
         outputs = {entry.name: entry for entry in self._session.get_outputs()}

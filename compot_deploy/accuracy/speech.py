@@ -59,15 +59,12 @@ class OnnxSpeech:
 
     def __init__(self, folder: Path, *, exact: bool = False, threads: int = 0) -> None:
         from compot_deploy.exporters.onnx.interface import BRANCH
-        from compot_deploy.exporters.onnx.session import open_session
+        from compot_deploy.exporters.onnx.session import open_session, runtime_name
         from compot_deploy.exporters.onnx.tensors import TOWERS
 
         level = 0 if exact else None
         self._encoder, self._decoder = (open_session(folder, level, threads, graph) for graph in TOWERS)
-        import onnxruntime
-
-        setting = "accuracy level 0" if exact else "as deployed"
-        self.name = f"onnxruntime {onnxruntime.__version__}, {setting}"
+        self.name = runtime_name(level)
         self._folder, self._branch = folder, BRANCH
         inputs = {entry.name: entry for entry in self._decoder.get_inputs()}
         if BRANCH not in inputs:

@@ -81,13 +81,11 @@ class OnnxTexts:
     """
 
     def __init__(self, folder: Path, *, exact: bool = False, threads: int = 0) -> None:
-        from compot_deploy.exporters.onnx.session import open_session
+        from compot_deploy.exporters.onnx.session import open_session, runtime_name
 
-        self._session = open_session(folder, 0 if exact else None, threads)
-        import onnxruntime
-
-        setting = "accuracy level 0" if exact else "as deployed"
-        self.name = f"onnxruntime {onnxruntime.__version__}, {setting}"
+        level = 0 if exact else None
+        self._session = open_session(folder, level, threads)
+        self.name = runtime_name(level)
         self._folder = folder
 
     def outputs(self, batch: Batch) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Final
 from rich.console import Console
 from rich.text import Text
 
+from compot_deploy.accuracy.gate import LOSS_LIMITS
 from compot_deploy.cli.arguments import Parser, add_options, parse_recipe, recipe_of, recipe_parser
 from compot_deploy.cli.demo import demo_command
 from compot_deploy.cli.output import print_overview, progress_on, show
@@ -26,7 +27,6 @@ from compot_deploy.report import inspection
 from compot_deploy.report import plan as plan_report
 from compot_deploy.report.document import verdict
 from compot_deploy.report.gate import (
-    LOSS_LIMITS,
     GateFile,
     GateRequirements,
     parse_growth,

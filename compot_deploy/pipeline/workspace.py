@@ -11,6 +11,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Final
 
+from compot_deploy.accuracy.gate import LOSS_LIMITS
 from compot_deploy.core.disk import FULL, disk_errors
 from compot_deploy.core.lock import locked
 from compot_deploy.core.work_files import is_sound, read_value, write_value
@@ -38,12 +39,7 @@ _DOES_NOT_CHANGE_WEIGHTS: Final = frozenset(
         "evaluation",
         "evaluation_tokens",
         "min_positions",
-        "max_perplexity_ratio",
-        "max_kl",
-        "min_top1",
-        "min_cosine",
-        "max_wer_increase",
-        "max_export_nmse",
+        *LOSS_LIMITS,
     )
 )
 _GOES_ON: Final = "Make room, then run the same command: it goes on with what is finished."

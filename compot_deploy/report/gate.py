@@ -24,23 +24,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from compot_deploy.accuracy.gate import Criterion, GateResult, criterion, shown
+from compot_deploy.accuracy.gate import LOSS_LIMITS, Criterion, GateResult, criterion, shown
 from compot_deploy.accuracy.metrics import Comparison, Estimate
 from compot_deploy.core.parsing import UnreadableError, decoded, toml_of
 from compot_deploy.errors import InputError
 from compot_deploy.recipe import size_in_bytes
 from compot_deploy.report.document import Report
 from compot_deploy.report.json import from_json
-
-LOSS_LIMITS: Final = (
-    "max_perplexity_ratio",
-    "max_kl",
-    "min_top1",
-    "min_cosine",
-    "max_wer_increase",
-    "max_export_nmse",
-)
-"""Keys that replace an option of the recipe."""
 
 BYTE_LIMITS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
     {

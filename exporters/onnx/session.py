@@ -110,3 +110,11 @@ def open_session(
             f"{path} does not load in ONNX Runtime {onnxruntime.__version__}: {first_line(error)}. A file that "
             "onnxruntime cannot load is damaged, or needs a newer onnxruntime: export the model again."
         ) from error
+
+
+def runtime_name(accuracy_level: int | None) -> str:
+    """What a session of `open_session` runs in and how, for reports."""
+    import onnxruntime
+
+    setting = "as deployed" if accuracy_level is None else f"accuracy level {accuracy_level}"
+    return f"onnxruntime {onnxruntime.__version__}, {setting}"

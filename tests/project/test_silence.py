@@ -109,7 +109,7 @@ def test_other_formats_are_silent_too(form: str, tmp_path: Path) -> None:
         assert (seen.code, seen.network, seen.home) == (0, (), ()), seen.output
 
 
-FOREIGN = ("someone/private-model", "private-model", "/root/private-model", "../private-model")
+FOREIGN = ("someone/private-model", "private-model", "/home/somebody/private-model", "../private-model")
 
 
 def test_a_folder_of_somebody_else_leads_nowhere(exported: Path, tmp_path: Path) -> None:
