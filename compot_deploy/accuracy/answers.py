@@ -25,12 +25,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from compot_deploy.accuracy.metrics import Positions
+from compot_deploy.core.memory import COMPARED_AT_ONCE
 
 KEPT: Final = 32
 DRAWN: Final = 4
-
-_ROWS: Final = 2**22
-"""Logits that are shortened at a time."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def shorten(
         targets: the token that came next.
         generator: draws.
     """
-    rows = max(1, _ROWS // logits.shape[-1])
+    rows = max(1, COMPARED_AT_ONCE // logits.shape[-1])
     return joined(
         [
             _shorten(logits[start : start + rows], targets[start : start + rows], generator)

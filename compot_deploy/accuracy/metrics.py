@@ -45,12 +45,13 @@ KL_EDGES: Final = tuple(10.0 ** (exponent / 4) for exponent in range(-40, 9))
 
 @dataclass(frozen=True)
 class Figures:
-    """What is known of one model at some positions once it was looked at: 25 bytes each, whatever the vocabulary.
+    """What is known of one model at some positions once it was looked at: 33 bytes each, whatever the vocabulary.
 
     Attributes:
         normalizer: log Σ_v exp(logit).
         surprise: −log-probability of the token that came next, in nats.
         choice: the most likely token, the first of equals.
+        power: Σ_v (logit − mean logit)².
         finite: whether every logit of the position is finite.
         nonfinite: how many single logits are NaN or infinite.
     """
@@ -58,6 +59,7 @@ class Figures:
     normalizer: Float[Tensor, " positions"]
     surprise: Float[Tensor, " positions"]
     choice: Int64[Tensor, " positions"]
+    power: Float[Tensor, " positions"]
     finite: Bool[Tensor, " positions"]
     nonfinite: int
 
@@ -84,11 +86,6 @@ class Prediction:
         """Softmax of the logits."""
         return self.log_probabilities.exp()
 
-    @cached_property
-    def power(self) -> Float[Tensor, " positions"]:
-        """Σ_v (logit − mean logit)²."""
-        return self.logits.var(dim=-1, correction=0) * self.logits.shape[-1]
-
 
 def predict(
     logits: Float[Tensor, "positions vocabulary"],
@@ -105,20 +102,27 @@ def predict(
         figures: of these logits and targets, where they are known already.
     """
     exact = logits.double()
-    bad = None
-    if figures is None:
-        bad = ~torch.isfinite(exact)
-        nonfinite = int(bad.sum())
-    else:
-        nonfinite = figures.nonfinite
+    finite, nonfinite = _finite(exact) if figures is None else (figures.finite, figures.nonfinite)
     # Positions with a bad logit are left out by `compare`; zeros keep NaN out of the arithmetic until then.
     safe = exact.nan_to_num(0.0, 0.0, 0.0) if nonfinite else exact
     if figures is not None:
         return Prediction(safe, figures)
-    assert bad is not None
     normalizer = torch.logsumexp(safe, dim=-1)
     surprise = normalizer - safe.gather(-1, targets[:, None]).squeeze(-1)
-    return Prediction(safe, Figures(normalizer, surprise, safe.argmax(dim=-1), ~bad.any(dim=-1), nonfinite))
+    centred = safe - safe.mean(dim=-1, keepdim=True)
+    power = torch.linalg.vecdot(centred, centred)
+    return Prediction(safe, Figures(normalizer, surprise, safe.argmax(dim=-1), power, finite, nonfinite))
+
+
+def _finite(
+    logits: Float[Tensor, "positions vocabulary"],
+) -> tuple[Bool[Tensor, " positions"], int]:
+    """Whether all logits of a position are finite, and how many are not; a finite sum has only finite terms."""
+    sums = torch.isfinite(logits.sum(dim=-1))
+    if bool(sums.all()):
+        return sums, 0
+    bad = ~torch.isfinite(logits)
+    return ~bad.any(dim=-1), int(bad.sum())
 
 
 @dataclass(frozen=True)
@@ -168,15 +172,14 @@ def compare(reference: Prediction, candidate: Prediction) -> Positions:
     # each term is ≥ 0 up to the last bit: divergences down to 1e-16 are resolved, not drowned.
     terms = (reference.log_probabilities - candidate.log_probabilities).mul_(p).add_(q).sub_(p)
     difference = candidate.logits - reference.logits
-    lowest, highest = torch.aminmax(difference, dim=-1)
     return Positions(
         reference_surprise=one.surprise[usable],
         candidate_surprise=other.surprise[usable],
         divergence=terms.sum(-1).clamp(min=0.0)[usable],
         agreement=(one.choice == other.choice)[usable],
         squared_error=torch.linalg.vecdot(difference, difference)[usable],
-        reference_power=reference.power[usable],
-        largest_difference=torch.maximum(highest, -lowest)[usable],
+        reference_power=one.power[usable],
+        largest_difference=difference.abs_().amax(dim=-1)[usable],
         skipped=int((~usable).sum()),
         nonfinite_reference=one.nonfinite,
         nonfinite_candidate=other.nonfinite,

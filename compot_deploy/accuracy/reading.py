@@ -28,6 +28,7 @@ from compot_deploy.accuracy.metrics import (
     summarize,
 )
 from compot_deploy.accuracy.runner import Runner
+from compot_deploy.core.memory import COMPARED_AT_ONCE
 from compot_deploy.core.spilled import Spilled
 from compot_deploy.errors import InputError
 from compot_deploy.progress import Ticker
@@ -35,11 +36,8 @@ from compot_deploy.progress import Ticker
 LOGITS_AT_ONCE: Final = 2**24
 """Logits of one runner held at a time, 64 MiB in float32: bounds the chunk, whatever the vocabulary."""
 
-ROWS_AT_ONCE: Final = 2**19
-"""Logits that are compared at a time: a few megabytes in float64, which stay in the cache of a processor."""
-
-NOISE_WINDOWS: Final = 4
-NOISE_TOKENS: Final = 32
+NOISE_WINDOWS: Final = 2
+NOISE_TOKENS: Final = 24
 """The numerical noise is measured on the first tokens of the first windows: read one at a time, they cost as much as
 generating so many tokens."""
 
@@ -155,7 +153,7 @@ class _KeptFigures:
     """Of every position that a model has read; see `Collected` for why it is one piece."""
 
     def __init__(self, positions: int) -> None:
-        self._normalizer, self._surprise = torch.empty(2, positions, dtype=torch.float64)
+        self._normalizer, self._surprise, self._power = torch.empty(3, positions, dtype=torch.float64)
         self._choice = torch.empty(positions, dtype=torch.int64)
         self._nonfinite = torch.zeros(positions, dtype=torch.int64)
         self._finite = torch.empty(positions, dtype=torch.bool)
@@ -165,6 +163,7 @@ class _KeptFigures:
         here = slice(start, start + len(figures.choice))
         self._normalizer[here], self._surprise[here] = figures.normalizer, figures.surprise
         self._choice[here], self._finite[here] = figures.choice, figures.finite
+        self._power[here] = figures.power
         self._nonfinite[start] = figures.nonfinite
 
     def at(self, start: int, count: int) -> Figures:
@@ -174,6 +173,7 @@ class _KeptFigures:
             self._normalizer[here],
             self._surprise[here],
             self._choice[here],
+            self._power[here],
             self._finite[here],
             int(self._nonfinite[start]),
         )
@@ -210,7 +210,7 @@ def _scored(
         kept = min(positions, length - 1 - start)
         targets = tokens[:, start + 1 : start + 1 + kept].reshape(-1)
         flat = piece[:, :kept].reshape(-1, vocabulary)
-        rows = max(1, ROWS_AT_ONCE // vocabulary)
+        rows = max(1, COMPARED_AT_ONCE // vocabulary)
         for first in range(0, len(targets), rows):
             yield flat[first : first + rows], targets[first : first + rows]
         start += positions

@@ -10,14 +10,12 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from compot_deploy.core.memory import COMPARED_AT_ONCE
 from compot_deploy.models.hints import ARCHITECTURES
 
 TaskKind: TypeAlias = Literal[
     "generation", "masked", "classification", "token-classification", "embedding", "speech"
 ]
-
-_LOGITS_AT_ONCE: Final = 2**19
-"""Logits that are compared at a time: a few megabytes in float64."""
 
 TOKENS_PER_BATCH: Final = 1024
 
@@ -181,7 +179,7 @@ class Task:
         if self.kind != "classification":
             original, changed = original[real], changed[real]
         lost = 0.0
-        rows = max(1, _LOGITS_AT_ONCE // original.shape[-1])
+        rows = max(1, COMPARED_AT_ONCE // original.shape[-1])
         for one, other in zip(original.split(rows), changed.split(rows), strict=True):
             first, second = (torch.log_softmax(logits.double(), -1) for logits in (one, other))
             lost += float((first.exp() * (first - second)).sum())
