@@ -74,6 +74,9 @@ def run_command(options: Mapping[str, Any]) -> dict[str, Any]:
     """The main command in this process."""
     stages = Stages()
     from compot_deploy import deploy
+    from compot_deploy.core.memory import use_one_heap
+
+    use_one_heap()  # as the command line does
 
     (deployment,) = deploy(progress=stages, **options)
     stages.close()

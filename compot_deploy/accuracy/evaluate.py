@@ -37,6 +37,7 @@ from compot_deploy.accuracy.outcome import AccuracyReport, Continuation, Evaluat
 from compot_deploy.accuracy.reading import NOISE_WINDOWS, Readings, batches_of, chunk_of, numerical_noise
 from compot_deploy.accuracy.roles import evaluated_report, pairs_of, require_reference, roles_of
 from compot_deploy.accuracy.runner import Runner
+from compot_deploy.core.memory import give_back_freed_memory
 from compot_deploy.errors import InputError
 from compot_deploy.models.listening import Listener
 from compot_deploy.models.tokens import TokenWindows
@@ -209,6 +210,7 @@ def _take_turns(
             if visit is not None:
                 visit(names, runner)
             del runner
+            give_back_freed_memory()
         for role, texts in written.items():
             took.texts[role] = [_until_end(text, evaluation.end_tokens) for text in texts]
         took.comparisons = {pair: readings.comparison(pair) for pair in pairs}

@@ -23,6 +23,7 @@ from compot_deploy.accuracy.metrics import Comparison, compare, concatenate, mea
 from compot_deploy.accuracy.outcome import AccuracyReport
 from compot_deploy.accuracy.roles import evaluated_report, pairs_of, require_reference, roles_of
 from compot_deploy.accuracy.transcripts import transcripts_beside, transcripts_of, with_words
+from compot_deploy.core.memory import give_back_freed_memory
 from compot_deploy.errors import ArtifactError, InputError, first_line
 from compot_deploy.models.tasks import Batch, Task, pooled
 from compot_deploy.progress import Progress, silent
@@ -191,6 +192,7 @@ def _take_turns(
         if visit is not None:
             visit([role], runner)
         del runner, given
+        give_back_freed_memory()
     progress(len(roles), len(roles), label)
     assert noise is not None
     return _Turns(losses, noise, said)

@@ -32,7 +32,7 @@ from compot_deploy.cli.crash import crash_sentence
 from compot_deploy.cli.output import console, quiet_libraries
 from compot_deploy.cli.printing import forgive_characters, settle
 from compot_deploy.core.disk import FULL, refusal
-from compot_deploy.core.memory import give_back_freed_memory
+from compot_deploy.core.memory import use_one_heap
 from compot_deploy.errors import EXIT_BAD_INPUT, EXIT_UNFORESEEN, CompotDeployError, InterruptedRunError
 
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if ours:
         forgive_characters()
-        give_back_freed_memory()
+        use_one_heap()
     out, err = console(sys.stdout), console(sys.stderr)
     command: Callable[[list[str], Console, Console], int] = deploy_command
     given = list(arguments)

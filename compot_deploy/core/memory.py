@@ -1,34 +1,50 @@
-"""Memory that is given back when it is freed.
+"""Memory of the process: what is freed is used again at once, and given back where a stage ends.
 
-glibc keeps freed memory for the next request of its thread: a heap for each of many threads, and in each of them, once
-large blocks have been freed, room for all that is smaller than 32 MB. Small results that outlive the large tensors
-between them then leave gigabytes in pieces. One heap, and blocks of their own from a megabyte up, keep a process as
-large as what it holds. What it costs are page faults: the end of the heap is kept for the next request, so that only
-large blocks have them.
+A page that the system hands out costs several microseconds the first time it is touched, so tensors of a few megabytes
+that come and go are kept in the heap: without that a third of a forward pass is spent in the system. In return the
+heaps of glibc, one for each of many threads, keep what was freed between blocks that are still there. So the command
+line has one heap, and where something large has ended (a model, a stage) all free pages of it are given back.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
-from typing import Final
+from functools import cache
+from typing import Any, Final
 
 COMPARED_AT_ONCE: Final = 2**17
-"""Logits that are compared at a time: a megabyte in float64, which stays in the cache of a processor, and for which the
-system is not asked for memory: that would take longer than the comparison."""
+"""Logits that are compared at a time: a megabyte in float64, which stays in the cache of a processor."""
 
 _ARENA_MAX: Final = -8
 _MMAP_THRESHOLD: Final = -3
 _TRIM_THRESHOLD: Final = -1
-_LARGE: Final = 2**20
-_KEPT: Final = 2**26
+
+_LARGE: Final = 2**25
+"""Bytes from which on a block is not of the heap; glibc takes no more."""
+
+_KEPT: Final = 2**28
+"""Free bytes at the end of the heap that are kept for the next request."""
+
+
+def use_one_heap() -> None:
+    """Tell the C library of this process, as the command line does; nothing where it is another one than glibc."""
+    library = _glibc()
+    if library is not None:
+        library.mallopt(_ARENA_MAX, 1)
+        library.mallopt(_MMAP_THRESHOLD, _LARGE)
+        library.mallopt(_TRIM_THRESHOLD, _KEPT)
 
 
 def give_back_freed_memory() -> None:
-    """Tell the C library of this process; does nothing where it is another one than glibc."""
-    if platform.libc_ver()[0] != "glibc":
-        return
-    library = ctypes.CDLL(None)
-    library.mallopt(_ARENA_MAX, 1)
-    library.mallopt(_MMAP_THRESHOLD, _LARGE)
-    library.mallopt(_TRIM_THRESHOLD, _KEPT)
+    """Give all free pages back to the system, those in the middle of a heap too; nothing without glibc."""
+    library = _glibc()
+    if library is not None:
+        gc.collect()
+        library.malloc_trim(0)
+
+
+@cache
+def _glibc() -> Any:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from compot_deploy.core.memory import give_back_freed_memory
 from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.models.sites import Gram, InputGroup, Products, add_gram, real_rows
 from compot_deploy.models.source import ModelSource
@@ -237,6 +238,7 @@ class BlockStream:
             one.end()
         if not self._finish:
             self._passes = []
+            give_back_freed_memory()
         replaced = [*self._source.layout.blocks, *([self._source.layout.head] if self._at_head else [])]
         for path in replaced:
             self._model.get_submodule(str(path)).__dict__.pop("forward", None)

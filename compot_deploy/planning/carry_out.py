@@ -18,6 +18,7 @@ from typing import Final
 from torch import Tensor
 
 from compot_deploy.core.matrix import Dense, Matrix
+from compot_deploy.core.memory import give_back_freed_memory
 from compot_deploy.core.store import StoredMatrices, load_matrices, save_matrices
 from compot_deploy.core.work_files import is_sound, read_value, write_value
 from compot_deploy.models.sites import Gram
@@ -160,6 +161,7 @@ def carry_out(context: PlanningContext, plans: Sequence[Plan], extras: Extras = 
         extras: what else is kept, of a single plan.
     """
     made = _make(context, plans, extras)
+    give_back_freed_memory()
     notes = list(plans[0].notes)
     best = 0
     if len(plans) > 1:
