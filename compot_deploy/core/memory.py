@@ -9,7 +9,6 @@ line has one heap, and where something large has ended (a model, a stage) all fr
 from __future__ import annotations
 
 import ctypes
-import gc
 import platform
 from functools import cache
 from typing import Any, Final
@@ -41,7 +40,6 @@ def give_back_freed_memory() -> None:
     """Give all free pages back to the system, those in the middle of a heap too; nothing without glibc."""
     library = _glibc()
     if library is not None:
-        gc.collect()
         library.malloc_trim(0)
 
 
