@@ -73,7 +73,7 @@ def round_to_grid(
 def search_scales(
     group: Float[Tensor, "rows outputs"],
     grid: Grid,
-    importance: Float[Tensor, " rows"] | None = None,
+    importance: Float[Tensor, " rows"] | Float[Tensor, "rows outputs"] | None = None,
 ) -> Float[Tensor, " outputs"]:
     """One scale per output: every other one of a fixed list, the neighbours of the best, then least squares.
 
@@ -83,7 +83,7 @@ def search_scales(
     Args:
         group: weights that share their scales.
         grid: bits.
-        importance: weight of the squared error of each row; None weighs all alike.
+        importance: weight of the squared error of each row, for all outputs or for each; None weighs all alike.
 
     Returns:
         Scales that float16 holds exactly, in the dtype of `group`, never zero; 1 for a group without weight.
@@ -133,11 +133,14 @@ class _Search:
     """The best scale so far of every output, and what it loses. The first loses what rounding all to zero does."""
 
     def __init__(
-        self, group: Float[Tensor, "rows outputs"], grid: Grid, weighing: Float[Tensor, " rows"]
+        self,
+        group: Float[Tensor, "rows outputs"],
+        grid: Grid,
+        weighing: Float[Tensor, " rows"] | Float[Tensor, "rows outputs"],
     ) -> None:
         self._group, self._grid, self._weighing = group, grid, weighing
         self._some, self._other, self._third = (torch.empty_like(group) for _ in range(3))
-        self._error = weighing @ group.square()
+        self._error = self._weighed(group.square())
         self.best = torch.ones_like(self._error)
 
     def every_other(
@@ -158,7 +161,7 @@ class _Search:
             torch.round(steps, out=nearest)
             for turned, (low, high) in enumerate(((lowest, highest), (-highest, -lowest))):
                 torch.clamp(nearest, low, high, out=missed).sub_(steps).square_()
-                torch.mv(missed.T, self._weighing, out=errors[turned, position])
+                errors[turned, position] = self._weighed(missed)
         least, place = errors.mul_(tried.square()).nan_to_num_(nan=math.inf).flatten(0, 1).min(0)
         sign = torch.where(place < tried.shape[0], 1.0, -1.0).to(tried)
         place = place % tried.shape[0] * 2 + first
@@ -168,15 +171,22 @@ class _Search:
     def attempt(self, scale: Float[Tensor, " outputs"]) -> None:
         """Take a scale for the outputs where it is better; NaN never is."""
         rounded = round_to_grid(self._group, scale, self._grid, out=self._some).mul_(scale)
-        self._take(scale, self._weighing @ rounded.sub_(self._group).square_())
+        self._take(scale, self._weighed(rounded.sub_(self._group).square_()))
 
     def fitted(self) -> Float[Tensor, " outputs"]:
         """The scale of least squares for the integers of the best one."""
         integers = round_to_grid(self._group, self.best, self._grid, out=self._some)
-        weighted = torch.mul(integers, self._weighing[:, None], out=self._other)
+        weighing = self._weighing if self._weighing.dim() == 2 else self._weighing[:, None]
+        weighted = torch.mul(integers, weighing, out=self._other)
         covered = torch.mul(weighted, self._group, out=self._third).sum(0)
         energy = weighted.mul_(integers).sum(0)
         return torch.where(energy > 0, covered / torch.where(energy > 0, energy, 1.0), self.best)
+
+    def _weighed(self, squares: Float[Tensor, "rows outputs"]) -> Float[Tensor, " outputs"]:
+        """The sum over rows; overwrites what is summed."""
+        if self._weighing.dim() == 1:
+            return torch.mv(squares.T, self._weighing)
+        return squares.mul_(self._weighing).sum(0)
 
     def _take(self, scale: Float[Tensor, " outputs"], error: Float[Tensor, " outputs"]) -> None:
         wins = error < self._error

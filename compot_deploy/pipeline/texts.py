@@ -53,7 +53,7 @@ _FEWEST_TEXTS: Final = 16
 
 _PROMPTS: Final = 3
 _PROMPT_TOKENS: Final = 12
-_NEW_TOKENS: Final = 48
+_NEW_TOKENS: Final = 32
 
 
 def calibration_windows(

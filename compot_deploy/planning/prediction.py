@@ -91,7 +91,7 @@ def _by_rounding(
 
     GPTQ's loss is, up to a factor of each matrix, that of rounding to nearest with every input weighed by what its
     error costs GPTQ, ``Σ_i C_ii ‖w_i − round(w_i)‖²`` (see `compot_deploy.quant.feedback`). The factor is measured on
-    the coarsest grid and on the finest of 4 bits, and goes evenly between them.
+    the finest grid of 4 bits and on the coarsest with groups as small, and goes evenly between them.
 
     Args:
         weight: sampled outputs of some matrices side by side.
@@ -105,8 +105,7 @@ def _by_rounding(
     for grid in grids:
         missed = weight - rtn(weight, None, grid, importance=cost).dequantize()
         rounded[grid] = [float(cost @ part.square().sum(1)) for part in missed.split(widths, dim=1)]
-    ends = sorted(grids, key=lambda grid: grid.bits + 16 / grid.group)
-    probes = list(dict.fromkeys((ends[0], _middle(ends)))) if ends else []
+    probes = _probes(grids)
     real = made(probes)
     found: dict[Grid, list[float]] = {}
     for grid in grids:
@@ -119,10 +118,16 @@ def _by_rounding(
     return found | {probe: list(losses) for probe, losses in real.items()}
 
 
-def _middle(grids: Sequence[Grid]) -> Grid:
-    """The finest grid of 4 bits or less: what is finer is never what a plan is short of."""
-    few = [grid for grid in grids if grid.bits <= 4]
-    return few[-1] if few else grids[-1]
+def _probes(grids: Sequence[Grid]) -> list[Grid]:
+    """The finest grid of 4 bits or less, for what is finer is never what a plan is short of; and the coarsest one.
+
+    Both with groups of one size, where there is one like that: they go through one pass then.
+    """
+    ordered = sorted(grids, key=lambda grid: grid.bits + 16 / grid.group)
+    few = [grid for grid in ordered if grid.bits <= 4]
+    fine = few[-1:] or ordered[-1:]
+    alike = [grid for grid in ordered if fine and grid.group == fine[0].group and grid.bits < fine[0].bits]
+    return [*(alike[:1] or ordered[:1]), *fine] if fine != ordered[:1] else fine
 
 
 def _ratio(real: float, rounded: float) -> float:

@@ -24,8 +24,8 @@ from compot_deploy.recipe import Recipe
 
 GRIDS = GridChoice({2: (32, 64), 4: (32, 64), 8: (64,)})
 PLAIN = [Plain(grid) for grid in GRIDS.grids]
-TRIED = Plain(Grid(2, 64)), Plain(Grid(4, 32))
-"""The coarsest grid, and the finest of 4 bits."""
+TRIED = Plain(Grid(2, 32)), Plain(Grid(4, 32))
+"""The finest grid of 4 bits, and the coarsest with groups as small."""
 
 
 def matrices(outputs: dict[str, int], inputs: int = 128) -> tuple[dict[str, Tensor], Whitening]:

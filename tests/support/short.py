@@ -22,7 +22,7 @@ def _nothing_drawn(report: Any) -> Mapping[str, Any]:
 
 @contextmanager
 def short_reports() -> Iterator[None]:
-    """Continuations of 8 tokens instead of 48, numerical noise at 8 positions instead of 24, pages without plots."""
+    """Continuations of 8 tokens instead of 32, numerical noise at 8 positions instead of 24, pages without plots."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "_NEW_TOKENS", 8)
         patch.setattr(reading, "NOISE_TOKENS", 8)
