@@ -25,16 +25,18 @@ TORCH = 2.13.0
 demo: $(VENV)/demo.stamp
 	$(BIN)/compot-deploy demo --out $(DEMO)
 
-# One thread of torch per worker: workers are as many as cores.
+# Workers are as many as cores, with one thread of torch each. A file goes to one of them, so that what its tests share is
+# made once; long files first, as tests/conftest.py orders them.
+SPREAD = -n auto --dist loadfile --no-loadscope-reorder
 test: $(VENV)/dev.stamp lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not nightly"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) -m "not nightly"
 
 # Also the further cases of laws that take long, which `make newest` runs every night.
 thorough: $(VENV)/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD)
 
 quick: $(VENV)/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q -m "not slow" tests/core tests/quant tests/numerics tests/planning
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) -q -m "not slow" tests/core tests/quant tests/numerics tests/planning
 
 # The only run in which deprecations of others are errors: whoever can replace the call sees them first. `HOLD` keeps a
 # package back, HOLD="torch==2.13.0" for example. The two exemptions are those of tests/conftest.py, which -W overrides.
@@ -45,7 +47,7 @@ newest:
 	$(MAKE) VENV=$(NEWEST) $(NEWEST)/bin/python
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[dev]" $(HOLD)
 	$(NEWEST)/bin/python -m pip list
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n auto $(STRICT)
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(SPREAD) $(STRICT)
 
 # uv reads pyproject.toml for the rest: platforms, hashes, what is left out. The largest lock comes first, and the others
 # take its releases. Packages that cannot live together have environments, and so locks, of their own.

@@ -45,6 +45,12 @@ FILTERS = (
 """Warnings of our own modules are errors, those of others are not. Later lines win."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests come first, so that at the end no worker waits for another one's long file."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 def pytest_collection_finish() -> None:
     """Nothing of what was imported is looked through again for garbage: a million objects, each time half a second."""
     gc.collect()

@@ -155,7 +155,10 @@ def test_factors_share_dictionaries_in_models_of_any_kind(kind: str, place: Plac
     assert linears is not None and weights is not None and linears * 8 <= 2.15 * weights
 
 
-@pytest.mark.parametrize(("kind", "method"), [("gpt2", "compot"), ("bert", "svd-llm"), ("opt", "plain")])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("gpt2", "compot"), ("bert", "svd-llm"), pytest.param("opt", "plain", marks=pytest.mark.nightly)],
+)
 def test_a_method_is_that_of_every_model(kind: str, method: str, place: Place, tmp_path: Path) -> None:
     flags = ["--method", method, *(["--rounds", "3", "--ratio", "0.1"] if method != "plain" else [])]
     assert main([*place.flags(kind, *flags), "--out", str(tmp_path / "out")]) == 0
@@ -189,7 +192,9 @@ def test_the_plan_of_a_model_says_what_its_loss_is_measured_in(
     assert any(isinstance(entry.candidate.scheme, Joint) for entry in drafted.plans[0].chosen)
 
 
-@pytest.mark.parametrize(("kind", "form"), [("gpt2", "onnx"), ("bert", "huggingface")])
+@pytest.mark.parametrize(
+    ("kind", "form"), [("gpt2", "onnx"), pytest.param("bert", "huggingface", marks=pytest.mark.nightly)]
+)
 def test_the_model_s_files_have_the_size_that_was_asked_for(
     kind: str, form: str, place: Place, tmp_path: Path
 ) -> None:
@@ -212,7 +217,7 @@ def model_bytes(folder: Path) -> int:
     )
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("kind", ["gpt2", *nightly("bert")])
 def test_other_methods_are_evaluated_beside_it_at_the_same_bytes(
     kind: str, place: Place, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import nightly
 from places import FORMATS, Exported, Place
 
 from compot_deploy.cli.main import main
@@ -25,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few")]
 # -- runs again, runs on ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("kind", ["gpt2", *nightly("bert")])
 def test_a_gate_that_does_not_hold_is_exit_code_1_and_the_folder_stays(
     kind: str, place: Place, exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,7 +120,7 @@ def test_force_replaces_a_folder_of_ours_and_a_recipe_makes_the_same_again(
     assert verify(out).recipe["method"] == "plain"
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("kind", ["gpt2", *nightly("bert")])
 def test_a_zip_of_the_folder_is_written_beside_it(kind: str, place: Place, tmp_path: Path) -> None:
     import zipfile
 

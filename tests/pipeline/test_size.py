@@ -10,6 +10,7 @@ import any_models
 import pytest
 import tiny
 import torch
+from cases import nightly
 
 from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.matrix import Factorized, FactorPair, Leaf, Matrix, Quantized
@@ -119,7 +120,7 @@ def test_a_dry_run_takes_the_bytes_of_the_export(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gpt2", "bert", "bert classes", "bert masked"])
+@pytest.mark.parametrize("kind", ["gpt2", "bert", *nightly("bert classes", "bert masked")])
 @pytest.mark.parametrize("format", ["onnx", "huggingface"])
 def test_a_dry_run_of_any_model_takes_the_bytes_of_the_export(tmp_path: Path, kind: str, format: str) -> None:
     """Of a checkpoint in 16 bits, in which what stays as it is takes fewer bytes than what was made."""

@@ -11,6 +11,7 @@ import any_models
 import pytest
 import tiny
 import torch
+from cases import nightly
 from torch import Tensor
 
 from compot_deploy.core.grid import Grid
@@ -156,10 +157,10 @@ def true_loss(context: PlanningContext, name: str, table: Quantized) -> float:
 
 @pytest.mark.slow
 def test_what_a_table_costs_is_predicted_and_gptq_pays(tmp_path: Path) -> None:
-    """On the shipped model, whose table is embedding and head: within a factor of 2 from 8 bits to 3."""
+    """On the shipped model, whose table is embedding and head: within a factor of 2 at 3 bits and at 8."""
     context, settings = measured(MODEL, tmp_path / "work")
     (name,) = settings.precisions
-    grids = (Grid(3, 64), Grid(4, 32), Grid(8, 32))
+    grids = (Grid(3, 64), Grid(8, 32))
     (points,) = measure_tables(context, {name: grids})
     effects = known_effects(context.work)[name]
     assert points.gptq
@@ -265,7 +266,7 @@ def with_values(settings: Settings, plan: Plan, tables: dict[str, Quantized]) ->
     ],
     ids=["onnx", "packed", "gguf-sparse", "gguf-dense", "huggingface"],
 )
-@pytest.mark.parametrize("kind", ["llama", "llama3"])
+@pytest.mark.parametrize("kind", ["llama", *nightly("llama3")])
 def test_tables_of_every_grid_are_written_as_predicted(
     tmp_path: Path, text: Path, kind: str, options: dict[str, Any]
 ) -> None:
