@@ -17,6 +17,7 @@ SWITCHES: Final[Mapping[str, str]] = MappingProxyType(
         "ORT_DISABLE_TELEMETRY": "1",  # onnxruntime, onnxruntime-genai
         "HF_HUB_DISABLE_TELEMETRY": "1",  # huggingface_hub, and transformers, datasets, peft through it
         "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # datasets
+        "RAY_USAGE_STATS_ENABLED": "0",  # ray, and every process that it starts
     }
 )
 """Variable to the value that silences whoever reads it."""

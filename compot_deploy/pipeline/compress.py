@@ -9,6 +9,7 @@ from typing import Final
 
 import torch
 
+from compot_deploy.cluster import ALONE, Workers
 from compot_deploy.core.matrix import Dense, Matrix
 from compot_deploy.core.store import StoredMatrices, Without, save_matrices
 from compot_deploy.core.work_files import is_sound
@@ -77,16 +78,18 @@ class Compression:
     importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-def compress(settings: Settings, work: Path, progress: Progress = silent) -> Compression:
+def compress(
+    settings: Settings, work: Path, progress: Progress = silent, workers: Workers = ALONE
+) -> Compression:
     """Calibrate, plan and make every matrix; what is finished in `work` is taken as it is."""
     draft: Draft | None = None
     if settings.recipe.planned:
-        context = context_of(settings, work, progress)
+        context = context_of(settings, work, progress, workers)
         draft = draft_of(settings, context)
         outcome = carry_out(context, draft.plans)
     else:
         plan = plan_by_rule(settings, progress)  # refuses what cannot be met before text is asked for
-        context = context_of(settings, work, progress)
+        context = context_of(settings, work, progress, workers)
         outcome = carry_out(context, [plan], _extras(settings, plan))
     tables = make_tables(settings, context, outcome.plan, () if draft is None else draft.tables)
     files = {**tables.files, **_outside(settings, work)}
@@ -94,7 +97,7 @@ def compress(settings: Settings, work: Path, progress: Progress = silent) -> Com
     if settings.baseline is not None and outcome.baseline:
         name = f"gptq {settings.baseline.dictionary_grid}"
         beside[name] = StoredMatrices({**outcome.baseline, **files})
-    compared, complaints = _compared(settings, outcome.plan, work, progress)
+    compared, complaints = _compared(settings, outcome.plan, work, progress, workers)
     beside |= {name: StoredMatrices({**made, **files}) for name, made in compared.items()}
     plan_notes = _notes_of_plan(settings, outcome.plan) if draft is not None else ()
     return Compression(
@@ -124,7 +127,7 @@ def compress(settings: Settings, work: Path, progress: Progress = silent) -> Com
 
 
 def _compared(
-    settings: Settings, plan: Plan, work: Path, progress: Progress
+    settings: Settings, plan: Plan, work: Path, progress: Progress, workers: Workers
 ) -> tuple[dict[str, Mapping[str, Path]], tuple[str, ...]]:
     """Other methods at the bytes of a plan: their matrices, and why some have none."""
     made: dict[str, Mapping[str, Path]] = {}
@@ -132,7 +135,7 @@ def _compared(
     for method in settings.recipe.compare:
         try:
             other = _other(settings, method, plan)
-            context = context_of(other, work, progress)
+            context = context_of(other, work, progress, workers)
             outcome = carry_out(context, draft_of(other, context).plans[:1])
         except RecipeError as error:
             complaints.append(f"{method} is not compared: {str(error).rstrip('.')}")
@@ -157,7 +160,9 @@ def _other(settings: Settings, method: str, plan: Plan) -> Settings:
     return resolve(recipe, settings.source)
 
 
-def context_of(settings: Settings, work: Path, progress: Progress = silent) -> PlanningContext:
+def context_of(
+    settings: Settings, work: Path, progress: Progress = silent, workers: Workers = ALONE
+) -> PlanningContext:
     """What planning needs to know."""
     recipe, source = settings.recipe, settings.source
     return PlanningContext(
@@ -171,6 +176,7 @@ def context_of(settings: Settings, work: Path, progress: Progress = silent) -> P
         dtype=recipe.dtype,
         sequential=recipe.sequential,
         progress=progress,
+        workers=workers,
     )
 
 

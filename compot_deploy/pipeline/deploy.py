@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from compot_deploy.cluster.ray_workers import workers_of
 from compot_deploy.embedded import MODEL
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters.archive import check_archive
@@ -90,8 +91,8 @@ def run(recipe: Recipe, progress: Progress = silent, work: Path | None = None) -
                 check_archive(target, recipe.force)
         settings = resolve(recipe, source)
         gate = gate_of(recipe, source.task)
-        with kept_when_interrupted(own):
-            compression = compress(settings, own, progress)
+        with kept_when_interrupted(own), workers_of(recipe.cluster) as workers:
+            compression = compress(settings, own, progress, workers)
             evaluation = evaluation_of(recipe, source, own, progress)
             deployments = tuple(
                 finished(target, recipe)
@@ -118,5 +119,5 @@ def plan_only(recipe: Recipe, progress: Progress = silent) -> Draft:
         source = open_source(recipe.model or MODEL, allow_pickle=recipe.allow_pickle)
         settings = resolve(recipe, source)
         work = work_folder(recipe, source)
-        with kept_when_interrupted(work):
-            return draft_of(settings, context_of(settings, work, progress))
+        with kept_when_interrupted(work), workers_of(recipe.cluster) as workers:
+            return draft_of(settings, context_of(settings, work, progress, workers))

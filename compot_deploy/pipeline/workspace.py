@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from compot_deploy.accuracy.gate import LOSS_LIMITS
+from compot_deploy.core.code_version import code_version
 from compot_deploy.core.disk import FULL, disk_errors
 from compot_deploy.core.lock import locked
 from compot_deploy.core.work_files import is_sound, read_value, write_value
@@ -21,7 +22,6 @@ from compot_deploy.exporters.manifest import MANIFEST
 from compot_deploy.exporters.staging import aside_of, clear_leftovers
 from compot_deploy.models.source import TOKENIZER_FILES, ModelSource
 from compot_deploy.models.tokens import text_of_dataset
-from compot_deploy.pipeline.code_version import code_version
 from compot_deploy.pipeline.texts import names_dataset
 from compot_deploy.planning.settings import device_of
 from compot_deploy.recipe import Recipe
@@ -36,6 +36,7 @@ _DOES_NOT_CHANGE_WEIGHTS: Final = frozenset(
         "format",
         "archive",
         "compare",
+        "cluster",
         "evaluation",
         "evaluation_tokens",
         "min_positions",
@@ -155,7 +156,9 @@ def remove_work(work: Path, recipe: Recipe) -> None:
 
 
 def _hash_of_recipe(recipe: Recipe) -> str:
-    values = {name: value for name, value in asdict(recipe).items() if name not in ("force", "archive")}
+    values = {
+        name: value for name, value in asdict(recipe).items() if name not in ("force", "archive", "cluster")
+    }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

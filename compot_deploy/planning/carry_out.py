@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -21,17 +22,17 @@ from compot_deploy.core.matrix import Dense, Matrix
 from compot_deploy.core.memory import give_back_freed_memory
 from compot_deploy.core.store import StoredMatrices, load_matrices, save_matrices
 from compot_deploy.core.work_files import is_sound, read_value, write_value
-from compot_deploy.models.sites import Gram
+from compot_deploy.models.sites import Gram, InputGroup
 from compot_deploy.models.streaming import Replacements
-from compot_deploy.numerics.whiten import Whitening, whiten
-from compot_deploy.planning.candidates import Realized, realize
-from compot_deploy.planning.context import PlanningContext
+from compot_deploy.numerics.whiten import Whitening
+from compot_deploy.planning.candidates import Realized
+from compot_deploy.planning.context import PlanningContext, collect_grams
 from compot_deploy.planning.knapsack import Chosen, Plan, knapsack, smallest_bytes
+from compot_deploy.planning.making import MadeInput, Order, Wanted, make_input
 from compot_deploy.planning.rate_points import RatePoints
 from compot_deploy.planning.schemes import Plain, Scheme, Separate, describe, scheme_to_data
 from compot_deploy.planning.sensitivity import ReplacedLoss
 from compot_deploy.planning.tables import TablePoints, split_tables, table_weights
-from compot_deploy.quant import QUANTIZERS
 
 _FINAL: Final = 2
 """Times as much text for the last choice among finished plans: they are few, and come close to each other."""
@@ -191,25 +192,47 @@ def _make(context: PlanningContext, plans: Sequence[Plan], extras: Extras) -> li
     """The matrices of some plans, a file per block; files that are there already are taken as they are.
 
     Where the Grams are those of the original, all plans of a block are made together: what is equal in two of them is
-    made once.
+    made once. Workers beside this process need those Grams, so that they do not wait for each other block by block.
     """
     label = "Make matrices"
     blocks = [_Blocks(context, plan, extras, _digest(plan, context, extras)) for plan in plans]
     missing = [n for n, block in enumerate(context.blocks) if not all(one.finished(block) for one in blocks)]
+    if missing and not context.sequential and not context.workers.alone:
+        collect_grams(context)
     from_store = not context.sequential and all(context.has_grams(context.blocks[n]) for n in missing)
     if missing and from_store:
-        for number in missing:
-            block = context.blocks[number]
-            context.progress(number, len(context.blocks), label)
-            grams, known = context.grams(block), _Known()
-            for one in blocks:
-                if not one.finished(block):
-                    one.make(block, grams, known)
+        _make_from_store(context, blocks, missing, label)
     elif missing:
         for one in blocks:
             _make_in_a_stream(context, one, label)
     context.progress(len(context.blocks), len(context.blocks), label)
     return [one.outcome() for one in blocks]
+
+
+def _make_from_store(
+    context: PlanningContext, plans: Sequence[_Blocks], missing: Sequence[int], label: str
+) -> None:
+    blocks = {number: context.blocks[number] for number in missing}
+    unfinished = {block: [one for one in plans if not one.finished(block)] for block in blocks.values()}
+
+    def orders() -> Iterator[Order]:
+        for block in blocks.values():
+            for group in context.source.layout.of(block):
+                wanted = (want for one in unfinished[block] for want in one.wanted(group))
+                yield _order(context, context.grams(block)[group.name], wanted)
+
+    results = context.workers.map(make_input, context.search, orders())
+    for number, block in blocks.items():
+        context.progress(number, len(context.blocks), label)
+        made = {group.name: next(results) for group in context.source.layout.of(block)}
+        for one in unfinished[block]:
+            one.keep(block, context.grams(block), made)
+
+
+def _order(context: PlanningContext, gram: Tensor, wanted: Iterable[Wanted]) -> Order:
+    once = tuple(dict.fromkeys(wanted))
+    names = dict.fromkeys(name for want in once for name in want.names)
+    return Order(context.numbers_with(gram, list(names)), once)
 
 
 def _make_in_a_stream(context: PlanningContext, blocks: _Blocks, label: str) -> None:
@@ -228,14 +251,6 @@ def _make_in_a_stream(context: PlanningContext, blocks: _Blocks, label: str) -> 
                 blocks.make(block, {name: gram.matrix for name, gram in stream.advance().items()})
             else:
                 stream.advance(capture=False)
-
-
-class _Known:
-    """What was made of the matrices of one block: plans that are made together often agree."""
-
-    def __init__(self) -> None:
-        self.whitenings: dict[str, Whitening] = {}
-        self.realized: dict[tuple[tuple[str, ...], Scheme, str], Realized] = {}
 
 
 def _digest(plan: Plan, context: PlanningContext, extras: Extras) -> str:
@@ -291,30 +306,49 @@ class _Blocks:
 
         return make_and_go_on
 
-    def make(self, block: str, grams: Mapping[str, Tensor], known: _Known | None = None) -> None:
-        """All matrices of a block from the Grams of its inputs; what is known already is taken as it is."""
-        known = known or _Known()
-        by_first = {entry.names[0]: entry for entry in self.plan.chosen}
-        beside = {} if self.extras.baseline is None else {e.names[0]: e for e in self.extras.baseline.chosen}
+    def make(self, block: str, grams: Mapping[str, Tensor]) -> None:
+        """All matrices of a block from the Grams of its inputs."""
+        groups = self.context.source.layout.of(block)
+        orders = (_order(self.context, grams[group.name], self.wanted(group)) for group in groups)
+        made = self.context.workers.map(make_input, self.context.search, orders)
+        self.keep(block, grams, {group.name: one for group, one in zip(groups, made, strict=True)})
+
+    def wanted(self, group: InputGroup) -> Iterator[Wanted]:
+        """What is to be made of an input."""
+        for first in group.names:
+            if first in self._entries:
+                yield _wanted(self._entries[first], self.context.quantizer)
+            if first in self._entries and first in self._entries_beside:
+                yield _wanted(self._entries_beside[first], self.extras.baseline_quantizer)
+
+    @cached_property
+    def _entries(self) -> Mapping[str, Chosen]:
+        return {entry.names[0]: entry for entry in self.plan.chosen}
+
+    @cached_property
+    def _entries_beside(self) -> Mapping[str, Chosen]:
+        beside = self.extras.baseline
+        return {} if beside is None else {entry.names[0]: entry for entry in beside.chosen}
+
+    def keep(self, block: str, grams: Mapping[str, Tensor], made: Mapping[str, MadeInput]) -> None:
+        """Write the files of a block from what was made of its inputs."""
         matrices: dict[str, Matrix] = {}
         factors: dict[str, Dense] = {}
         baseline: dict[str, Matrix] = {}
         linears: list[LinearRecord] = []
         for group in self.context.source.layout.of(block):
-            if group.name not in known.whitenings:
-                known.whitenings[group.name] = whiten(grams[group.name].to(self.context.device))
-            whitening = known.whitenings[group.name]
+            one = made[group.name]
             for first in group.names:
-                if first not in by_first:
+                if first not in self._entries:
                     continue
-                entry = by_first[first]
-                made = self._realize(entry, whitening, self.context.quantizer, known)
-                matrices |= made.matrices
-                factors |= {name: _halved(matrix) for name, matrix in made.factors.items()}
-                linears += [linear_record(name, entry, made, whitening) for name in entry.names]
-                if first in beside:
-                    quantizer = self.extras.baseline_quantizer
-                    baseline |= self._realize(beside[first], whitening, quantizer, known).matrices
+                entry = self._entries[first]
+                own = one.realized[_wanted(entry, self.context.quantizer)]
+                matrices |= own.matrices
+                factors |= {name: _halved(matrix) for name, matrix in own.factors.items()}
+                linears += [linear_record(name, entry, own, one) for name in entry.names]
+                if first in self._entries_beside:
+                    beside = _wanted(self._entries_beside[first], self.extras.baseline_quantizer)
+                    baseline |= one.realized[beside].matrices
         path = self.path(block)
         self.context.keep_importance(block, grams)
         write_value(path.with_suffix(".json"), [asdict(record) for record in linears])
@@ -353,24 +387,15 @@ class _Blocks:
             else {},
         )
 
-    def _realize(self, entry: Chosen, whitening: Whitening, quantizer: str, known: _Known) -> Realized:
-        key = entry.names, entry.candidate.scheme, quantizer
-        if key not in known.realized:
-            known.realized[key] = realize(
-                entry.candidate.scheme,
-                self.context.weights(entry.names),
-                whitening,
-                self.context.search,
-                dictionary_name="+".join(entry.names),
-                quantizer=QUANTIZERS[quantizer],
-            )
-        return known.realized[key]
-
     def _beside(self, block: str, kind: str) -> Path:
         return self.context.block_file(f"{kind}-{self.digest}", block)
 
 
-def linear_record(name: str, entry: Chosen, made: Realized, whitening: Whitening) -> LinearRecord:
+def _wanted(entry: Chosen, quantizer: str) -> Wanted:
+    return Wanted(entry.names, entry.candidate.scheme, quantizer)
+
+
+def linear_record(name: str, entry: Chosen, made: Realized, whitening: Whitening | MadeInput) -> LinearRecord:
     """What happened to one matrix of an entry of a plan."""
     scheme = entry.candidate.scheme
     unquantized = made.unquantized_errors.get(name)

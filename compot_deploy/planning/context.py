@@ -11,6 +11,7 @@ from typing import Final
 from jaxtyping import Float
 from torch import Tensor
 
+from compot_deploy.cluster import ALONE, Workers
 from compot_deploy.core.storage import Storage
 from compot_deploy.core.work_files import digest_of, is_sound, read_tensors, write_tensors
 from compot_deploy.models.sites import Gram, InputGroup, importance
@@ -24,6 +25,34 @@ from compot_deploy.progress import Progress, silent
 from compot_deploy.quant.scales import check_scales
 
 _HEAD: Final = "head"
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How schemes are tried: all that is decided and no number of a model.
+
+    Attributes:
+        storage: what a byte is.
+        search: which schemes are tried.
+        quantizer: of plain grids.
+    """
+
+    storage: Storage
+    search: Search
+    quantizer: str
+
+
+@dataclass(frozen=True)
+class InputNumbers:
+    """The numbers of one input; they stand alone, so that they can be sent.
+
+    Attributes:
+        gram: of the input.
+        weights: matrices that read it, by name.
+    """
+
+    gram: Float[Tensor, "inputs inputs"]
+    weights: Mapping[str, Float[Tensor, "inputs outputs"]]
 
 
 @dataclass(frozen=True)
@@ -41,6 +70,7 @@ class PlanningContext:
         dtype: of the forward pass.
         sequential: make the matrices of a block for what the compressed blocks before it give.
         progress: told how far the work is.
+        workers: who computes what can be divided.
     """
 
     source: ModelSource
@@ -53,6 +83,12 @@ class PlanningContext:
     dtype: str = "float32"
     sequential: bool = False
     progress: Progress = silent
+    workers: Workers = ALONE
+
+    @property
+    def conditions(self) -> Conditions:
+        """How schemes are tried."""
+        return Conditions(self.storage, self.search, self.quantizer)
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -89,6 +125,19 @@ class PlanningContext:
             for name, weight in found.items():
                 check_scales(name, weight, self.search.plain.grid)
         return found
+
+    def numbers(self, group: InputGroup, names: Sequence[str] | None = None) -> InputNumbers:
+        """Of an input of the original model, and of some matrices that read it; without `names` of all."""
+        return self.numbers_with(self.grams(group.block)[group.name], group.names if names is None else names)
+
+    def numbers_with(self, gram: Float[Tensor, "inputs inputs"], names: Sequence[str]) -> InputNumbers:
+        """Of an input whose Gram is given.
+
+        Everything is copied: what is read from a file lies where the file has it, and a sum is not the same to the
+        last bit wherever its numbers begin.
+        """
+        weights = {name: weight.clone() for name, weight in self.weights(names).items()}
+        return InputNumbers(gram.to(self.device, copy=True), weights)
 
     def stream(self, *, original: bool = False) -> BlockStream:
         """The model as it reads the calibration text, in front of its first block.

@@ -17,10 +17,10 @@ from torch import Tensor
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.work_files import is_sound, read_value, write_value
 from compot_deploy.models.sites import InputGroup
-from compot_deploy.numerics.whiten import Whitening
+from compot_deploy.numerics.whiten import Whitening, whiten
 from compot_deploy.planning.candidates import VERSION, Search, energies_of, realize, schemes
-from compot_deploy.planning.context import PlanningContext
-from compot_deploy.planning.knapsack import Plan, too_little
+from compot_deploy.planning.context import Conditions, InputNumbers, PlanningContext
+from compot_deploy.planning.knapsack import Chosen, Plan, too_little
 from compot_deploy.planning.prediction import sampled_errors, spectral_errors
 from compot_deploy.planning.pruning import prune
 from compot_deploy.planning.rate_points import RatePoints, price_candidates
@@ -46,12 +46,11 @@ def check_budget(context: PlanningContext, budget: int) -> None:
         return
     label = "List schemes"
     least = 0
-    for number, group in enumerate(context.groups):
+    context.progress(0, len(context.groups), label)
+    numbers = (context.numbers(group) for group in context.groups)
+    for number, smallest in enumerate(context.workers.map(smallest_of, context.conditions, numbers), 1):
         context.progress(number, len(context.groups), label)
-        weights, whitening = context.weights(group.names), context.whitening(group)
-        per_matrix, shared = _listed(context, weights, whitening, _energies(context, weights, whitening))
-        least += min([sum(min(prices.values()) for prices in per_matrix.values()), *shared.values()])
-    context.progress(len(context.groups), len(context.groups), label)
+        least += smallest
     if budget < least:
         raise too_little(budget, least)
 
@@ -59,12 +58,15 @@ def check_budget(context: PlanningContext, budget: int) -> None:
 def measure_rate_points(context: PlanningContext) -> tuple[RatePoints, ...]:
     """Candidates of every input, measured on their quantized values, or predicted where the search says so."""
     label = "Predict candidates" if context.search.predicted else "Measure candidates"
-    rate_points = []
-    for number, group in enumerate(context.groups):
+    missing = [group for group in context.groups if not is_sound(_path(context, group, "points"))]
+    known = len(context.groups) - len(missing)
+    context.progress(known, len(context.groups), label)
+    numbers = (context.numbers(group) for group in missing)
+    found = context.workers.map(points_of, context.conditions, numbers)
+    for number, (group, points) in enumerate(zip(missing, found, strict=True), known + 1):
+        write_value(_path(context, group, "points"), points)
         context.progress(number, len(context.groups), label)
-        rate_points.append(_points_of(context, group))
-    context.progress(len(context.groups), len(context.groups), label)
-    return tuple(rate_points)
+    return tuple(_points_of(context, group) for group in context.groups)
 
 
 def measure_chosen(
@@ -77,28 +79,42 @@ def measure_chosen(
         return None
     label = "Measure what was chosen"
     groups = {name: group for group in context.groups for name in group.names}
-    corrected = {one.names: one for one in rate_points}
-    for number, entry in enumerate(chosen):
+    missing = [entry for entry in chosen if _known(context, groups[entry.names[0]], entry) is None]
+    context.progress(len(chosen) - len(missing), len(chosen), label)
+    asked = (
+        (entry.candidate.scheme, context.numbers(groups[entry.names[0]], entry.names)) for entry in missing
+    )
+    measured = context.workers.map(errors_of, context.conditions, asked)
+    done = len(chosen) - len(missing)
+    for number, (entry, errors) in enumerate(zip(missing, measured, strict=True), done + 1):
+        _keep(context, groups[entry.names[0]], entry, errors)
         context.progress(number, len(chosen), label)
-        group, scheme = groups[entry.names[0]], entry.candidate.scheme
-        found = _measured(context, group, entry.names, scheme)
-        corrected[group.names] = corrected[group.names].corrected(entry.names, scheme, found)
-    context.progress(len(chosen), len(chosen), label)
+    corrected = {one.names: one for one in rate_points}
+    for entry in chosen:
+        group = groups[entry.names[0]]
+        found = _known(context, group, entry)
+        assert found is not None
+        corrected[group.names] = corrected[group.names].corrected(entry.names, entry.candidate.scheme, found)
     return tuple(corrected.values())
 
 
-def _measured(
-    context: PlanningContext, group: InputGroup, names: tuple[str, ...], scheme: Scheme
-) -> Mapping[str, float]:
-    """What a scheme loses of each matrix; what was measured once is kept for other plans."""
-    path = _path(context, group, "errors")
-    known: list[tuple[list[str], Any, dict[str, float]]] = read_value(path) if is_sound(path) else []
-    for own, data, errors in known:
-        if own == list(names) and scheme_from_data(data) == scheme:
+def _known(context: PlanningContext, group: InputGroup, entry: Chosen) -> Mapping[str, float] | None:
+    """What the scheme of an entry loses of each matrix; None where that was not measured yet."""
+    for names, data, errors in _kept(context, group):
+        if names == list(entry.names) and scheme_from_data(data) == entry.candidate.scheme:
             return errors
-    found = dict(_errors_of(context, scheme, context.weights(names), context.whitening(group)))
-    write_value(path, [*known, (names, scheme_to_data(scheme), found)])
-    return found
+    return None
+
+
+def _keep(context: PlanningContext, group: InputGroup, entry: Chosen, errors: Mapping[str, float]) -> None:
+    """What was measured once is kept for other plans."""
+    measured = (entry.names, scheme_to_data(entry.candidate.scheme), dict(errors))
+    write_value(_path(context, group, "errors"), [*_kept(context, group), measured])
+
+
+def _kept(context: PlanningContext, group: InputGroup) -> list[tuple[list[str], Any, dict[str, float]]]:
+    path = _path(context, group, "errors")
+    return read_value(path) if is_sound(path) else []
 
 
 def counted(rate_points: Sequence[RatePoints]) -> tuple[int, int]:
@@ -127,8 +143,7 @@ def notes_on(rate_points: Sequence[RatePoints]) -> tuple[str, ...]:
 def _points_of(context: PlanningContext, group: InputGroup) -> RatePoints:
     path = _path(context, group, "points")
     if not is_sound(path):
-        measure = _predict if context.search.predicted else _measure
-        write_value(path, measure(context, context.weights(group.names), context.whitening(group)))
+        write_value(path, points_of(context.conditions, context.numbers(group)))
     stored = read_value(path)
     per_matrix = {
         name: [(scheme_from_data(scheme), error) for scheme, error in entries]
@@ -163,8 +178,27 @@ Energies: TypeAlias = Mapping[tuple[str, ...], Sequence[float]]
 """Spectra of matrices, and of all matrices of an input side by side; see `energies_of`."""
 
 
-def _energies(context: PlanningContext, weights: Mapping[str, Tensor], whitening: Whitening) -> Energies:
-    if not context.search.rates or not context.search.grids.groups:
+def smallest_of(conditions: Conditions, numbers: InputNumbers) -> int:
+    """Bytes of the smallest schemes for the matrices of an input."""
+    weights, whitening = numbers.weights, whiten(numbers.gram)
+    per_matrix, shared = _listed(conditions, weights, whitening, _energies(conditions, weights, whitening))
+    return min([sum(min(prices.values()) for prices in per_matrix.values()), *shared.values()])
+
+
+def points_of(conditions: Conditions, numbers: InputNumbers) -> dict[str, Any]:
+    """Errors of the schemes for the matrices of an input, as a file has them."""
+    measure = _predict if conditions.search.predicted else _measure
+    return measure(conditions, numbers.weights, whiten(numbers.gram))
+
+
+def errors_of(conditions: Conditions, asked: tuple[Scheme, InputNumbers]) -> dict[str, float]:
+    """Squared relative error of each matrix that a scheme covers."""
+    scheme, numbers = asked
+    return dict(_errors_of(conditions, scheme, numbers.weights, whiten(numbers.gram)))
+
+
+def _energies(conditions: Conditions, weights: Mapping[str, Tensor], whitening: Whitening) -> Energies:
+    if not conditions.search.rates or not conditions.search.grids.groups:
         return {}
     found: dict[tuple[str, ...], list[float]] = {
         (name,): energies_of(weight, whitening) for name, weight in weights.items()
@@ -175,13 +209,13 @@ def _energies(context: PlanningContext, weights: Mapping[str, Tensor], whitening
 
 
 def _listed(
-    context: PlanningContext,
+    conditions: Conditions,
     weights: Mapping[str, Tensor],
     whitening: Whitening,
     energies: Energies,
 ) -> tuple[dict[str, dict[Scheme, int]], dict[Scheme, int]]:
     """Schemes and their bytes: of each matrix of an input, and of all of them with one dictionary."""
-    search, storage = context.search, context.storage
+    search, storage = conditions.search, conditions.storage
 
     def listed(names: Sequence[str]) -> dict[Scheme, int]:
         weight = torch.cat([weights[name] for name in names], dim=1)
@@ -219,19 +253,19 @@ def _forced(search: Search, entries: list[tuple[Scheme, float]]) -> list[tuple[S
 
 
 def _errors_of(
-    context: PlanningContext, scheme: Scheme, weights: Mapping[str, Tensor], whitening: Whitening
+    conditions: Conditions, scheme: Scheme, weights: Mapping[str, Tensor], whitening: Whitening
 ) -> Mapping[str, float]:
     """Make a scheme, and say what it loses of each matrix."""
-    quantizer = QUANTIZERS[context.quantizer]
-    return realize(scheme, weights, whitening, context.search, quantizer=quantizer).errors
+    quantizer = QUANTIZERS[conditions.quantizer]
+    return realize(scheme, weights, whitening, conditions.search, quantizer=quantizer).errors
 
 
-def _measure(context: PlanningContext, weights: Mapping[str, Tensor], whitening: Whitening) -> dict[str, Any]:
+def _measure(conditions: Conditions, weights: Mapping[str, Tensor], whitening: Whitening) -> dict[str, Any]:
     outputs = sum(weight.shape[1] for weight in weights.values())
 
     def errors(scheme: Scheme, names: Sequence[str]) -> Mapping[str, float]:
         # An output of a plain grid is quantized for itself: matrices of one input are done side by side, in one pass.
-        return _errors_of(context, scheme, {name: weights[name] for name in names}, whitening)
+        return _errors_of(conditions, scheme, {name: weights[name] for name in names}, whitening)
 
     def nearest(name: str, grid: Grid) -> float:
         some = weights[name][:, :: -(-weights[name].shape[1] // _ROUNDED_OUTPUTS)]
@@ -243,12 +277,12 @@ def _measure(context: PlanningContext, weights: Mapping[str, Tensor], whitening:
         rounded = beside.view(grid.group, shape[0], columns).transpose(0, 1).flatten(0, 1)
         return whitening.error(some, rounded[:inputs]) ** 2
 
-    per_matrix, shared = _listed(context, weights, whitening, _energies(context, weights, whitening))
+    per_matrix, shared = _listed(conditions, weights, whitening, _energies(conditions, weights, whitening))
     measured = prune(
         per_matrix,
         shared,
         {name: weight.shape[1] / outputs for name, weight in weights.items()},
-        tolerance=context.search.tolerance,
+        tolerance=conditions.search.tolerance,
         measure=errors,
         nearest=nearest,
     )
@@ -263,14 +297,14 @@ def _measure(context: PlanningContext, weights: Mapping[str, Tensor], whitening:
     }
 
 
-def _predict(context: PlanningContext, weights: Mapping[str, Tensor], whitening: Whitening) -> dict[str, Any]:
+def _predict(conditions: Conditions, weights: Mapping[str, Tensor], whitening: Whitening) -> dict[str, Any]:
     """As `_measure`, with the errors of grids from a sample of outputs, and those of other schemes predicted."""
-    energies = _energies(context, weights, whitening)
-    per_matrix, shared = _listed(context, weights, whitening, energies)
+    energies = _energies(conditions, weights, whitening)
+    per_matrix, shared = _listed(conditions, weights, whitening, energies)
     plain = dict.fromkeys(
         scheme for prices in per_matrix.values() for scheme in prices if isinstance(scheme, Plain)
     )
-    errors = sampled_errors(list(plain), weights, whitening, context.quantizer)
+    errors = sampled_errors(list(plain), weights, whitening, conditions.quantizer)
     predicted: list[tuple[list[str], Any, dict[str, float]]] = []
     for name, prices in per_matrix.items():
         for scheme, error in spectral_errors(prices, energies.get((name,), ())).items():

@@ -213,6 +213,11 @@ def resolve(recipe: Recipe, source: ModelSource) -> Settings:
         storage = exporter.storage(options_of(recipe, exporter))
     planned: Storage = InMemory(storage) if recipe.budget == "memory" else storage
     settings = Settings(recipe, source, exporter, planned, device_of(recipe))
+    if recipe.cluster is not None and settings.device != "cpu":
+        raise RecipeError(
+            f"--cluster {recipe.cluster} computes on processors, and the device here is {settings.device}: add "
+            "--device cpu, or leave --cluster out."
+        )
     _check_budget(settings)
     return settings
 

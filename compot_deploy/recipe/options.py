@@ -171,6 +171,12 @@ class Recipe:
     dtype: Literal["float32", "bfloat16", "float16"] = _option(
         "float32", "precision of the forward pass while calibrating", group="calibration"
     )
+    cluster: str | None = _option(
+        None,
+        "compute with Ray: local takes all processors of this machine, auto the cluster that this machine is a part "
+        "of, HOST:PORT a certain one; the result is the same to the last bit",
+        group="calibration",
+    )
 
     # Output
     onnx_ops: Literal["matmulnbits", "qdq"] = _option(

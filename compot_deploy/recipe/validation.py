@@ -29,6 +29,7 @@ def validate(recipe: Recipe) -> None:
     _check_quantizer(recipe)
     _check_layout(recipe)
     _check_gate(recipe)
+    _check_cluster(recipe)
     if not recipe.format:
         raise RecipeError("--format: give at least one format.")
 
@@ -178,3 +179,16 @@ def _check_gate(recipe: Recipe) -> None:
         raise RecipeError(f"--min-top1 {recipe.min_top1}: give a fraction between 0 and 1.")
     if not -1 <= recipe.min_cosine <= 1:
         raise RecipeError(f"--min-cosine {recipe.min_cosine}: give a number between -1 and 1.")
+
+
+def _check_cluster(recipe: Recipe) -> None:
+    """Where the workers are."""
+    cluster = recipe.cluster
+    if cluster is None or cluster in ("local", "auto"):
+        return
+    host, _, port = cluster.rpartition(":")
+    if not host or "/" in host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise RecipeError(
+            f"--cluster {cluster}: give local, auto, or the address that ray start --head printed, 10.0.0.1:6379 for "
+            "example."
+        )

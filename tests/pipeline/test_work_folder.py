@@ -17,12 +17,13 @@ from damage import DAMAGES, Damage
 from places import Place, few_schemes
 from texts import write_lines
 
+from compot_deploy.core import code_version
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.core.work_files import is_sound
 from compot_deploy.errors import InputError
 from compot_deploy.exporters.artifact import digest
 from compot_deploy.models.source import open_source
-from compot_deploy.pipeline import code_version, workspace
+from compot_deploy.pipeline import workspace
 from compot_deploy.pipeline.compress import compress
 from compot_deploy.pipeline.deploy import deploy, plan_only
 from compot_deploy.pipeline.texts import evaluation_of

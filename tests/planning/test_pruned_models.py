@@ -100,7 +100,7 @@ def test_the_error_of_rounding_to_nearest_is_that_of_the_quantizer_of_that_name(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "prune", look)
-        measure._measure(context, {"w": weight}, whitening)
+        measure._measure(context.conditions, {"w": weight}, whitening)
     some = weight[:, ::3]
     assert len(seen) == 3
     for grid, error in seen.items():

@@ -22,6 +22,7 @@ FOLDERS = {
 FLOORS = (
     ("errors", "progress", "silence", "embedded"),
     ("core",),
+    ("cluster",),
     ("quant",),
     ("numerics",),
     ("models",),

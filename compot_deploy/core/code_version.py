@@ -17,6 +17,7 @@ from typing import Final
 from compot_deploy import __version__
 
 ROOMS: Final = (
+    "cluster",
     "core",
     "embedded",
     "exporters",
