@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -18,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 import torch
@@ -75,37 +77,55 @@ def workers_of(cluster: str | None) -> Iterator[Workers]:
             )
         yield _checked(ray)
         return
-    with _signals_kept(), _connected(ray, cluster):
+    with _signals_kept(), _local(ray) if cluster == "local" else _joined(ray, cluster):
         yield _checked(ray)
 
 
+_QUIET: Final = MappingProxyType({"log_to_driver": False, "logging_level": logging.ERROR})
+
+
 @contextmanager
-def _connected(ray: Any, cluster: str) -> Iterator[None]:
-    folder = tempfile.mkdtemp(prefix="compot-") if cluster == "local" else None
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    try:
-        if folder is not None:
+def _local(ray: Any) -> Iterator[None]:
+    """Ray on this machine, for nobody else, and gone afterwards with everything that it wrote."""
+    folder = tempfile.mkdtemp(prefix="compot-")
+    with _own_token(ray):
+        try:
             ray.init(
                 address="local",
                 num_cpus=_processors(),
                 include_dashboard=False,
                 _temp_dir=folder,
                 _node_ip_address="127.0.0.1",
-                **quiet,
+                **_QUIET,
             )
-        else:
-            _connect(ray, cluster, quiet)
-        try:
             yield
         finally:
             ray.shutdown()
-    finally:
-        if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _connect(ray: Any, cluster: str, quiet: dict[str, Any]) -> None:
-    """Become a part of a cluster that runs.
+@contextmanager
+def _own_token(ray: Any) -> Iterator[None]:
+    """A password for this run. Left to itself, Ray writes one into the home directory, where it stays."""
+    if {"RAY_AUTH_MODE", _TOKEN, f"{_TOKEN}_PATH"} & os.environ.keys():
+        yield
+        return
+    os.environ[_TOKEN] = secrets.token_hex(32)
+    try:
+        yield
+    finally:
+        del os.environ[_TOKEN]
+        os.environ.pop("RAY_AUTH_MODE", None)  # set by Ray
+        with suppress(Exception):  # a part of Ray that it does not promise
+            ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+_TOKEN: Final = "RAY_AUTH_TOKEN"
+
+
+@contextmanager
+def _joined(ray: Any, cluster: str) -> Iterator[None]:
+    """A part of a cluster that runs.
 
     Raises:
         InputError: there is none.
@@ -120,7 +140,7 @@ def _connect(ray: Any, cluster: str, quiet: dict[str, Any]) -> None:
                 "--head printed, or use --cluster local."
             ) from None
     try:
-        ray.init(address=cluster, **quiet)
+        ray.init(address=cluster, **_QUIET)
     except Exception as error:  # of many kinds: ConnectionError, RuntimeError, ValueError, TimeoutError
         with suppress(Exception):
             ray.shutdown()
@@ -133,6 +153,10 @@ def _connect(ray: Any, cluster: str, quiet: dict[str, Any]) -> None:
             f"--cluster {cluster}: this machine could not join the Ray cluster there ({first_line(error)}). Make it "
             f"one of its machines with ray start --address={cluster}."
         ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _processors() -> int:
@@ -246,9 +270,10 @@ class RayWorkers:
                 while outstanding and outstanding[0] not in running:
                     yield self._result(outstanding.popleft())
         finally:
-            for answer in outstanding:
-                with suppress(Exception):
-                    self._ray.cancel(answer)
+            if self._ray.is_initialized():  # asked after its end, Ray would begin again
+                for answer in outstanding:
+                    with suppress(Exception):
+                        self._ray.cancel(answer)
 
     def _has_room(self, running: int, outstanding: int) -> bool:
         """Whether another task may be on its way: enough that nobody waits, few enough that they fit into memory."""
