@@ -217,7 +217,9 @@ class ModelSource:
         for name in module.state_dict():
             if prefix + name in self.tensors:
                 tensor = self.tensors[prefix + name]
-                state[name] = tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+                # A copy: a product is not the same to the last bit wherever in memory its numbers begin.
+                wanted = dtype if tensor.is_floating_point() else tensor.dtype
+                state[name] = tensor.to(device, wanted, copy=True)
         module.load_state_dict(state, strict=False, assign=True)
 
     def replace(

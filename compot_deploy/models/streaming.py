@@ -14,40 +14,22 @@ import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from compot_deploy.cluster import ALONE, Workers
 from compot_deploy.core.memory import give_back_freed_memory
 from compot_deploy.errors import UnsupportedModelError
+from compot_deploy.models.block_run import Given, Part, add_grams, at_work, has_numbers, parts_of, run_part
 from compot_deploy.models.sites import Gram, InputGroup, Products, add_gram, real_rows
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.tasks import Batch
 
 Replacements: TypeAlias = Callable[[Mapping[str, Gram]], Mapping[str, Tensor]]
 """Grams of a block, by name of the input group, to the weights (in, out) that it goes on with, by site name."""
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a block is called with."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    def replaced(self, others: Mapping[int, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same call with other tensors, by the identity of those in whose place they stand."""
-        args = tuple(others.get(id(value), value) for value in self.args)
-        return args, {name: others.get(id(value), value) for name, value in self.kwargs.items()}
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The tensors of numbers among its arguments, each once."""
-        found = {id(value): value for value in (*self.args, *self.kwargs.values()) if _has_numbers(value)}
-        return list(found.values())
 
 
 _HIDDEN: Final = "hidden_states"
@@ -66,11 +48,7 @@ def hidden_of(given: Given) -> Tensor:
 
 def outputs_of(result: Any) -> list[Tensor]:
     """The tensors of numbers that a block gives: its result, or those of several."""
-    return [value for value in (result if isinstance(result, tuple) else (result,)) if _has_numbers(value)]
-
-
-def _has_numbers(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return [value for value in (result if isinstance(result, tuple) else (result,)) if has_numbers(value)]
 
 
 Finish: TypeAlias = Callable[[Tensor, Batch, list[Tensor], tuple[Tensor, Tensor] | None], None]
@@ -93,6 +71,7 @@ class BlockStream:
         at_head: given the Gram of what the output head reads, as soon as all batches have come there; None where the
             model has not asked its head. The head itself is not run. Not for a stream that finishes.
         differentiates: keep what gradients need of everything that the model does between its blocks; see `left`.
+        workers: who runs the blocks, where the stream does not finish.
     """
 
     def __init__(
@@ -105,7 +84,9 @@ class BlockStream:
         finish: bool = False,
         at_head: Callable[[Gram | None], None] | None = None,
         differentiates: bool = False,
+        workers: Workers = ALONE,
     ) -> None:
+        self._workers = workers
         self._source, self._finish, self._differentiates = source, finish, differentiates
         self._at_head = None if finish or source.layout.head is None else at_head
         self._head: dict[str, Gram] = {}
@@ -142,22 +123,16 @@ class BlockStream:
         path = self._source.layout.blocks[self._next]
         block = self._model.get_submodule(path)
         self._source.load(self._model, path, device=self._device, dtype=self._dtype)
-        groups = self._source.layout.of(path)
-        grams: dict[str, Gram] = {}
-        for one, batch in zip(self._passes, self._batches, strict=True):
+        for one in self._passes:
             if one.at != path:
                 raise RuntimeError(f"A batch stands in front of {one.at!r} where {path!r} was expected.")
-            if capture:
-                mode = Products(block, path)
-                one.look(mode, go_on=replacements is None)
-                _add(grams, groups, mode, path, batch)
-                mode.seen.clear()  # the pass stands in front of the next block and still knows its mode
+        # A model without blocks is one itself, and ends where a pass is: it is run there.
+        run = self._run_here if self._finish or not path else self._run_in_parts
+        grams = run(block, path, capture, replacements is None)
         if replacements is not None:
             weights = replacements({name: _on_cpu(gram) for name, gram in grams.items()})
             self._source.replace(block, path, weights, dtype=self._dtype)
-        if not capture or replacements is not None:
-            for one in self._passes:
-                one.go_on()
+            run(block, path, False, True)
         self._source.unload(block)
         self._next += 1
         if self._next == len(self._source.layout.blocks) and not self._finish:
@@ -166,6 +141,32 @@ class BlockStream:
                 found = self._head.get(_HEAD)
                 self._at_head(None if found is None else _on_cpu(found))
         return {name: _on_cpu(gram) for name, gram in grams.items()}
+
+    def _run_in_parts(self, block: nn.Module, path: str, capture: bool, goes_on: bool) -> dict[str, Gram]:
+        grams: dict[str, Gram] = {}
+        work = at_work(block, path, self._source.layout.of(path) if capture else (), goes_on=goes_on)
+        parts = parts_of(list(zip(self._passes, self._batches, strict=True)))
+        given = (
+            Part(tuple(one.given for one, _ in part), tuple(batch.real for _, batch in part))
+            for part in parts
+        )
+        for part, ran in zip(parts, self._workers.map(run_part, work, given), strict=True):
+            add_grams(grams, ran.grams)
+            for (one, _), result in zip(part, ran.results, strict=False):
+                one.take(result)
+        return grams
+
+    def _run_here(self, block: nn.Module, path: str, capture: bool, goes_on: bool) -> dict[str, Gram]:
+        grams: dict[str, Gram] = {}
+        for one, batch in zip(self._passes, self._batches, strict=True):
+            if capture:
+                mode = Products(block, path)
+                one.look(mode, go_on=goes_on)
+                _add(grams, self._source.layout.of(path), mode, path, batch)
+                mode.seen.clear()  # the pass stands in front of the next block and still knows its mode
+            elif goes_on:
+                one.go_on()
+        return grams
 
     def skip_to(self, number: int, replacements: Callable[[str], Replacements] | None = None) -> None:
         """Run the blocks before a given one without looking at them.
@@ -316,6 +317,7 @@ class _Pass(threading.Thread):
         self._mode: Products | None = None
         self._only_look = False
         self._ending = False
+        self._taken: list[Any] = []
         self._error: BaseException | None = None
         self.at: str | None = None
         """Path of the block in front of which the pass stands; None when it is through."""
@@ -350,6 +352,11 @@ class _Pass(threading.Thread):
         self._turn.release()
         self._wait()
 
+    def take(self, result: Any) -> None:
+        """Go on to the next block with what somebody else got from this one."""
+        self._taken.append(result)
+        self.go_on()
+
     def end(self) -> None:
         """Leave the model where it stands."""
         if self.is_alive():
@@ -380,16 +387,21 @@ class _Pass(threading.Thread):
             if self._ending:
                 raise _Ended
             only_look = self._mode is not None and self._only_look
+            if self._taken:
+                return self._end_or_give(path, self._taken.pop())
             with torch.no_grad(), self._mode or nullcontext():
                 result = real(*args, **kwargs)
             if only_look:
                 continue
-            if path == self._last:
-                raise _Ended
-            self.given = Given((), {})
-            if self._differentiates:
-                self.left = [value.requires_grad_(True) for value in outputs_of(result)]
-            return result
+            return self._end_or_give(path, result)
+
+    def _end_or_give(self, path: str, result: Any) -> Any:
+        if path == self._last:
+            raise _Ended
+        self.given = Given((), {})
+        if self._differentiates:
+            self.left = [value.requires_grad_(True) for value in outputs_of(result)]
+        return result
 
     def _wait(self) -> None:
         self._back.acquire()

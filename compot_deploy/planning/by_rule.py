@@ -6,6 +6,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from compot_deploy.cluster import ALONE, Workers
 from compot_deploy.core.storage import Storage
 from compot_deploy.errors import RecipeError
 from compot_deploy.numerics.spectrum import singular_spectrum
@@ -19,7 +24,7 @@ from compot_deploy.progress import Progress, silent
 from compot_deploy.recipe import DEFAULT_GROUP, Recipe, override
 
 
-def plan_by_rule(settings: Settings, progress: Progress = silent) -> Plan:
+def plan_by_rule(settings: Settings, progress: Progress = silent, workers: Workers = ALONE) -> Plan:
     """The plan of a recipe that is not planned by measured schemes.
 
     Where groups of 32 atoms are too coarse for the ratio and no group was asked for, groups of 16 are tried,
@@ -36,15 +41,17 @@ def plan_by_rule(settings: Settings, progress: Progress = silent) -> Plan:
         )
         spent = sum(entry.candidate.bytes for entry in chosen)
         return Plan(chosen, spent, math.nan, ("nothing was factorized: --method plain",))
-    sizes = []
-    for number, site in enumerate(source.layout.sites):
-        spectrum: tuple[float, ...] = ()
-        if recipe.allocator != "uniform":
-            progress(number, len(source.layout.sites), "Read spectra")
-            spectrum = singular_spectrum(source.weight(site.name).float())
-        sizes.append(MatrixSize(site.name, *site.shape, spectrum))
+    sites = source.layout.sites
+    spectra: Iterable[tuple[float, ...]] = ((),) * len(sites)
     if recipe.allocator != "uniform":
-        progress(len(sizes), len(sizes), "Read spectra")
+        weights = (source.weight(site.name).to(torch.float32, copy=True) for site in sites)
+        progress(0, len(sites), "Read spectra")
+        spectra = workers.map(spectrum_of, None, weights)
+    sizes = []
+    for number, (site, spectrum) in enumerate(zip(sites, spectra, strict=True), 1):
+        if recipe.allocator != "uniform":
+            progress(number, len(sites), "Read spectra")
+        sizes.append(MatrixSize(site.name, *site.shape, spectrum))
     try:
         return plan_of(allocate(recipe, sizes, storage), recipe, settings)
     except RecipeError:
@@ -58,6 +65,11 @@ def plan_by_rule(settings: Settings, progress: Progress = silent) -> Plan:
         note = f"groups of {DEFAULT_GROUP} atoms are too coarse for this ratio: codes use groups of {finer}"
         plan = plan_of(allocate(recipe, sizes, storage), recipe, settings)
         return replace(plan, notes=(note, *plan.notes))
+
+
+def spectrum_of(_: None, weight: Float[Tensor, "inputs outputs"]) -> tuple[float, ...]:
+    """Singular values of one matrix."""
+    return singular_spectrum(weight)
 
 
 def allocate(recipe: Recipe, sizes: Iterable[MatrixSize], storage: Storage) -> Allocation:

@@ -152,6 +152,7 @@ class PlanningContext:
             dtype=self.dtype,
             # What reaches the head behind compressed blocks is known only after they are kept.
             at_head=self._keep_head_gram if original or not self.sequential else None,
+            workers=self.workers,
         )
 
     # -- Grams in the work folder --------------------------------------------------------------------

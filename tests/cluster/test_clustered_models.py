@@ -2,67 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 import tiny
+from divided import recipes_in, result_of
 from folders import differences
 from machines import machines
 from places import few_schemes
 from texts import write_lines
 
-from compot_deploy.cluster import ALONE, Workers
 from compot_deploy.cluster.ray_workers import workers_of
-from compot_deploy.exporters.artifact import digest
-from compot_deploy.models.source import open_source
-from compot_deploy.pipeline.compress import compress
-from compot_deploy.planning.settings import resolve
 from compot_deploy.recipe import Recipe
 
 pytestmark = pytest.mark.slow
 
-OPTIONS: Final[dict[str, dict[str, Any]]] = {
-    "predicted": {"bits": 2.6, "search": "predicted"},
-    "measured block by block": {"bits": 2.6, "search": "full", "sequential": True},
-    "by rule": {"method": "compot", "allocation": "uniform", "rounds": 2},
-}
-
-
-def result_of(recipe: Recipe, work: Path, workers: Workers = ALONE) -> str:
-    """Everything that compression gives."""
-    work.mkdir()
-    made = compress(resolve(recipe, open_source(str(recipe.model))), work, workers=workers)
-    told = {
-        "matrices": {name: digest(matrix) for name, matrix in made.model.matrices.items()},
-        "linears": [asdict(record) for record in made.linears],
-        "notes": made.notes,
-        "plan": str(made.plan),
-        "sensitivities": dict(made.sensitivities),
-        "importance": {name: values.tolist() for name, values in made.importance.items()},
-    }
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
-
 
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recipe]:
-    root = tmp_path_factory.mktemp("models")
-    common: dict[str, Any] = {
-        "model": str(tiny.save(root / "model", num_hidden_layers=2)),
-        "calibration": str(write_lines(root / "text.txt")),
-        "samples": 4,
-        "length": 32,
-        "evaluation_tokens": 64,
-    }
-    return {name: Recipe(**common, **options) for name, options in OPTIONS.items()}
+    return recipes_in(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

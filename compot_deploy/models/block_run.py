@@ -1,0 +1,130 @@
+"""One block run on a part of the batches: a pure function of the block and of what it is called with.
+
+The parts are the same however many there are to run them, and what is summed is summed within a part first and then
+part after part. So Grams are the same to the last bit, whoever computes them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Final, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from compot_deploy.models.sites import Gram, InputGroup, Products, add_gram, real_rows
+
+PARTS: Final = 8
+"""Of all batches, at most. Each has Grams of its own for a while, and so many machines can calibrate at a time."""
+
+Entry = TypeVar("Entry")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a block is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def replaced(self, others: Mapping[int, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same call with other tensors, by the identity of those in whose place they stand."""
+        args = tuple(others.get(id(value), value) for value in self.args)
+        return args, {name: others.get(id(value), value) for name, value in self.kwargs.items()}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors of numbers among its arguments, each once."""
+        found = {id(value): value for value in (*self.args, *self.kwargs.values()) if has_numbers(value)}
+        return list(found.values())
+
+
+def has_numbers(value: Any) -> bool:
+    """Whether something is a tensor of numbers."""
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+@dataclass(frozen=True)
+class BlockAtWork:
+    """A block with its weights, and what is looked for.
+
+    Attributes:
+        block: to run.
+        path: of it.
+        groups: inputs whose Grams are collected.
+        goes_on: whether what it gives is wanted.
+    """
+
+    block: nn.Module
+    path: str
+    groups: tuple[InputGroup, ...]
+    goes_on: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some batches in front of a block.
+
+    Attributes:
+        given: what the block is called with, for each.
+        real: which of its tokens are text, for each.
+    """
+
+    given: tuple[Given, ...]
+    real: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What came of a part.
+
+    Attributes:
+        results: of each batch, where they are wanted.
+        grams: by name of the input group.
+    """
+
+    results: list[Any] = field(default_factory=list)
+    grams: dict[str, Gram] = field(default_factory=dict)
+
+
+def at_work(block: nn.Module, path: str, groups: Sequence[InputGroup], *, goes_on: bool) -> BlockAtWork:
+    """A block as its class runs it, whatever stands in the place of its forward pass."""
+    bare = copy.copy(block)
+    bare.__dict__.pop("forward", None)
+    return BlockAtWork(bare, path, tuple(groups), goes_on)
+
+
+def parts_of(entries: Sequence[Entry]) -> list[Sequence[Entry]]:
+    """Batches in parts that follow each other, as even as can be."""
+    count = min(PARTS, len(entries))
+    ends = [len(entries) * number // count for number in range(count + 1)] if count else []
+    return [entries[start:end] for start, end in pairwise(ends)]
+
+
+def run_part(work: BlockAtWork, part: Part) -> Ran:
+    """Run a block on some batches."""
+    ran = Ran()
+    firsts = {group.sites[0]: group.name for group in work.groups}
+    for given, real in zip(part.given, part.real, strict=True):
+        mode = Products(work.block, work.path)
+        with torch.no_grad(), mode:
+            result = work.block.forward(*given.args, **given.kwargs)
+        # Every group by its first site, which other sites of the group read too.
+        for seen, values in mode.groups(work.path) if firsts else ():
+            for site in seen.sites:
+                if site in firsts:
+                    add_gram(ran.grams, firsts[site], real_rows(values, real))
+        if work.goes_on:
+            ran.results.append(result)
+    return ran
+
+
+def add_grams(sums: dict[str, Gram], more: Mapping[str, Gram]) -> None:
+    """Add the Grams of a part to those of the parts before it, in place."""
+    for name, gram in more.items():
+        known = sums.get(name)
+        total = gram.matrix if known is None else known.matrix.add_(gram.matrix)
+        sums[name] = Gram(total, gram.tokens + (known.tokens if known else 0))

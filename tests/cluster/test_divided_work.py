@@ -1,0 +1,63 @@
+"""Laws of what is divided: pure functions of what can be sent, so that nobody can tell who computed them, and when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import any_models
+import pytest
+import torch
+from divided import Far, recipes_in, result_of
+from places import few_schemes
+
+from compot_deploy.cluster import ALONE, Workers
+from compot_deploy.models.block_run import PARTS, parts_of
+from compot_deploy.models.sites import Gram
+from compot_deploy.models.source import open_source
+from compot_deploy.models.streaming import BlockStream
+
+
+def test_everything_can_be_computed_elsewhere_in_any_order(tmp_path: Path) -> None:
+    with few_schemes():
+        for name, recipe in recipes_in(tmp_path).items():
+            far = Far()
+            assert result_of(recipe, tmp_path / f"{name} far", far) == result_of(recipe, tmp_path / name), (
+                name
+            )
+            expected = {
+                "predicted": {"run_part", "points_of", "errors_of", "make_input"},
+                "measured block by block": {"run_part", "points_of", "make_input"},
+                "by rule": {"run_part", "spectrum_of", "make_input"},
+            }
+            assert set(far.asked) - {"smallest_of"} == expected[name]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3", "bert", "albert", "gpt2 classes"])
+def test_grams_are_the_same_wherever_blocks_run(kind: str, tmp_path: Path) -> None:
+    """Also of models whose layers share their weights, which are run as a whole."""
+    source = open_source(any_models.save(tmp_path, kind))
+    windows = [torch.randint(3, 300, (100 + number,)) for number in range(24)]
+    batches = [batch for window in windows for batch in source.task.batches([window])]
+
+    def grams(workers: Workers) -> dict[str, Gram]:
+        found: dict[str, Gram] = {}
+        heads: list[Gram | None] = []
+        with BlockStream(source, batches, at_head=heads.append, workers=workers) as stream:
+            for block in source.layout.blocks:
+                found |= {f"{block} {name}": gram for name, gram in stream.advance().items()}
+        return found | {f"head {number}": head for number, head in enumerate(heads) if head is not None}
+
+    far = Far()
+    here, there = grams(ALONE), grams(far)
+    assert here.keys() == there.keys() and len(here) >= len(source.layout.groups)
+    assert far.asked == ["run_part"] * (PARTS * len(source.layout.blocks) if kind != "albert" else 0)
+    for name, gram in here.items():
+        assert gram.tokens == there[name].tokens and torch.equal(gram.matrix, there[name].matrix), name
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 8, 9, 100])
+def test_parts_follow_each_other_and_are_even(count: int) -> None:
+    parts = parts_of(range(count))
+    assert [number for part in parts for number in part] == list(range(count))
+    assert len(parts) == min(PARTS, count)
+    assert max(map(len, parts), default=0) - min(map(len, parts), default=0) <= 1
