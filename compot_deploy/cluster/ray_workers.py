@@ -77,7 +77,7 @@ def workers_of(cluster: str | None) -> Iterator[Workers]:
             )
         yield _checked(ray)
         return
-    with _signals_kept(), _local(ray) if cluster == "local" else _joined(ray, cluster):
+    with _local(ray) if cluster == "local" else _joined(ray, cluster):
         yield _checked(ray)
 
 
@@ -87,21 +87,32 @@ _QUIET: Final = MappingProxyType({"log_to_driver": False, "logging_level": loggi
 @contextmanager
 def _local(ray: Any) -> Iterator[None]:
     """Ray on this machine, for nobody else, and gone afterwards with everything that it wrote."""
-    folder = tempfile.mkdtemp(prefix="compot-")
+    folder = tempfile.mkdtemp(prefix="compot-ray-", dir=_short_place())
     with _own_token(ray):
         try:
-            ray.init(
-                address="local",
-                num_cpus=_processors(),
-                include_dashboard=False,
-                _temp_dir=folder,
-                _node_ip_address="127.0.0.1",
-                **_QUIET,
-            )
+            with _signals_kept():
+                ray.init(
+                    address="local",
+                    num_cpus=_processors(),
+                    include_dashboard=False,
+                    _temp_dir=folder,
+                    _node_ip_address="127.0.0.1",
+                    **_QUIET,
+                )
             yield
         finally:
             ray.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _short_place() -> str:
+    """Where temporary files belong; where that is a long path, what every Unix has, for names of sockets are short."""
+    place = tempfile.gettempdir()
+    return place if len(place) <= _SHORT or not os.access("/tmp", os.W_OK) else "/tmp"
+
+
+_SHORT: Final = 23
+"""Characters that a socket's name leaves: 107 without what Ray puts below."""
 
 
 @contextmanager
@@ -140,7 +151,8 @@ def _joined(ray: Any, cluster: str) -> Iterator[None]:
                 "--head printed, or use --cluster local."
             ) from None
     try:
-        ray.init(address=cluster, **_QUIET)
+        with _signals_kept():
+            ray.init(address=cluster, **_QUIET)
     except Exception as error:  # of many kinds: ConnectionError, RuntimeError, ValueError, TimeoutError
         with suppress(Exception):
             ray.shutdown()
@@ -168,7 +180,7 @@ def _processors() -> int:
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Ray answers SIGTERM by itself; who called us has an answer already."""
+    """Ray answers SIGTERM by itself from its beginning on; who called us has an answer already."""
     kept = signal.getsignal(signal.SIGTERM)
     try:
         yield

@@ -194,7 +194,9 @@ class ModelSource:
         for name in model.state_dict():
             behind = last is not None and name.startswith(f"{last}.")
             if not name.startswith(inside) and (head or not behind) and name in self.tensors:
-                state[name] = self.tensors[name].to(device, dtype)
+                # A product is not the same to the last bit wherever in memory its numbers begin, and a file has them
+                # anywhere; rows that are only looked up may stay there.
+                state[name] = self.tensors[name].to(device, dtype, copy=head)
         model.load_state_dict(state, strict=False, assign=True)
         if head:
             model.tie_weights()
@@ -217,9 +219,8 @@ class ModelSource:
         for name in module.state_dict():
             if prefix + name in self.tensors:
                 tensor = self.tensors[prefix + name]
-                # A copy: a product is not the same to the last bit wherever in memory its numbers begin.
                 wanted = dtype if tensor.is_floating_point() else tensor.dtype
-                state[name] = tensor.to(device, wanted, copy=True)
+                state[name] = tensor.to(device, wanted, copy=True)  # see `skeleton`
         module.load_state_dict(state, strict=False, assign=True)
 
     def replace(

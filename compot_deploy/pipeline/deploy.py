@@ -97,7 +97,7 @@ def run(recipe: Recipe, progress: Progress = silent, work: Path | None = None) -
             deployments = tuple(
                 finished(target, recipe)
                 if kind in there
-                else export(settings, compression, evaluation, gate, kind, target, own, progress)
+                else export(settings, compression, evaluation, gate, kind, target, own, progress, workers)
                 for kind, target in targets.items()
             )
         if work is None:

@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 
 from compot_deploy import __version__
+from compot_deploy.accuracy.elsewhere import ReadElsewhere
 from compot_deploy.accuracy.evaluate import Evaluation, Visit, check, measure
 from compot_deploy.accuracy.gate import Gate
 from compot_deploy.accuracy.listening import Listener, heard
@@ -20,6 +21,7 @@ from compot_deploy.accuracy.runners import RUNNERS, TEXT_RUNNERS
 from compot_deploy.accuracy.speech import TorchSpeech
 from compot_deploy.accuracy.texts import TorchTexts, check_texts, measure_texts
 from compot_deploy.accuracy.torch_runner import TorchRunner
+from compot_deploy.cluster import ALONE, Workers
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Factorized, Matrix
 from compot_deploy.core.storage import matrix_bytes
@@ -73,6 +75,7 @@ class Subject:
         factors_absent: why there are none.
         beside: matrices of the same model compressed otherwise, by what that is called.
         scratch: folder for logits that are kept meanwhile; None takes the system's.
+        workers: who reads the text with models in torch.
     """
 
     folder: Path
@@ -85,6 +88,7 @@ class Subject:
     factors_absent: str = "the folder does not hold the factors before quantization"
     beside: Mapping[str, Mapping[str, Matrix]] = field(default_factory=dict)
     scratch: Path | None = None
+    workers: Workers = ALONE
 
     @property
     def task(self) -> Task:
@@ -176,11 +180,15 @@ def measure_losses(
 
     reference = None
     if original is not None:
-        reference = watched("reference", _opening(task, open_original, "original"))
+        reference = watched("reference", _opening(subject, evaluation, open_original, "original"))
     factored = (
-        None if original is None or subject.factors is None else _opening(task, open_factored, FACTORED)
+        None
+        if original is None or subject.factors is None
+        else _opening(subject, evaluation, open_factored, FACTORED)
     )
-    compressed = _opening(task, open_compressed, f"torch {torch.__version__}, dequantized weights")
+    compressed = _opening(
+        subject, evaluation, open_compressed, f"torch {torch.__version__}, dequantized weights"
+    )
     absent = {"reference_absent": subject.absent, "factorized_absent": subject.factors_absent}
     if task.generates:
         return check(
@@ -211,8 +219,14 @@ def measure_losses(
     )
 
 
-def _opening(task: Task, model: Callable[[], Any], name: str) -> Callable[[], Any]:
+def _opening(
+    subject: Subject, evaluation: Evaluation, model: Callable[[], Any], name: str
+) -> Callable[[], Any]:
     """Opens a model in torch when its turn has come."""
+    task, workers = subject.task, subject.workers
+    if task.generates and not workers.alone:
+        windows, size = evaluation.text.windows, evaluation.batch
+        return lambda: ReadElsewhere(TorchRunner(model(), name), workers, windows, size)
     if task.generates:
         return lambda: TorchRunner(model(), name)
     reader = TorchSpeech if task.listens else TorchTexts
@@ -233,8 +247,8 @@ def _beside(
     task, manifest, model = subject.task, subject.manifest, subject.model
     exporter = EXPORTERS[manifest.exporter]
     sizes = matrix_bytes(matrices, exporter.storage(exporter.options(manifest.recipe)))
-    first = _opening(task, lambda: whole_model(original), "original")
-    second = _opening(task, lambda: model_of(replace(model, matrices=matrices)), name)
+    first = _opening(subject, evaluation, lambda: whole_model(original), "original")
+    second = _opening(subject, evaluation, lambda: model_of(replace(model, matrices=matrices)), name)
     if task.generates:
         loss = measure(first, second, evaluation, scratch=subject.scratch)
     else:

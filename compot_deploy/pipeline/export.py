@@ -10,6 +10,7 @@ from compot_deploy.accuracy.evaluate import Evaluation
 from compot_deploy.accuracy.gate import Gate
 from compot_deploy.accuracy.listening import Shortening, positions_of
 from compot_deploy.accuracy.probes import Probes
+from compot_deploy.cluster import ALONE, Workers
 from compot_deploy.core.json_files import as_object
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.core.store import Without, write_text
@@ -50,6 +51,7 @@ def export(
     target: Path,
     work: Path,
     progress: Progress = silent,
+    workers: Workers = ALONE,
 ) -> Deployment:
     """Write one format, evaluate it, and put the folder in its place; the work folder keeps that it is finished."""
     recipe, source, exporter = settings.recipe, settings.source, EXPORTERS[kind]
@@ -80,6 +82,7 @@ def export(
             factors_absent=compression.unquantized_absent,
             beside=compression.beside,
             scratch=folder,
+            workers=workers,
         )
         if source.task.listens:  # what follows is about text that is read
             report = evaluate_folder(subject, evaluation, gate, progress)

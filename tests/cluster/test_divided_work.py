@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import any_models
 import pytest
 import torch
 from divided import Far, recipes_in, result_of
+from folders import differences
 from places import few_schemes
 
 from compot_deploy.cluster import ALONE, Workers
@@ -15,6 +17,9 @@ from compot_deploy.models.block_run import PARTS, parts_of
 from compot_deploy.models.sites import Gram
 from compot_deploy.models.source import open_source
 from compot_deploy.models.streaming import BlockStream
+from compot_deploy.pipeline import deploy as deploy_module
+from compot_deploy.pipeline.deploy import run
+from compot_deploy.recipe import override
 
 
 def test_everything_can_be_computed_elsewhere_in_any_order(tmp_path: Path) -> None:
@@ -30,6 +35,19 @@ def test_everything_can_be_computed_elsewhere_in_any_order(tmp_path: Path) -> No
                 "by rule": {"run_part", "spectrum_of", "make_input"},
             }
             assert set(far.asked) - {"smallest_of"} == expected[name]
+
+
+def test_a_folder_does_not_tell_who_computed_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every byte of it, what it says of losses included; the text is read by workers too."""
+    far, out = Far(), {name: tmp_path / name / "out" for name in ("near", "far")}
+    recipe = recipes_in(tmp_path)["predicted"]
+    changed = {"evaluation_tokens": 256, "max_perplexity_ratio": 1e9, "format": ("huggingface",)}
+    with few_schemes():
+        run(override(recipe, out=str(out["near"]), **changed))
+        monkeypatch.setattr(deploy_module, "workers_of", lambda cluster: nullcontext(far))
+        run(override(recipe, out=str(out["far"]), cluster="local", **changed))
+    assert far.asked.count("read") >= 2
+    assert list(differences(out["near"], out["far"])) == []
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma3", "bert", "albert", "gpt2 classes"])

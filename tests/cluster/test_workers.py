@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -21,9 +22,10 @@ pytestmark = pytest.mark.slow
 
 
 def test_results_are_those_of_one_process_whatever_happens_to_workers(tmp_path: Path) -> None:
-    numbers, weight = range(12), torch.randn(300, 300)
+    numbers, weight, answer = range(12), torch.randn(300, 300), signal.getsignal(signal.SIGTERM)
     with machines(2) as some, workers_of(some.address) as many:
         assert not many.alone
+        assert signal.getsignal(signal.SIGTERM) == answer
         # the order is that of the inputs
         expected = list(ALONE.map(cluster_tasks.square, 7, numbers))
         assert list(many.map(cluster_tasks.square, 7, numbers)) == expected
