@@ -4,8 +4,8 @@
     python benchmarks/cluster.py --workers 1 --bytes --hidden 2048 --intermediate 5632 --heads 32 --layers 1
 
 Prints wall-clock seconds of each stage for each number of workers, one thread each, and checks that the result is the
-same to the last bit. With ``--bytes`` also how many bytes were sent and came back, by kind of task, and the largest
-memory that a worker had.
+same to the last bit; beside them processor seconds, which tell on a busy machine how evenly work was divided, and the
+largest memory of a worker. With ``--bytes`` also how many bytes were sent and came back, by kind of task.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import os
 import pickle
+import resource
 import shutil
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -90,11 +92,31 @@ class Counting:
             yield result
 
 
-def memory_of_worker(_: None, number: int) -> int:
-    """The largest memory that this process had, in bytes."""
-    import resource
+@dataclass(frozen=True)
+class Usage:
+    """What a process has used.
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    Attributes:
+        process: its id.
+        seconds: of a processor.
+        memory: bytes, at most.
+    """
+
+    process: int
+    seconds: float
+    memory: int
+
+
+def usage(_: None, number: int) -> Usage:
+    """Of this process."""
+    time.sleep(0.05)  # so that every worker is asked
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return Usage(os.getpid(), used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
+
+
+def usages(workers: Workers, count: int) -> dict[int, Usage]:
+    """Of every worker, by its process."""
+    return {one.process: one for one in workers.map(usage, None, range(10 * count))}
 
 
 def save_model(folder: Path, options: argparse.Namespace) -> Path:
@@ -134,7 +156,6 @@ def cluster_of(count: int) -> Iterator[Workers]:
         for _ in range(count):
             cluster.add_node(num_cpus=1)
         with workers_of(str(cluster.address)) as workers:
-            list(workers.map(memory_of_worker, None, range(4 * count)))  # everything is imported
             yield workers
     finally:
         cluster.shutdown()
@@ -178,15 +199,22 @@ def main() -> int:
             work.mkdir()
             with cluster_of(count) as workers:
                 used = Counting(workers) if options.bytes else workers
+                before = usages(workers, count) if count else {}
+                own = usage(None, 0).seconds
                 made = compress(settings, work, stages, used)
-                if options.bytes and count:
-                    peak = max(workers.map(memory_of_worker, None, range(4 * count)))
-                    print(f"largest memory of a worker: {peak / 1e6:.0f} MB")
+                own = usage(None, 0).seconds - own
+                after = usages(workers, count) if count else {}
             named = {name: digest(matrix) for name, matrix in made.model.matrices.items()}
             results[number] = hashlib.sha256(repr(named).encode()).hexdigest()[:12]
             divided = sum(stages.seconds.get(label, 0.0) for label in DIVIDED)
             told = ", ".join(f"{label.lower()} {took:.1f}" for label, took in stages.seconds.items())
             print(f"{count} workers: divided stages {divided:.1f} s ({told}); result {results[number]}")
+            took = [one.seconds - before[name].seconds for name, one in after.items() if name in before]
+            theirs = ", ".join(f"{one:.1f}" for one in took) or "no"
+            print(f"  processor seconds: {own:.1f} of this process, {theirs} of workers")
+            if count:
+                most, first = (max(one.memory for one in some.values()) / 1e6 for some in (after, before))
+                print(f"  memory of a worker: {most:.0f} MB at most, {first:.0f} MB at the beginning")
             if isinstance(used, Counting):
                 for name, (tasks, shared, sent, back) in used.traffic.items():
                     print(

@@ -22,6 +22,7 @@ from compot_deploy.pipeline.deploy import run
 from compot_deploy.recipe import override
 
 
+@pytest.mark.slow
 def test_everything_can_be_computed_elsewhere_in_any_order(tmp_path: Path) -> None:
     with few_schemes():
         for name, recipe in recipes_in(tmp_path).items():

@@ -22,7 +22,7 @@ from compot_deploy.recipe import Recipe
 
 OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "predicted": {"bits": 2.6, "search": "predicted"},
-    "measured block by block": {"bits": 2.6, "search": "full", "sequential": True},
+    "measured block by block": {"bits": 2.6, "search": "coarse", "sequential": True},
     "by rule": {"method": "compot", "allocation": "spectral", "rounds": 2},
 }
 
@@ -53,7 +53,7 @@ def _call(function: Callable[[Any, Any], Any], shared: Any, item: Any) -> Any:
 def recipes_in(root: Path) -> dict[str, Recipe]:
     """Recipes for a tiny model, which is written there."""
     common: dict[str, Any] = {
-        "model": str(tiny.save(root / "model", num_hidden_layers=2)),
+        "model": str(tiny.save(root / "model", num_hidden_layers=2, intermediate_size=64)),
         "calibration": str(write_lines(root / "text.txt")),
         "samples": 48,
         "length": 32,
