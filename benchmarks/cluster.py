@@ -29,7 +29,7 @@ from typing import TypeVar
 import torch
 
 from compot_deploy.cluster import ALONE, Workers
-from compot_deploy.cluster.ray_workers import workers_of
+from compot_deploy.cluster.connection import workers_of
 from compot_deploy.embedded import MODEL
 from compot_deploy.exporters.artifact import digest
 from compot_deploy.models.source import TOKENIZER_FILES, open_source

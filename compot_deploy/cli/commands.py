@@ -17,12 +17,14 @@ from compot_deploy.cli.arguments import Parser, add_options, parse_recipe, recip
 from compot_deploy.cli.demo import demo_command
 from compot_deploy.cli.output import print_overview, progress_on, show
 from compot_deploy.cli.serve import DEFAULT_PORT, PageServer
+from compot_deploy.cluster.connection import advice
 from compot_deploy.errors import EXIT_CODES, EXIT_OK, RecipeError
 from compot_deploy.pipeline.check import check, write_check, write_report_again
 from compot_deploy.pipeline.deploy import plan_only, run
 from compot_deploy.pipeline.evaluation import HTML
 from compot_deploy.pipeline.generate import generate
 from compot_deploy.pipeline.limits import FEWEST_POSITIONS
+from compot_deploy.recipe import Recipe
 from compot_deploy.report import inspection
 from compot_deploy.report import plan as plan_report
 from compot_deploy.report.document import verdict
@@ -44,9 +46,16 @@ def deploy_command(arguments: list[str], out: Console, err: Console) -> int:
             "No model given: using the small model that ships with compot-deploy (1.6M parameters, trained on "
             "Python's documentation)."
         )
+    _advise(recipe, err)
     with progress_on(err) as progress:
         deployments = run(recipe, progress)
     return max((show(deployment, out) for deployment in deployments), default=EXIT_OK)
+
+
+def _advise(recipe: Recipe, err: Console) -> None:
+    told = advice(recipe.cluster)
+    if told:
+        err.print(Text(told))
 
 
 def _plan(arguments: list[str], out: Console, err: Console) -> int:
@@ -63,6 +72,7 @@ def _plan(arguments: list[str], out: Console, err: Console) -> int:
     recipe = recipe_of(options)
     if picture is not None:
         plan_report.check_plot(picture)
+    _advise(recipe, err)
     with progress_on(err) as progress:
         planned = plan_report.Planned(recipe.model or "the model that ships", plan_only(recipe, progress))
     if picture is not None:

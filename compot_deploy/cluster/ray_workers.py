@@ -1,38 +1,22 @@
-"""Workers of a Ray cluster: of this machine for the time of a run, or of many machines.
+"""Workers of a Ray cluster.
 
 Inputs and results travel through Ray's object store; no folder is shared. A task whose worker or machine dies is
 computed again elsewhere, by Ray. A machine that joins gets the next tasks, for how many are on their way follows the
-cluster. Nobody is told of any of this: Ray's usage statistics are switched off in `compot_deploy.silence`, and its
-dashboard is not started.
+cluster.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import secrets
-import shutil
-import signal
-import socket
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from types import MappingProxyType
+from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 import torch
 
 from compot_deploy.cluster import task
-from compot_deploy.cluster.workers import ALONE, Workers
-from compot_deploy.errors import (
-    CompotDeployError,
-    InputError,
-    MissingDependencyError,
-    RecipeError,
-    first_line,
-)
+from compot_deploy.errors import CompotDeployError, InputError, first_line
 
 Shared = TypeVar("Shared")
 Item = TypeVar("Item")
@@ -47,149 +31,8 @@ _SECONDS: Final = 1.0
 _PATIENCE: Final = 120.0
 """Seconds that a cluster without a machine for the tasks is waited for."""
 
-_ANSWER: Final = 5.0
-"""Seconds in which an address answers."""
 
-
-@contextmanager
-def workers_of(cluster: str | None) -> Iterator[Workers]:
-    """Who computes, as ``--cluster`` says; for the time of a ``with`` statement.
-
-    Args:
-        cluster: ``local`` starts Ray on this machine and ends it afterwards; ``auto`` takes the cluster that this
-            machine is a part of, an address a certain one of those. None is this process alone.
-
-    Raises:
-        MissingDependencyError: Ray is not installed.
-        InputError: no cluster answers; none of its machines has enough processors; a worker has other versions.
-    """
-    if cluster is None:
-        yield ALONE
-        return
-    try:
-        import ray
-    except ImportError:
-        raise MissingDependencyError("ray", "ray", f"--cluster {cluster}") from None
-    if ray.is_initialized():
-        if cluster != "auto":
-            raise RecipeError(
-                f"--cluster {cluster}: this process is connected to a Ray cluster already. Use --cluster auto."
-            )
-        yield _checked(ray)
-        return
-    with _local(ray) if cluster == "local" else _joined(ray, cluster):
-        yield _checked(ray)
-
-
-_QUIET: Final = MappingProxyType({"log_to_driver": False, "logging_level": logging.ERROR})
-
-
-@contextmanager
-def _local(ray: Any) -> Iterator[None]:
-    """Ray on this machine, for nobody else, and gone afterwards with everything that it wrote."""
-    folder = tempfile.mkdtemp(prefix="compot-ray-", dir=_short_place())
-    with _own_token(ray):
-        try:
-            with _signals_kept():
-                ray.init(
-                    address="local",
-                    num_cpus=_processors(),
-                    include_dashboard=False,
-                    _temp_dir=folder,
-                    _node_ip_address="127.0.0.1",
-                    **_QUIET,
-                )
-            yield
-        finally:
-            ray.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _short_place() -> str:
-    """Where temporary files belong; where that is a long path, what every Unix has, for names of sockets are short."""
-    place = tempfile.gettempdir()
-    return place if len(place) <= _SHORT or not os.access("/tmp", os.W_OK) else "/tmp"
-
-
-_SHORT: Final = 23
-"""Characters that a socket's name leaves: 107 without what Ray puts below."""
-
-
-@contextmanager
-def _own_token(ray: Any) -> Iterator[None]:
-    """A password for this run. Left to itself, Ray writes one into the home directory, where it stays."""
-    if {"RAY_AUTH_MODE", _TOKEN, f"{_TOKEN}_PATH"} & os.environ.keys():
-        yield
-        return
-    os.environ[_TOKEN] = secrets.token_hex(32)
-    try:
-        yield
-    finally:
-        del os.environ[_TOKEN]
-        os.environ.pop("RAY_AUTH_MODE", None)  # set by Ray
-        with suppress(Exception):  # a part of Ray that it does not promise
-            ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
-
-
-_TOKEN: Final = "RAY_AUTH_TOKEN"
-
-
-@contextmanager
-def _joined(ray: Any, cluster: str) -> Iterator[None]:
-    """A part of a cluster that runs.
-
-    Raises:
-        InputError: there is none.
-    """
-    if cluster != "auto":
-        host, _, port = cluster.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), _ANSWER).close()
-        except OSError as error:
-            raise InputError(
-                f"--cluster {cluster}: nobody answers there ({first_line(error)}). Give the address that ray start "
-                "--head printed, or use --cluster local."
-            ) from None
-    try:
-        with _signals_kept():
-            ray.init(address=cluster, **_QUIET)
-    except Exception as error:  # of many kinds: ConnectionError, RuntimeError, ValueError, TimeoutError
-        with suppress(Exception):
-            ray.shutdown()
-        if cluster == "auto":
-            raise InputError(
-                f"--cluster auto: this machine is no part of a Ray cluster that could be joined ({first_line(error)}). "
-                "Start one with ray start --head, or use --cluster local."
-            ) from None
-        raise InputError(
-            f"--cluster {cluster}: this machine could not join the Ray cluster there ({first_line(error)}). Make it "
-            f"one of its machines with ray start --address={cluster}."
-        ) from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _processors() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-@contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Ray answers SIGTERM by itself from its beginning on; who called us has an answer already."""
-    kept = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        with suppress(ValueError):  # not the main thread, where Ray leaves signals alone
-            signal.signal(signal.SIGTERM, kept)
-
-
-def _checked(ray: Any) -> RayWorkers:
+def checked_workers(ray: Any) -> RayWorkers:
     """Workers that can compute what this process would.
 
     Raises:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compot_deploy.cluster.ray_workers import workers_of
+from compot_deploy.cluster.connection import workers_of
 from compot_deploy.embedded import MODEL
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters.archive import check_archive

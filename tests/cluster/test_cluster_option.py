@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from compot_deploy.cli.main import main
+from compot_deploy.cluster import connection
 from compot_deploy.errors import RecipeError
 from compot_deploy.recipe import Recipe
 
@@ -57,3 +58,15 @@ def test_a_cluster_does_not_compute_on_another_device(monkeypatch: pytest.Monkey
     with pytest.raises(RecipeError, match=r"--cluster local computes on processors.*add --device cpu"):
         resolve(Recipe(cluster="local", bits=2.5), open_source(MODEL))
     resolve(Recipe(cluster="local", bits=2.5, device="cpu"), open_source(MODEL))
+
+
+@pytest.mark.parametrize(
+    ("threads", "processors", "told"), [(1, 4, False), (2, 4, False), (4, 4, True), (1, 1, False)]
+)
+def test_who_gets_one_task_at_a_time_is_told_how_to_get_more(
+    monkeypatch: pytest.MonkeyPatch, threads: int, processors: int, told: bool
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(connection, "_processors", lambda: processors)
+    assert ("OMP_NUM_THREADS=1" in connection.advice("local")) == told
+    assert connection.advice("auto") == connection.advice(None) == ""

@@ -18,7 +18,7 @@ from machines import machines
 from places import few_schemes
 from texts import write_lines
 
-from compot_deploy.cluster.ray_workers import workers_of
+from compot_deploy.cluster.connection import workers_of
 from compot_deploy.recipe import Recipe
 
 pytestmark = pytest.mark.slow

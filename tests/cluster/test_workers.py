@@ -15,7 +15,7 @@ from machines import machines
 
 import compot_deploy
 from compot_deploy.cluster import ALONE
-from compot_deploy.cluster.ray_workers import workers_of
+from compot_deploy.cluster.connection import workers_of
 from compot_deploy.errors import InputError
 
 pytestmark = pytest.mark.slow
