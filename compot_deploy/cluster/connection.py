@@ -119,14 +119,7 @@ def _joined(ray: Any, cluster: str) -> Iterator[None]:
         InputError: there is none.
     """
     if cluster != "auto":
-        host, _, port = cluster.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), _ANSWER).close()
-        except OSError as error:
-            raise InputError(
-                f"--cluster {cluster}: nobody answers there ({first_line(error)}). Give the address that ray start "
-                "--head printed, or use --cluster local."
-            ) from None
+        _require_answer(cluster)
     try:
         with _signals_kept():
             ray.init(address=cluster, **_QUIET)
@@ -146,6 +139,29 @@ def _joined(ray: Any, cluster: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_answer(cluster: str) -> None:
+    """Ray itself asks for minutes where nobody answers, or somebody else.
+
+    Raises:
+        InputError: it is so.
+    """
+    host, _, port = cluster.rpartition(":")
+    give = "Give the address that ray start --head printed, or use --cluster local."
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), _ANSWER) as connection:
+            # What Ray speaks begins as HTTP/2 does, and is answered by settings: a frame of the fourth kind.
+            connection.sendall(_GREETING)
+            answer = connection.recv(9)
+    except OSError as error:
+        raise InputError(f"--cluster {cluster}: nobody answers there ({first_line(error)}). {give}") from None
+    encrypted = os.environ.get("RAY_USE_TLS", "0") != "0"
+    if not encrypted and answer[3:4] != b"\x04":
+        raise InputError(f"--cluster {cluster}: what answers there is not Ray. {give}")
+
+
+_GREETING: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 
 
 def _processors() -> int:

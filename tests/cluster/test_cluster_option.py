@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.server
 import socket
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,17 @@ def test_an_address_that_nobody_answers_is_refused(
         code, error = said(capsys, "--cluster", address, "--bits", "2.5", "--out", str(tmp_path / "out"))
     assert code == 2 and f"--cluster {address}: nobody answers there" in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_where_something_else_answers_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        address = f"127.0.0.1:{server.server_port}"
+        code, error = said(capsys, "--cluster", address, "--bits", "2.5", "--out", str(tmp_path / "out"))
+    assert code == 2 and f"--cluster {address}: what answers there is not Ray" in error
 
 
 def test_a_cluster_does_not_compute_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
