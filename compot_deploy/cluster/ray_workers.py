@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 import torch
 
 from compot_deploy.cluster import task
+from compot_deploy.cluster.tensors import send_packed
 from compot_deploy.errors import CompotDeployError, InputError, first_line
 
 Shared = TypeVar("Shared")
@@ -39,6 +40,7 @@ def checked_workers(ray: Any) -> RayWorkers:
         InputError: no machine has enough processors, or one has other versions.
     """
     terms = task.Terms(torch.get_num_threads(), task.versions())
+    send_packed(ray)
     workers = RayWorkers(ray, terms)
     most = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
     if most < terms.threads:

@@ -1,4 +1,4 @@
-"""What runs on a worker. It knows no Ray: it is found by its name on the other machine, and called."""
+"""What runs on a worker: it is found by its name on the other machine, and called."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from compot_deploy import __version__
+from compot_deploy.cluster.tensors import send_packed
 from compot_deploy.core.code_version import code_version
 from compot_deploy.core.memory import give_back_freed_memory
 from compot_deploy.errors import InputError
@@ -100,4 +101,7 @@ def run(terms: Terms, function: Callable[[Shared, Item], Result], shared: Shared
 
 @lru_cache(maxsize=1)
 def _prepare() -> None:
+    import ray
+
+    send_packed(ray)
     give_back_freed_memory()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Final
 
 import any_models
 import pytest
@@ -13,6 +15,7 @@ from folders import differences
 from places import few_schemes
 
 from compot_deploy.cluster import ALONE, Workers
+from compot_deploy.cluster.tensors import packed, unpacked
 from compot_deploy.models.block_run import PARTS, parts_of
 from compot_deploy.models.sites import Gram
 from compot_deploy.models.source import open_source
@@ -72,6 +75,38 @@ def test_grams_are_the_same_wherever_blocks_run(kind: str, tmp_path: Path) -> No
     assert far.asked == ["run_part"] * (PARTS * len(source.layout.blocks) if kind != "albert" else 0)
     for name, gram in here.items():
         assert gram.tokens == there[name].tokens and torch.equal(gram.matrix, there[name].matrix), name
+
+
+TENSORS: Final = {
+    "whole": torch.randn(3, 4),
+    "transposed": torch.randn(3, 4).T,
+    "permuted": torch.randn(2, 3, 4).permute(2, 0, 1),
+    "a part": torch.randn(6, 8)[1::2, ::2],
+    "a part transposed": torch.randn(4, 6)[:, 2:4].T,
+    "repeated": torch.randn(4, 1, 3).expand(4, 5, 3),
+    "empty": torch.zeros(0, 3),
+    "a number": torch.tensor(2.0),
+    "bfloat16": torch.randn(5).bfloat16(),
+    "truth": torch.tensor([True, False]),
+    "small": torch.randint(-9, 9, (3, 3), dtype=torch.int8),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_tensor_arrives_as_it_was_sent(name: str) -> None:
+    tensor = TENSORS[name]
+    sent = pickle.dumps(packed(tensor), 5)
+    found = unpacked(pickle.loads(sent))
+    assert torch.equal(found, tensor) and found.dtype == tensor.dtype
+    if name in ("whole", "transposed", "permuted"):  # dense as they are
+        assert found.stride() == tensor.stride()
+    assert len(sent) < tensor.numel() * tensor.element_size() + 1000  # not what else lies beside it
+
+
+def test_a_tensor_without_numbers_arrives_without() -> None:
+    tensor = torch.empty(1000, 1000, device="meta").T
+    found = unpacked(pickle.loads(pickle.dumps(packed(tensor))))
+    assert found.is_meta and found.shape == tensor.shape and found.stride() == tensor.stride()
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 8, 9, 100])
