@@ -41,6 +41,7 @@ def test_everything_can_be_computed_elsewhere_in_any_order(tmp_path: Path) -> No
             assert set(far.asked) - {"smallest_of"} == expected[name]
 
 
+@pytest.mark.slow
 def test_a_folder_does_not_tell_who_computed_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every byte of it, what it says of losses included; the text is read by workers too."""
     far, out = Far(), {name: tmp_path / name / "out" for name in ("near", "far")}

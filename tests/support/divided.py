@@ -53,7 +53,7 @@ def _call(function: Callable[[Any, Any], Any], shared: Any, item: Any) -> Any:
 def recipes_in(root: Path) -> dict[str, Recipe]:
     """Recipes for a tiny model, which is written there."""
     common: dict[str, Any] = {
-        "model": str(tiny.save(root / "model", num_hidden_layers=2, intermediate_size=64)),
+        "model": str(tiny.save(root / "model", num_hidden_layers=2)),
         "calibration": str(write_lines(root / "text.txt")),
         "samples": 48,
         "length": 32,
