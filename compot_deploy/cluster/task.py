@@ -14,7 +14,7 @@ import torch
 from compot_deploy import __version__
 from compot_deploy.cluster.tensors import send_packed
 from compot_deploy.core.code_version import code_version
-from compot_deploy.core.memory import give_back_freed_memory
+from compot_deploy.core.memory import give_back_freed_memory, use_one_heap
 from compot_deploy.errors import InputError
 
 Shared = TypeVar("Shared")
@@ -96,7 +96,10 @@ def run(terms: Terms, function: Callable[[Shared, Item], Result], shared: Shared
         raise InputError(refusal(platform.node(), difference))
     _prepare()
     torch.set_num_threads(terms.threads)
-    return function(shared, item)
+    try:
+        return function(shared, item)
+    finally:
+        give_back_freed_memory()
 
 
 @lru_cache(maxsize=1)
@@ -104,4 +107,4 @@ def _prepare() -> None:
     import ray
 
     send_packed(ray)
-    give_back_freed_memory()
+    use_one_heap()
