@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -24,9 +24,16 @@ from compot_deploy.exporters.gguf.index import (
     read_integers,
     read_layout,
 )
+from compot_deploy.exporters.gguf.kinds import KINDS, Kind
+from compot_deploy.exporters.gguf.metadata import Sizes
 from compot_deploy.exporters.gguf.names import GgufNames
 from compot_deploy.exporters.gguf.reader import GgufFile, read_header
 from compot_deploy.models.hints import ARCHITECTURES, Architecture
+from compot_deploy.models.outline import Outline
+
+
+_NORMS: Final = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+"""Of a block, in the architectures that are known by name."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class GgufModel:
 
     Attributes:
         layout: which of the three.
-        architecture: the base architecture.
+        architecture: the base architecture, where exporters know it by name.
         matrices: by module path, in (in, out) and the order of Hugging Face's rotary pairs.
         tensors: norms and biases by checkpoint name.
         tied: the file has no output head of its own.
@@ -43,43 +50,60 @@ class GgufModel:
     """
 
     layout: Layout
-    architecture: Architecture
+    architecture: Architecture | None
     matrices: Mapping[str, Matrix]
     tensors: Mapping[str, Tensor]
     tied: bool
     metadata: Mapping[str, Any]
 
 
-def read(path: str | Path) -> GgufModel:
+def read(path: str | Path, outline: Outline | None = None) -> GgufModel:
     """Read a file written here back to matrices: integers and scales bit for bit.
 
     Matrices of a dense file are what they were stored as: Q4_0 and Q8_0 become integers in groups of 32,
     every other type floating point.
 
+    Args:
+        path: the file.
+        outline: what the configuration beside it says of its matrices; None for the architectures that are known
+            by name.
+
     Raises:
         ArtifactError: the file is damaged, contradicts itself, or has an unknown layout or version.
     """
-    return read_file(read_header(path))
+    return read_file(read_header(path), outline)
 
 
-def read_file(file: GgufFile) -> GgufModel:
+def read_file(file: GgufFile, outline: Outline | None = None) -> GgufModel:
     """`read` on a header that was read already.
 
     Raises:
         ArtifactError: see `read`.
     """
-    return _Reader(file).model()
+    return _Reader(file, outline).model()
 
 
 class _Reader:
     """One pass over a checked file."""
 
-    def __init__(self, file: GgufFile) -> None:
+    def __init__(self, file: GgufFile, outline: Outline | None) -> None:
         self.file = file
         self.layout = read_layout(file)
         base = file.text("general.architecture" if self.layout == "dense" else "compot.base_architecture")
-        self.architecture = _base_architecture(file, base)
-        self.names = GgufNames(self.architecture, _sizes(file, base))
+        sizes = _sizes(file, base)
+        modules: tuple[str, ...]
+        if outline is None:
+            self.architecture: Architecture | None = _base_architecture(file, base)
+            self.head: str | None = self.architecture.head
+            kind = KINDS[self.architecture.model_type]
+            self.expected = (self.architecture.embedding, *self.architecture.linear_names(sizes.layers))
+            modules = (*self.expected, self.architecture.head, *_norms(self.architecture, sizes.layers))
+        else:
+            self.architecture, self.head = None, outline.tables.head
+            kind = _kind(file, base, outline)
+            self.expected = tuple(name for name in outline.names if name != self.head)
+            modules = (*outline.names, *(n.rpartition(".")[0] for n, _ in outline.meta.named_parameters()))
+        self.names = GgufNames(kind, sizes, modules)
         self.index = FactorizedIndex({}, {}) if self.layout == "dense" else read_index(file)
 
     def model(self) -> GgufModel:
@@ -99,16 +123,18 @@ class _Reader:
             if len(tensor.shape) == 1:
                 values = gguf_quantize.dequantize(self.file.bytes_of(name), tensor.kind).reshape(-1)
                 order = self.names.order(module) if part == "bias" else None
-                tensors[f"{module}.{part}"] = torch.from_numpy(_restored(values[None], order)[0].copy())
+                values = _restored(values[None], order)[0] - np.float32(self.names.shift(f"{module}.{part}"))
+                tensors[f"{module}.{part}"] = torch.from_numpy(values.copy())
+            elif len(tensor.shape) == 2 and module not in (*self.expected, self.head):
+                values = gguf_quantize.dequantize(self.file.bytes_of(name), tensor.kind)
+                tensors[f"{module}.{part}"] = torch.from_numpy(values.copy())
             elif len(tensor.shape) == 2:
                 matrices[module] = self._plain(module, name)
             else:
                 raise ArtifactError(
                     f"{self.file.path.name}: {name} has {len(tensor.shape)} dimensions, not 1 or 2."
                 )
-        layers = self.file.count(f"{self.architecture.ggml_name}.block_count")
-        expected = (self.architecture.embedding, *self.architecture.linear_names(layers))
-        missing = [name for name in expected if name not in matrices]
+        missing = [name for name in self.expected if name not in matrices]
         if missing:
             raise ArtifactError(
                 f"{self.file.path.name}: {len(missing)} matrices are missing, {missing[0]} first."
@@ -116,11 +142,9 @@ class _Reader:
         return GgufModel(
             layout=self.layout,
             architecture=self.architecture,
-            matrices={
-                name: matrices[name] for name in (*expected, self.architecture.head) if name in matrices
-            },
+            matrices={name: matrices[name] for name in (*self.expected, self.head) if name in matrices},
             tensors=tensors,
-            tied=self.architecture.head not in matrices,
+            tied=self.head not in matrices,
             metadata=self.file.metadata,
         )
 
@@ -128,7 +152,7 @@ class _Reader:
         module = self.names.module(stem)
         if module is None:
             raise ArtifactError(
-                f"{self.file.path.name}: {stem} belongs to no module of {self.architecture.model_type}."
+                f"{self.file.path.name}: {stem} belongs to no module of llama.cpp's {self.names.kind.ggml}."
             )
         return module
 
@@ -204,24 +228,35 @@ def _restored(array: np.ndarray, order: np.ndarray | None) -> np.ndarray:
 def _base_architecture(file: GgufFile, name: str) -> Architecture:
     """The architecture that llama.cpp calls `name`; Mistral reads back as Llama, which it equals."""
     for architecture in ARCHITECTURES.values():
-        if architecture.ggml_name == name:
+        if KINDS[architecture.model_type].ggml == name:
             return architecture
+    if any(kind.ggml == name for kind in KINDS.values()):
+        raise ArtifactError(
+            f"{file.path.name}: a file of the architecture {name!r} is read with the configuration beside it: give "
+            "its folder."
+        )
     raise ArtifactError(f"{file.path.name}: the architecture {name!r} is not one that compot-deploy writes.")
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """What names and orders depend on; see `NamedSizes`."""
+def _kind(file: GgufFile, name: str, outline: Outline) -> Kind:
+    kind = KINDS.get(outline.meta.config.model_type)
+    if kind is None or kind.ggml != name:
+        raise ArtifactError(
+            f"{file.path.name}: its architecture {name!r} is not that of a {outline.meta.config.model_type}, which "
+            "config.json beside it says."
+        )
+    return kind
 
-    layers: int
-    heads: int
-    key_value_heads: int
-    head_size: int
+
+def _norms(architecture: Architecture, layers: int) -> tuple[str, ...]:
+    """Everything with weights that is no matrix."""
+    inside = [f"{architecture.block_path(layer)}.{path}" for layer in range(layers) for path in _NORMS]
+    return (architecture.final_norm, *inside)
 
 
-def _sizes(file: GgufFile, prefix: str) -> _Sizes:
+def _sizes(file: GgufFile, prefix: str) -> Sizes:
     """The sizes of a file, held against its tensors: orders of rotary pairs are built from them."""
-    result = _Sizes(
+    result = Sizes(
         layers=file.count(f"{prefix}.block_count"),
         heads=file.count(f"{prefix}.attention.head_count"),
         key_value_heads=file.count(f"{prefix}.attention.head_count_kv"),

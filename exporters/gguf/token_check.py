@@ -19,7 +19,8 @@ import numpy as np
 
 from compot_deploy.errors import CompotDeployError, UnsupportedModelError
 from compot_deploy.exporters.gguf.library import Library, LlamaError, load_library
-from compot_deploy.exporters.gguf.metadata import Value, add_key
+from compot_deploy.exporters.gguf.kinds import Value
+from compot_deploy.exporters.gguf.metadata import add_key
 
 TEXTS: Final = (
     "Hello, world! The quick brown fox jumps over 13 lazy dogs.",

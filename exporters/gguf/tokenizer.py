@@ -8,15 +8,16 @@ A wrong choice splits text differently and says nothing, so the pre-tokenizer is
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
 from compot_deploy.errors import UnsupportedModelError
-from compot_deploy.exporters.gguf.metadata import Value
+from compot_deploy.exporters.gguf.kinds import Value
 from compot_deploy.exporters.gguf.token_check import check_tokens
 from compot_deploy.models.generation import end_tokens, read_generation
 from compot_deploy.models.tokens import open_tokenizer
@@ -53,6 +54,9 @@ _ENDS: Final = (
 )
 """Keys whose tokens llama.cpp ends a text at. The last three are named after infilling, for which it also wants others
 that are never written here."""
+
+_PHI3: Final = re.compile("phi-?3", re.IGNORECASE)
+_PHI3_TOKENS: Final = frozenset(("<unk>", "<s>", "<|endoftext|>"))
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Token types of ``tokenizer.ggml.token_type``."""
@@ -140,13 +144,19 @@ def _tokenizer_keys(folder: Path, needed: str, seen: tuple[tuple[str, int, int],
     keys["tokenizer.ggml.tokens"] = tokens
     keys["tokenizer.ggml.token_type"] = types
     keys.update(_special_tokens(tokenizer, config, folder, notes))
-    notes += check_tokens(tokenizer, keys)
+    notes += check_tokens(tokenizer, {**keys, "general.name": model_name(folder.name, tokens)})
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
     if isinstance(template, str) and template:
         keys["tokenizer.chat_template"] = template
     return TokenizerKeys(keys, tuple(notes))
+
+
+def model_name(name: str, tokens: Collection[str]) -> str:
+    """A name to write: llama.cpp treats tokens of its own choice otherwise in what is called Phi-3, and fails without."""
+    written = name.encode("utf-8", "replace").decode()
+    return written if set(tokens) >= _PHI3_TOKENS else _PHI3.sub("phi 3", written)
 
 
 def detect_pre_tokenizer(state: Mapping[str, Any]) -> str:
