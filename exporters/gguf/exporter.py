@@ -175,7 +175,7 @@ def _checked(source: ModelSource) -> Described:
     tensors = loose_names(source.tensors)
     names = GgufNames(described.kind, described.sizes, (name.rpartition(".")[0] for name in tensors))
     for name in tensors:
-        names.tensor(name)
+        names.tensors(name)
     return described
 
 

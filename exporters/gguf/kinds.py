@@ -46,7 +46,9 @@ class Kind:
         keys: further keys, by what follows the architecture's prefix.
         fixed: settings that are built in, with the values that are.
         further: what else is refused, as a sentence's end; None is nothing.
+        split: end of a tensor's stem to those of the tensors that its outputs are written as.
         renamed: ends of module paths that gguf-py has by another name.
+        head: the graph has a tensor for a head beside the embedding, tied or not.
         factorized: the plug-in runs its factors. Otherwise only dense files are written.
     """
 
@@ -62,7 +64,9 @@ class Kind:
     keys: Mapping[str, Callable[[Any], Value]] = field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     further: Callable[[Any], str | None] = lambda settings: None
+    split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
+    head: bool = True
     factorized: bool = True
 
 
@@ -77,14 +81,17 @@ _LLAMA: Final = Kind("llama", orders=_PAIRS, biased=_ALL_LINEARS, rotary=_ALL_RO
 def _query_scale(settings: Any) -> str | None:
     """Gemma divides queries by a setting of its own; llama.cpp by the head size, in its largest by another number."""
     head = settings.head_dim
-    if settings.num_hidden_layers in (46, 62):  # 27B of Gemma 2 and 3, which llama.cpp knows by the number of blocks
+    if settings.num_hidden_layers in (
+        46,
+        62,
+    ):  # 27B of Gemma 2 and 3, which llama.cpp knows by the number of blocks
         head = settings.hidden_size / settings.num_attention_heads
     if settings.query_pre_attn_scalar != head:
         return f"query_pre_attn_scalar {settings.query_pre_attn_scalar} where llama.cpp has {head:g} built in"
     return None
 
 
-_GEMMA: Final = Kind("gemma", shift=1.0, activations=_TANH_GELU, fixed=_NO_BIAS)
+_GEMMA: Final = Kind("gemma", shift=1.0, activations=_TANH_GELU, fixed=_NO_BIAS, head=False)
 
 _GEMMA2: Final = replace(
     _GEMMA,
@@ -104,6 +111,7 @@ _GEMMA2: Final = replace(
 _GEMMA3: Final = replace(
     _GEMMA,
     ggml="gemma3",
+    head=True,
     window="key",
     fixed={
         **_NO_BIAS,
@@ -138,6 +146,7 @@ _GRANITE: Final = Kind(
 _COHERE: Final = Kind(
     "command-r",
     rms=False,
+    head=False,
     fixed={"attention_bias": (False, None), "use_qk_norm": (False, None)},
     keys={"logit_scale": lambda s: float(s.logit_scale)},
 )
@@ -153,6 +162,18 @@ def _gpt2_fixed(settings: Any) -> str | None:
     if not settings.scale_attn_weights or settings.scale_attn_by_inverse_layer_idx:
         return "attention that is scaled in another way"
     return None
+
+
+def _lfm2_width(settings: Any) -> int:
+    """LFM2's MLP is narrower than its configuration says, as in the first Llama."""
+    width = int(settings.intermediate_size)
+    if not settings.block_auto_adjust_ff_dim:
+        return width
+    width = int(2 * width / 3)
+    if settings.block_ffn_dim_multiplier is not None:
+        width = int(settings.block_ffn_dim_multiplier * width)
+    multiple = int(settings.block_multiple_of)
+    return multiple * -(-width // multiple)
 
 
 KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
@@ -172,7 +193,8 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
             biased=(*_QKV, "attn_output", "ffn_up", "ffn_down", "output"),
             fixed={"qk_layernorm": (False, None)},
         ),
-        "phi3": Kind("phi3", partial=True, fixed=_NO_BIAS),
+        # llama.cpp takes them apart or together; apart, it asks for no others when it is handed tensors one by one.
+        "phi3": Kind("phi3", partial=True, fixed=_NO_BIAS, split={"attn_qkv": _QKV}),
         "smollm3": Kind("smollm3", orders=_PAIRS, fixed=_NO_BIAS, further=_without_rope),
         "granite": _GRANITE,
         "olmo": Kind("olmo", rms=False, orders=_PAIRS, fixed={**_NO_BIAS, "clip_qkv": (None,)}),
@@ -192,10 +214,13 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
             biased=_QKV,
             keys={"use_parallel_residual": lambda s: bool(s.use_parallel_residual)},
             fixed={"qk_layernorm": (False, None)},
+            factorized=False,  # llama.cpp would take norms of queries and keys, which there are none of
         ),
         "cohere": _COHERE,
         "cohere2": replace(_COHERE, ggml="cohere2", window=4),
-        "exaone4": Kind("exaone4", fixed=_NO_BIAS, rotary=("default", "linear", "llama3"), further=_exaone_windows),
+        "exaone4": Kind(
+            "exaone4", fixed=_NO_BIAS, rotary=("default", "linear", "llama3"), further=_exaone_windows
+        ),
         "ernie4_5": Kind("ernie4_5", fixed={"use_bias": (False, None)}),
         "gpt2": Kind(
             "gpt2",
@@ -228,8 +253,21 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
         ),
         "hunyuan_v1_dense": Kind("hunyuan-dense", fixed=_NO_BIAS),
         "arcee": Kind("arcee", orders=_PAIRS, activations=("relu2",), fixed=_NO_BIAS),
-        "seed_oss": Kind("seed_oss", biased=_QKV, fixed={"mlp_bias": (False, None), "attention_out_bias": (False,)}),
+        "seed_oss": Kind(
+            "seed_oss", biased=_QKV, fixed={"mlp_bias": (False, None), "attention_out_bias": (False,)}
+        ),
         "glm4": Kind("glm4", partial=True, biased=_QKV),
+        "lfm2": Kind(
+            "lfm2",
+            fixed={"conv_bias": (False,)},
+            keys={
+                "shortconv.l_cache": lambda s: int(s.conv_L_cache),
+                "feed_forward_length": _lfm2_width,
+                "attention.head_count_kv": lambda s: [
+                    s.num_key_value_heads if kind == "full_attention" else 0 for kind in s.layer_types
+                ],
+            },
+        ),
         "gpt_neox": Kind(
             "gptneox",
             rms=False,
@@ -242,3 +280,13 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
     }
 )
 """By ``model_type``."""
+
+
+def has_head(ggml: str) -> bool:
+    """Whether llama.cpp's graph of an architecture has a tensor for a head beside the embedding."""
+    return all(kind.head for kind in KINDS.values() if kind.ggml == ggml)
+
+
+def may_be_handed_over(ggml: str) -> bool:
+    """Whether models of an architecture are computed right when llama.cpp is handed their tensors one by one."""
+    return any(kind.ggml == ggml and kind.factorized for kind in KINDS.values())

@@ -100,7 +100,9 @@ def describe(config: Mapping[str, Any]) -> Described:
         "feed_forward_length": _intermediate(settings),
         "attention.head_count": sizes.heads,
         "attention.head_count_kv": sizes.key_value_heads,
-        "attention.layer_norm_rms_epsilon" if kind.rms else "attention.layer_norm_epsilon": _epsilon(settings),
+        "attention.layer_norm_rms_epsilon" if kind.rms else "attention.layer_norm_epsilon": _epsilon(
+            settings
+        ),
         "attention.key_length": sizes.head_size,
         "attention.value_length": sizes.head_size,
     }
@@ -132,7 +134,9 @@ def _refusal(kind: Kind, settings: Any) -> str | None:
         return f"the activation {activation!r} where llama.cpp has {kind.activations[0]!r} built in"
     for name, values in kind.fixed.items():
         if hasattr(settings, name) and getattr(settings, name) not in values:
-            return f"{name}={getattr(settings, name)!r} where llama.cpp's {kind.ggml} has {values[0]!r} built in"
+            return (
+                f"{name}={getattr(settings, name)!r} where llama.cpp's {kind.ggml} has {values[0]!r} built in"
+            )
     return kind.further(settings)
 
 

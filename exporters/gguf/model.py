@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
@@ -25,12 +25,14 @@ from compot_deploy.exporters.gguf.index import (
     read_layout,
 )
 from compot_deploy.exporters.gguf.kinds import KINDS, Kind
-from compot_deploy.exporters.gguf.metadata import Sizes
+from compot_deploy.exporters.gguf.metadata import Sizes, describe
 from compot_deploy.exporters.gguf.names import GgufNames
 from compot_deploy.exporters.gguf.reader import GgufFile, read_header
+from compot_deploy.models.configuration import config_of
 from compot_deploy.models.hints import ARCHITECTURES, Architecture
 from compot_deploy.models.outline import Outline
 
+T = TypeVar("T")
 
 _NORMS: Final = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
 """Of a block, in the architectures that are known by name."""
@@ -90,9 +92,10 @@ class _Reader:
         self.file = file
         self.layout = read_layout(file)
         base = file.text("general.architecture" if self.layout == "dense" else "compot.base_architecture")
-        sizes = _sizes(file, base)
         modules: tuple[str, ...]
+        self.shapes: Mapping[str, tuple[int, ...]] = {}
         if outline is None:
+            sizes = _sizes(file, base)
             self.architecture: Architecture | None = _base_architecture(file, base)
             self.head: str | None = self.architecture.head
             kind = KINDS[self.architecture.model_type]
@@ -101,39 +104,50 @@ class _Reader:
         else:
             self.architecture, self.head = None, outline.tables.head
             kind = _kind(file, base, outline)
+            sizes = describe(config_of(outline.meta.config)).sizes
+            self.shapes = {name: tuple(p.shape) for name, p in outline.meta.named_parameters()}
             self.expected = tuple(name for name in outline.names if name != self.head)
             modules = (*outline.names, *(n.rpartition(".")[0] for n, _ in outline.meta.named_parameters()))
         self.names = GgufNames(kind, sizes, modules)
+        self.matrices = {*self.expected, self.head}
         self.index = FactorizedIndex({}, {}) if self.layout == "dense" else read_index(file)
 
     def model(self) -> GgufModel:
-        matrices: dict[str, Matrix] = {}
-        tensors: dict[str, Tensor] = {}
+        pieces: dict[str, dict[str, Matrix]] = {}
+        vectors: dict[str, dict[str, np.ndarray]] = {}
         used = {
             name for pairs in self.index.matrices.values() for p in pairs for name in (p.dictionary, p.codes)
         }
         for stem, pairs in self.index.matrices.items():
             module = self._module(stem)
-            matrices[module] = self._factorized(module, pairs)
+            pieces.setdefault(module, {})[stem] = self._factorized(self._order(module, stem), pairs)
         for name, tensor in self.file.tensors.items():
             if name in used or name == "rope_freqs.weight":
                 continue
             stem, _, part = name.rpartition(".")
             module = self._module(stem)
-            if len(tensor.shape) == 1:
-                values = gguf_quantize.dequantize(self.file.bytes_of(name), tensor.kind).reshape(-1)
-                order = self.names.order(module) if part == "bias" else None
-                values = _restored(values[None], order)[0] - np.float32(self.names.shift(f"{module}.{part}"))
-                tensors[f"{module}.{part}"] = torch.from_numpy(values.copy())
-            elif len(tensor.shape) == 2 and module not in (*self.expected, self.head):
+            order = self._order(module, stem)
+            if part != "bias" and module in self.matrices and len(tensor.shape) == 2:
+                pieces.setdefault(module, {})[stem] = self._plain(order, name)
+            elif len(tensor.shape) <= 2:
                 values = gguf_quantize.dequantize(self.file.bytes_of(name), tensor.kind)
-                tensors[f"{module}.{part}"] = torch.from_numpy(values.copy())
-            elif len(tensor.shape) == 2:
-                matrices[module] = self._plain(module, name)
+                if len(tensor.shape) == 1:
+                    values = _restored(values.reshape(1, -1), order if part == "bias" else None)[0]
+                whole = f"{module}.{part}"
+                vectors.setdefault(whole, {})[stem] = values - np.float32(self.names.shift(whole))
             else:
                 raise ArtifactError(
                     f"{self.file.path.name}: {name} has {len(tensor.shape)} dimensions, not 1 or 2."
                 )
+        matrices = {module: joined(self._in_order(module, found)) for module, found in pieces.items()}
+        tensors = {
+            name: torch.from_numpy(
+                np.concatenate(self._in_order(name.rpartition(".")[0], found)).reshape(
+                    self.shapes.get(name, next(iter(found.values())).shape)
+                )
+            )
+            for name, found in vectors.items()
+        }
         missing = [name for name in self.expected if name not in matrices]
         if missing:
             raise ArtifactError(
@@ -156,8 +170,18 @@ class _Reader:
             )
         return module
 
-    def _factorized(self, module: str, pairs: tuple[FactorPairEntry, ...]) -> Factorized:
-        order = self.names.order(module)
+    def _order(self, module: str, stem: str) -> np.ndarray | None:
+        return dict(self.names.parts(module))[stem]
+
+    def _in_order(self, module: str, found: Mapping[str, T]) -> list[T]:
+        """The parts of a module, all of them."""
+        wanted = [stem for stem, _ in self.names.parts(module)]
+        lacking = [stem for stem in wanted if stem not in found]
+        if lacking:
+            raise ArtifactError(f"{self.file.path.name}: {lacking[0]} is missing beside {next(iter(found))}.")
+        return [found[stem] for stem in wanted]
+
+    def _factorized(self, order: np.ndarray | None, pairs: tuple[FactorPairEntry, ...]) -> Factorized:
         return Factorized(
             tuple(
                 FactorPair(
@@ -170,8 +194,7 @@ class _Reader:
             )
         )
 
-    def _plain(self, module: str, name: str) -> Leaf:
-        order = self.names.order(module)
+    def _plain(self, order: np.ndarray | None, name: str) -> Leaf:
         if name in self.index.leaves:
             return self._leaf(self.index.leaves[name], order)
         if self.layout != "dense":
@@ -184,6 +207,45 @@ class _Reader:
 
     def _leaf(self, entry: LeafEntry, order: np.ndarray | None) -> Leaf:
         return _reordered(read_leaf(self.file, entry), order)
+
+
+def joined(parts: Sequence[Matrix]) -> Matrix:
+    """A matrix whose outputs were written as several tensors.
+
+    Raises:
+        ArtifactError: parts of different kinds.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, Factorized):
+        chains = [part.pairs for part in parts if isinstance(part, Factorized)]
+        if len(chains) == len(parts) and len({len(chain) for chain in chains}) == 1:
+            return Factorized(
+                tuple(
+                    replace(pairs[0], codes=_joined_leaves([pair.codes for pair in pairs]))
+                    for pairs in zip(*chains, strict=True)
+                )
+            )
+        raise ArtifactError("Parts of one matrix are factorized in different ways: damaged file.")
+    return _joined_leaves([part for part in parts if not isinstance(part, Factorized)])
+
+
+def _joined_leaves(parts: Sequence[Leaf]) -> Leaf:
+    first = parts[0]
+    if isinstance(first, Dense):
+        dense = [part.weight for part in parts if isinstance(part, Dense)]
+        if len(dense) == len(parts):
+            return Dense(torch.cat(dense, dim=1))
+    else:
+        same = [part for part in parts if isinstance(part, Quantized) and part.grid == first.grid]
+        if len(same) == len(parts):
+            return Quantized(
+                torch.cat([part.integers for part in same], dim=1),
+                torch.cat([part.scales for part in same], dim=1),
+                first.grid,
+            )
+    raise ArtifactError("Parts of one matrix are stored in different ways: damaged file.")
 
 
 def read_leaf(file: GgufFile, entry: LeafEntry) -> Leaf:

@@ -6,7 +6,7 @@ Names are those of gguf-py, the package that llama.cpp's own converter takes the
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 
@@ -22,6 +22,10 @@ _COMPUTED: Final = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "
 def loose_names(tensors: Iterable[str]) -> tuple[str, ...]:
     """Names of tensors that are learned."""
     return tuple(name for name in tensors if not name.endswith(_COMPUTED))
+
+
+Part: TypeAlias = tuple[str, np.ndarray | None]
+"""A tensor of the file, and which outputs of a module it holds in which order; None is all of them as they are."""
 
 
 class GgufNames:
@@ -44,7 +48,7 @@ class GgufNames:
             stem = self._renamed(module) or known.get_name(module)
             if stem is not None:
                 self._stems[module] = stem
-        self._modules = {stem: module for module, stem in self._stems.items()}
+        self._modules = {stem: module for module in self._stems for stem, _ in self.parts(module)}
 
     def stem(self, module: str) -> str:
         """``model.layers.0.self_attn.q_proj`` to ``blk.0.attn_q``."""
@@ -56,8 +60,21 @@ class GgufNames:
         """The inverse of `stem`; None for a stem that no module has."""
         return self._modules.get(stem)
 
-    def tensor(self, name: str) -> str:
-        """A checkpoint name to a GGUF tensor name.
+    def parts(self, module: str) -> tuple[Part, ...]:
+        """The tensors that a module is written as: one, or several that share its outputs."""
+        stem = self.stem(module)
+        block, _, short = stem.rpartition(".")
+        pieces = self.kind.split.get(short)
+        if pieces is None:
+            return ((stem, self.order(module)),)
+        ends = np.cumsum([self._heads(piece) * self.sizes.head_size for piece in pieces])
+        return tuple(
+            (f"{block}.{piece}", np.arange(end - self._heads(piece) * self.sizes.head_size, end))
+            for piece, end in zip(pieces, ends, strict=True)
+        )
+
+    def tensors(self, name: str) -> tuple[Part, ...]:
+        """A checkpoint name to the GGUF tensors that hold it, with the order of a bias.
 
         Raises:
             UnsupportedModelError: llama.cpp's model of this type has no such tensor.
@@ -70,15 +87,18 @@ class GgufNames:
             raise UnsupportedModelError(
                 f"{name}: llama.cpp's {self.kind.ggml} has no bias there. Use another --format."
             )
-        return f"{stem}.{part}"
+        return tuple(
+            (f"{one}.{part}", order if part == "bias" else None) for one, order in self.parts(module)
+        )
 
     def order(self, module: str) -> np.ndarray | None:
-        """``new[:, j] = old[:, order[j]]`` for a module's outputs, or None."""
+        """``new[:, j] = old[:, order[j]]`` for the outputs of a module that is written as one tensor, or None."""
         short = self._stems.get(module, "").rpartition(".")[2]
         wanted = self.kind.orders.get(short)
-        if wanted is None:
-            return None
-        return _order(wanted, self.sizes, self.sizes.key_value_heads if short == "attn_k" else self.sizes.heads)
+        return None if wanted is None else _order(wanted, self.sizes, self._heads(short))
+
+    def _heads(self, short: str) -> int:
+        return self.sizes.key_value_heads if short in ("attn_k", "attn_v") else self.sizes.heads
 
     def shift(self, name: str) -> float:
         """What is added to a tensor on its way into the file."""

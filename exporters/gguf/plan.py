@@ -23,7 +23,15 @@ from compot_deploy.exporters.gguf.names import GgufNames, loose_names
 from compot_deploy.exporters.gguf.options import GgufOptions
 from compot_deploy.exporters.gguf.products import Products
 from compot_deploy.exporters.gguf.rotary import rope_frequencies
-from compot_deploy.exporters.gguf.rows import Entry, block_rows, float_rows, leaf_getter, ordered, plane_rows
+from compot_deploy.exporters.gguf.rows import (
+    Entry,
+    block_rows,
+    float_rows,
+    leaf_getter,
+    ordered,
+    plane_rows,
+    shape_of,
+)
 from compot_deploy.exporters.gguf.storage import GgufStorage
 from compot_deploy.models.compressed import CompressedModel
 
@@ -53,11 +61,12 @@ class TensorPlan:
             if name == model.head and model.tied:
                 continue
             before = sum(entry.nbytes for entry in self.entries)
-            self._matrix(name, names.stem(name), matrix, names.order(name))
+            for stem, order in names.parts(name):
+                self._matrix(name, stem, matrix, order)
             self.matrix_bytes[name] = sum(entry.nbytes for entry in self.entries) - before
         for name in tensors:
-            order = names.order(name.rpartition(".")[0])
-            self._tensor(name, names.tensor(name), order, names.shift(name))
+            for target, order in names.tensors(name):
+                self._tensor(name, target, order, names.shift(name))
         self.notes += self._products.remarks()
 
     def keys(self) -> dict[str, Value]:
@@ -128,7 +137,7 @@ class TensorPlan:
         table: bool = False,
     ) -> None:
         """A leaf of a factorized or sparse file, exactly as it is."""
-        inputs, outputs = leaf.shape
+        inputs, outputs = shape_of(leaf, order)
         entry: dict[str, Any] = {"inputs": inputs, "outputs": outputs}
         if isinstance(leaf, Dense):
             kind = _TORCH_FLOATS.get(leaf.weight.dtype, "")
@@ -137,7 +146,7 @@ class TensorPlan:
                     f"{tensor}: {leaf.weight.dtype} cannot be stored; use float16, bfloat16 or float32."
                 )
             if table and self.options.table_type is not None and self.options.table_type != kind:
-                self._table(tensor, get, leaf.shape, self.options.table_type, order)
+                self._table(tensor, get, (inputs, outputs), self.options.table_type, order)
                 return
             self._leaves[tensor] = entry
             self._floats(tensor, (outputs, inputs), kind, lambda: float_rows(get(), kind, order))
@@ -157,7 +166,7 @@ class TensorPlan:
         pattern: Pattern,
         order: np.ndarray | None,
     ) -> None:
-        (inputs, outputs), grid = leaf.shape, leaf.grid
+        (inputs, outputs), grid = shape_of(leaf, order), leaf.grid
         form = gguf_planes.PlaneFormat.of(inputs, grid, pattern)
         if not pattern.is_dense and form.pattern.is_dense:
             self.notes.append(f"{tensor}: codes of pattern {pattern} are stored dense, zeros included.")
@@ -177,7 +186,7 @@ class TensorPlan:
     def _blocks(
         self, tensor: str, get: Callable[[], Leaf], leaf: Quantized, order: np.ndarray | None
     ) -> None:
-        (inputs, outputs), grid = leaf.shape, leaf.grid
+        (inputs, outputs), grid = shape_of(leaf, order), leaf.grid
         gguf_blocks.check_group(grid, inputs)
         kind = gguf_blocks.block_type(grid)
         padded = gguf_blocks.padded(inputs)
@@ -218,18 +227,22 @@ class TensorPlan:
     def _tensor(self, name: str, target: str, order: np.ndarray | None, shift: float) -> None:
         """A norm, a bias or a table of positions: always float32, which is what llama.cpp wants of them."""
         tensor = self.model.tensors[name]
-        if tensor.dim() not in (1, 2):
+        shape = tuple(
+            size for size in tensor.shape if size != 1 or tensor.dim() < 3
+        )  # kernels of one channel
+        if len(shape) not in (1, 2):
             raise UnsupportedModelError(
                 f"{name}: a tensor of shape {tuple(tensor.shape)} has no place in GGUF."
             )
-        permuted = order if name.endswith(".bias") else None
+        if order is not None:
+            shape = (len(order),)
 
         def rows() -> np.ndarray:
-            values = self.model.tensors[name].detach().float().cpu().numpy()
-            values = values if permuted is None else values[permuted]
-            return values + np.float32(shift) if shift else values
+            values = self.model.tensors[name].detach().float().cpu().numpy().reshape(tensor.shape)
+            values = values if order is None else values[order]
+            return (values + np.float32(shift) if shift else values).reshape(shape)
 
-        self._floats(target, tuple(tensor.shape), "F32", rows)
+        self._floats(target, shape, "F32", rows)
 
     def _floats(self, tensor: str, shape: tuple[int, ...], kind: str, rows: Callable[[], np.ndarray]) -> None:
         size = 4 if kind == "F32" else 2

@@ -18,8 +18,8 @@ from typing import Any, Final
 import numpy as np
 
 from compot_deploy.errors import CompotDeployError, UnsupportedModelError
-from compot_deploy.exporters.gguf.library import Library, LlamaError, load_library
 from compot_deploy.exporters.gguf.kinds import Value
+from compot_deploy.exporters.gguf.library import Library, LlamaError, load_library
 from compot_deploy.exporters.gguf.metadata import add_key
 
 TEXTS: Final = (

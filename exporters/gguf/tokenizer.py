@@ -154,7 +154,7 @@ def _tokenizer_keys(folder: Path, needed: str, seen: tuple[tuple[str, int, int],
 
 
 def model_name(name: str, tokens: Collection[str]) -> str:
-    """A name to write: llama.cpp treats tokens of its own choice otherwise in what is called Phi-3, and fails without."""
+    """A name to write: in what is called Phi-3, llama.cpp looks for tokens of its own choice, and fails without."""
     written = name.encode("utf-8", "replace").decode()
     return written if set(tokens) >= _PHI3_TOKENS else _PHI3.sub("phi 3", written)
 
