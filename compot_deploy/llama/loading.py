@@ -34,7 +34,7 @@ Execution: TypeAlias = Literal["auto", "plugin", "float", "expand"]
 
 _NEUTRAL_ENDS: Final = ("scale", ".bias")
 _NEUTRAL_STARTS: Final = ("rope_", "cls.", "dense_2.", "dense_3.")
-"""Optional tensors that have a value which changes nothing; those of classifiers and dense layers are for embeddings."""
+"""Optional tensors that have a value which changes nothing; those of dense layers and classifiers serve embeddings."""
 
 
 class Loading:

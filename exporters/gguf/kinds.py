@@ -194,7 +194,13 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
             fixed={"qk_layernorm": (False, None)},
         ),
         # llama.cpp takes them apart or together; apart, it asks for no others when it is handed tensors one by one.
-        "phi3": Kind("phi3", partial=True, fixed=_NO_BIAS, split={"attn_qkv": _QKV}),
+        "phi3": Kind(
+            "phi3",
+            partial=True,
+            rotary=("default", "longrope"),
+            fixed=_NO_BIAS,
+            split={"attn_qkv": _QKV},
+        ),
         "smollm3": Kind("smollm3", orders=_PAIRS, fixed=_NO_BIAS, further=_without_rope),
         "granite": _GRANITE,
         "olmo": Kind("olmo", rms=False, orders=_PAIRS, fixed={**_NO_BIAS, "clip_qkv": (None,)}),

@@ -122,7 +122,7 @@ class _Reader:
             module = self._module(stem)
             pieces.setdefault(module, {})[stem] = self._factorized(self._order(module, stem), pairs)
         for name, tensor in self.file.tensors.items():
-            if name in used or name == "rope_freqs.weight":
+            if name in used or name.startswith("rope_"):
                 continue
             stem, _, part = name.rpartition(".")
             module = self._module(stem)

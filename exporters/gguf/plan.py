@@ -22,7 +22,7 @@ from compot_deploy.exporters.gguf.metadata import Described, check_layout
 from compot_deploy.exporters.gguf.names import GgufNames, loose_names
 from compot_deploy.exporters.gguf.options import GgufOptions
 from compot_deploy.exporters.gguf.products import Products
-from compot_deploy.exporters.gguf.rotary import rope_frequencies
+from compot_deploy.exporters.gguf.rotary import rope_tensors
 from compot_deploy.exporters.gguf.rows import (
     Entry,
     block_rows,
@@ -51,9 +51,8 @@ class TensorPlan:
         self._leaves: dict[str, dict[str, Any]] = {}
         self._pairs: dict[str, list[dict[str, Any]]] = {}
         self._dictionaries: dict[tuple[str, int], str] = {}
-        frequencies = rope_frequencies(described.kind, model.config, described.sizes.head_size)
-        if frequencies is not None:
-            self._floats("rope_freqs.weight", frequencies.shape, "F32", lambda: frequencies)
+        for tensor, divisors in rope_tensors(described.kind, model.config, described.sizes.head_size).items():
+            self._floats(tensor, divisors.shape, "F32", lambda d=divisors: d)  # type: ignore[misc]
         tensors = loose_names(model.tensors)
         modules = (*model.matrices, *(name.rpartition(".")[0] for name in tensors))
         names = GgufNames(described.kind, described.sizes, modules)

@@ -98,6 +98,12 @@ def rope_keys(kind: Kind, config: Mapping[str, Any], head: int, context: int) ->
     if scaling in ("linear", "yarn"):
         keys["rope.scaling.type"] = scaling
         keys["rope.scaling.factor"] = float(rope["factor"])
+    if scaling == "longrope":
+        original = int(
+            rope.get("original_max_position_embeddings") or config["original_max_position_embeddings"]
+        )
+        keys["rope.scaling.original_context_length"] = original
+        keys["rope.scaling.attn_factor"] = _longrope_attention(rope, context / original, original)
     if scaling == "yarn":
         original = rope.get("original_max_position_embeddings") or context
         keys["rope.scaling.original_context_length"] = int(original)
@@ -106,6 +112,15 @@ def rope_keys(kind: Kind, config: Mapping[str, Any], head: int, context: int) ->
         keys["rope.scaling.yarn_beta_fast"] = float(rope.get("beta_fast") or 32.0)
         keys["rope.scaling.yarn_beta_slow"] = float(rope.get("beta_slow") or 1.0)
     return keys
+
+
+def _longrope_attention(rope: Mapping[str, Any], factor: float, original: int) -> float:
+    """How much longrope enlarges cosines and sines, as transformers computes it."""
+    given = rope.get("attention_factor")
+    if given is not None:
+        return float(given)
+    factor = float(rope.get("factor") or factor)
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def _yarn_attention(rope: Mapping[str, Any]) -> float:
@@ -122,16 +137,23 @@ def _yarn_attention(rope: Mapping[str, Any]) -> float:
     return float(wanted) / scale(1.0)
 
 
-def rope_frequencies(
+def rope_tensors(
     kind: Kind, config: Mapping[str, Any], head: int
-) -> Float32[np.ndarray, " half_head"] | None:
-    """Divisors of the rotary frequencies, the tensor ``rope_freqs.weight``; only Llama-3 scaling has them.
-
-    Long wavelengths are stretched by `factor`, short ones kept, those between interpolated (Llama 3.1).
-    """
+) -> Mapping[str, Float32[np.ndarray, " half_head"]]:
+    """Divisors of the rotary frequencies by tensor name; only the scalings of Llama 3 and Phi-3 have them."""
     rope = rope_parameters(kind, config).get(_FULL, {})
-    if rope.get("rope_type") != "llama3":
-        return None
+    if rope.get("rope_type") == "longrope":
+        return {
+            f"rope_factors_{length}.weight": np.asarray(rope[f"{length}_factor"], dtype=np.float32)
+            for length in ("long", "short")
+        }
+    if rope.get("rope_type") == "llama3":
+        return {"rope_freqs.weight": _llama3_divisors(rope, head)}
+    return {}
+
+
+def _llama3_divisors(rope: Mapping[str, Any], head: int) -> Float32[np.ndarray, " half_head"]:
+    """Long wavelengths are stretched by `factor`, short ones kept, those between interpolated (Llama 3.1)."""
     exponents = np.arange(0, head, 2, dtype=np.float64) / head
     wavelengths = 2 * math.pi * float(rope["rope_theta"]) ** exponents
     factor, original = float(rope["factor"]), float(rope["original_max_position_embeddings"])

@@ -130,6 +130,12 @@ def _metadata(
             f"llama.cpp has no sliding window for {model.model_type}: the context of {described.context} "
             f"positions is cut to the window of {described.promised}, within which both agree."
         )
+    original = described.keys.get(f"{described.kind.ggml}.rope.scaling.original_context_length")
+    if "longrope" in described.kind.rotary and isinstance(original, int) and original < described.context:
+        notes.append(
+            f"llama.cpp takes the rotary factors for long texts wherever its context is longer than {original} "
+            "positions, and transformers where the text is: give -c a number up to that for short texts."
+        )
     file_type = (
         _FILE_TYPES.get(options.type, _FILE_TYPE_GUESSED) if options.layout == "dense" else _FILE_TYPE_GUESSED
     )

@@ -10,6 +10,7 @@ from typing import Any, Final
 import tiny
 import torch
 import transformers
+from torch import nn
 
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Dense, Matrix
@@ -20,7 +21,17 @@ _SMALL: Final[Mapping[str, Any]] = {**tiny.COMMON, "initializer_range": 0.1}
 _WINDOW: Final = 8
 """Far shorter than the texts that are compared."""
 
-_LINEAR: Final = {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}
+_LONG: Final[Mapping[str, Any]] = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "long_factor": [1.0 + at for at in range(8)],
+    "short_factor": [1.0 + at / 8 for at in range(8)],
+}
+_HALF: Final = {
+    "partial_rotary_factor": 0.5,
+    "long_factor": _LONG["long_factor"][:4],
+    "short_factor": _LONG["short_factor"][:4],
+}
 
 
 def _layers(period: int, count: int) -> list[str]:
@@ -57,15 +68,13 @@ CASES: Final[Mapping[str, Case]] = {
     "gemma3_text": Case("Gemma3TextConfig", {**_GEMMA, "num_hidden_layers": 4, "layer_types": _layers(3, 4)}),
     "phi": Case("PhiConfig", {"partial_rotary_factor": 0.5}),
     "phi3": Case("Phi3Config"),
-    "phi3 partial": Case(
+    "phi3 long": Case(
         "Phi3Config",
-        {
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "partial_rotary_factor": 0.5,
-            }
-        },
+        {"original_max_position_embeddings": 32, "rope_parameters": {**_LONG, **_HALF}},
+    ),
+    "phi3 short": Case(  # llama.cpp rounds a context up to 256
+        "Phi3Config",
+        {"original_max_position_embeddings": 256, "max_position_embeddings": 512, "rope_parameters": _LONG},
     ),
     "smollm3": Case("SmolLM3Config", {"num_hidden_layers": 5}),
     "granite": Case(
@@ -90,7 +99,17 @@ CASES: Final[Mapping[str, Case]] = {
         "Cohere2Config",
         {"sliding_window": _WINDOW, "num_hidden_layers": 5, "layer_types": _layers(4, 5), "logit_scale": 0.5},
     ),
-    "exaone4": Case("Exaone4Config", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    "exaone4": Case(
+        "Exaone4Config",
+        {
+            "sliding_window": None,
+            "layer_types": ["full_attention"] * 2,
+            "rope_parameters": tiny.LLAMA3_ROPE,
+        },
+    ),
+    "granite linear": Case(
+        "GraniteConfig", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}
+    ),
     "ernie4_5": Case("Ernie4_5Config", {"head_dim": 32}),
     "gpt2": Case("GPT2Config", {"n_positions": 256}, ("intermediate_size", "num_key_value_heads")),
     "bloom": Case("BloomConfig", {}, ("intermediate_size", "num_key_value_heads")),
@@ -145,10 +164,19 @@ def model(folder: Path, change: Any = None) -> CompressedModel:
     )
 
 
+def _tabulated(x: torch.Tensor) -> torch.Tensor:
+    """GELU as llama.cpp looks it up: a table of float16 by float16."""
+    looked_up = nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+    return torch.where(x >= 10, x, torch.where(x <= -10, torch.zeros_like(x), looked_up))
+
+
 def torch_logits(folder: Path, tokens: torch.Tensor, compressed: CompressedModel) -> torch.Tensor:
-    """What transformers makes of the same matrices, float32, attention spelled out."""
+    """What transformers makes of the same matrices, float32, attention spelled out, GELU from llama.cpp's table."""
     made = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     made = made.float().eval()
+    for module in made.modules():
+        if "gelu" in type(module).__name__.lower():
+            module.forward = _tabulated
     with torch.no_grad():
         for name, matrix in compressed.matrices.items():
             weight = made.get_submodule(name).weight
