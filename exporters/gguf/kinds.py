@@ -239,6 +239,7 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
         "bloom": Kind(
             "bloom",
             rms=False,
+            activations=_TANH_GELU,
             rotary=(),
             orders={"attn_qkv": "by head"},
             biased=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
@@ -258,7 +259,13 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
             fixed=_NO_BIAS,
         ),
         "hunyuan_v1_dense": Kind("hunyuan-dense", fixed=_NO_BIAS),
-        "arcee": Kind("arcee", orders=_PAIRS, activations=("relu2",), fixed=_NO_BIAS),
+        "arcee": Kind(
+            "arcee",
+            orders=_PAIRS,
+            activations=("relu2",),
+            rotary=("default", "linear", "yarn"),
+            fixed=_NO_BIAS,
+        ),
         "seed_oss": Kind(
             "seed_oss", biased=_QKV, fixed={"mlp_bias": (False, None), "attention_out_bias": (False,)}
         ),
@@ -282,6 +289,7 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
             orders={"attn_qkv": "by head"},
             biased=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
             keys={"use_parallel_residual": lambda s: bool(s.use_parallel_residual)},
+            fixed={"attention_bias": (True,)},
         ),
     }
 )

@@ -13,7 +13,7 @@ from typing import Any, Final
 from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.exporters.gguf.index import Layout
 from compot_deploy.exporters.gguf.kinds import KINDS, Kind, Value
-from compot_deploy.exporters.gguf.rotary import rope_keys
+from compot_deploy.exporters.gguf.rotary import rope_keys, short_context
 from compot_deploy.models.configuration import settings_of
 
 _EPSILONS: Final = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
@@ -51,7 +51,8 @@ class Described:
         sizes: what names and orders depend on.
         keys: metadata by full name.
         context: positions that the model was made for.
-        promised: positions that the file may promise: no more than a sliding window that llama.cpp ignores.
+        promised: positions that the file may promise, within which llama.cpp computes what transformers does: no more
+            than a sliding window that it ignores, or than rotary factors for short texts reach.
     """
 
     kind: Kind
@@ -92,6 +93,7 @@ def describe(config: Mapping[str, Any]) -> Described:
     sizes, context = _sizes(settings), _context(settings)
     windows = _windows(settings, sizes.layers)
     promised = min([context, *(w for w in windows if w is not None)]) if kind.window == "cut" else context
+    promised = min(promised, short_context(kind, config) or promised)
     own: dict[str, Value] = {
         "vocab_size": int(settings.vocab_size),
         "context_length": promised,

@@ -17,6 +17,8 @@ from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.exporters.gguf.kinds import Kind, Value
 from compot_deploy.models.rotary import portable_config
 
+_ROUNDED: Final = 256
+
 _FULL: Final = "full_attention"
 _SLIDING: Final = "sliding_attention"
 
@@ -99,9 +101,7 @@ def rope_keys(kind: Kind, config: Mapping[str, Any], head: int, context: int) ->
         keys["rope.scaling.type"] = scaling
         keys["rope.scaling.factor"] = float(rope["factor"])
     if scaling == "longrope":
-        original = int(
-            rope.get("original_max_position_embeddings") or config["original_max_position_embeddings"]
-        )
+        original = short_context(kind, config) or context
         keys["rope.scaling.original_context_length"] = original
         keys["rope.scaling.attn_factor"] = _longrope_attention(rope, context / original, original)
     if scaling == "yarn":
@@ -112,6 +112,26 @@ def rope_keys(kind: Kind, config: Mapping[str, Any], head: int, context: int) ->
         keys["rope.scaling.yarn_beta_fast"] = float(rope.get("beta_fast") or 32.0)
         keys["rope.scaling.yarn_beta_slow"] = float(rope.get("beta_slow") or 1.0)
     return keys
+
+
+def short_context(kind: Kind, config: Mapping[str, Any]) -> int | None:
+    """Positions that the rotary factors for short texts reach; None without such factors.
+
+    Transformers takes those for long texts where a text is longer, llama.cpp where its context is, rounded up to 256.
+
+    Raises:
+        UnsupportedModelError: a number that llama.cpp would round up.
+    """
+    rope = rope_parameters(kind, config).get(_FULL, {})
+    if rope.get("rope_type") != "longrope":
+        return None
+    original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    if not isinstance(original, int) or original % _ROUNDED:
+        raise UnsupportedModelError(
+            f"Longrope with original_max_position_embeddings={original} cannot be written to GGUF: llama.cpp rounds "
+            f"contexts up to {_ROUNDED}."
+        )
+    return original
 
 
 def _longrope_attention(rope: Mapping[str, Any], factor: float, original: int) -> float:

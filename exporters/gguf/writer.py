@@ -127,14 +127,9 @@ def _metadata(
     notes = list(tokenizer.notes)
     if described.promised < described.context:
         notes.append(
-            f"llama.cpp has no sliding window for {model.model_type}: the context of {described.context} "
-            f"positions is cut to the window of {described.promised}, within which both agree."
-        )
-    original = described.keys.get(f"{described.kind.ggml}.rope.scaling.original_context_length")
-    if "longrope" in described.kind.rotary and isinstance(original, int) and original < described.context:
-        notes.append(
-            f"llama.cpp takes the rotary factors for long texts wherever its context is longer than {original} "
-            "positions, and transformers where the text is: give -c a number up to that for short texts."
+            f"llama.cpp reads a {model.model_type} as transformers does within {described.promised} positions only (it "
+            "has no sliding window for this type, or takes rotary factors for long texts by the size of its context): "
+            f"the context of {described.context} is cut to those."
         )
     file_type = (
         _FILE_TYPES.get(options.type, _FILE_TYPE_GUESSED) if options.layout == "dense" else _FILE_TYPE_GUESSED

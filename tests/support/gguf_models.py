@@ -24,13 +24,9 @@ _WINDOW: Final = 8
 _LONG: Final[Mapping[str, Any]] = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
-    "long_factor": [1.0 + at for at in range(8)],
-    "short_factor": [1.0 + at / 8 for at in range(8)],
-}
-_HALF: Final = {
     "partial_rotary_factor": 0.5,
-    "long_factor": _LONG["long_factor"][:4],
-    "short_factor": _LONG["short_factor"][:4],
+    "long_factor": [1.0 + at for at in range(4)],
+    "short_factor": [1.0 + at / 4 for at in range(4)],
 }
 
 
@@ -70,11 +66,11 @@ CASES: Final[Mapping[str, Case]] = {
     "phi3": Case("Phi3Config"),
     "phi3 long": Case(
         "Phi3Config",
-        {"original_max_position_embeddings": 32, "rope_parameters": {**_LONG, **_HALF}},
-    ),
-    "phi3 short": Case(  # llama.cpp rounds a context up to 256
-        "Phi3Config",
-        {"original_max_position_embeddings": 256, "max_position_embeddings": 512, "rope_parameters": _LONG},
+        {
+            "original_max_position_embeddings": 256,
+            "max_position_embeddings": 512,
+            "rope_parameters": _LONG,
+        },
     ),
     "smollm3": Case("SmolLM3Config", {"num_hidden_layers": 5}),
     "granite": Case(
@@ -115,7 +111,17 @@ CASES: Final[Mapping[str, Case]] = {
     "bloom": Case("BloomConfig", {}, ("intermediate_size", "num_key_value_heads")),
     "nemotron": Case("NemotronConfig"),
     "hunyuan_v1_dense": Case("HunYuanDenseV1Config", {"head_dim": 32}),
-    "arcee": Case("ArceeConfig"),
+    "arcee": Case(
+        "ArceeConfig",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
     "seed_oss": Case("SeedOssConfig", {"head_dim": 32}),
     "glm4": Case("Glm4Config", {"head_dim": 32}),
     "lfm2": Case("Lfm2Config", {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}),
