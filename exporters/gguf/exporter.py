@@ -24,7 +24,7 @@ from compot_deploy.core.matrix import Matrix
 from compot_deploy.errors import ArtifactError, RecipeError, UnsupportedModelError
 from compot_deploy.exporters.files import copy_generation, copy_present
 from compot_deploy.exporters.gguf import quantize as gguf_quantize
-from compot_deploy.exporters.gguf.index import Layout
+from compot_deploy.exporters.gguf.index import LAYOUTS, Layout
 from compot_deploy.exporters.gguf.metadata import Described, check_layout, describe
 from compot_deploy.exporters.gguf.model import read
 from compot_deploy.exporters.gguf.names import GgufNames, loose_names
@@ -89,6 +89,11 @@ class GgufExporter:
         except UnsupportedModelError as error:
             return str(error)
         return None
+
+    def ways(self, source: ModelSource) -> Mapping[str, str | None]:
+        """The three layouts."""
+        objection = self.supports(source)
+        return {layout: objection or _layout_objection(source, layout) for layout in LAYOUTS}
 
     def storage(self, options: GgufOptions) -> GgufStorage | ProductStorage:
         """What a leaf takes in the file."""
@@ -163,6 +168,14 @@ class GgufExporter:
         except ArtifactError as error:
             return (Diagnostic("error", FILE, str(error)),)
         return ()
+
+
+def _layout_objection(source: ModelSource, layout: Layout) -> str | None:
+    try:
+        check_layout(describe(source.config), layout)
+    except UnsupportedModelError as error:
+        return str(error)
+    return None
 
 
 def _checked(source: ModelSource) -> Described:

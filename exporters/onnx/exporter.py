@@ -73,6 +73,10 @@ class OnnxExporter:
             return str(error)
         return None
 
+    def ways(self, source: ModelSource) -> Mapping[str, str | None]:
+        """A graph built by hand where there is one, otherwise torch's exporter."""
+        return {"traced" if source.architecture is None else "native graph": self.supports(source)}
+
     def storage(self, options: OnnxOptions) -> OnnxStorage:
         """What a leaf takes in the file."""
         return OnnxStorage(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from reference_gguf import factorized_by_svd, quantized_by_rounding
 
 from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.matrix import Matrix
-from compot_deploy.errors import UnsupportedModelError
+from compot_deploy.errors import ArtifactError, UnsupportedModelError
 from compot_deploy.exporters.gguf.exporter import GgufExporter
 from compot_deploy.exporters.gguf.kinds import KINDS
 from compot_deploy.exporters.gguf.metadata import describe
@@ -97,6 +98,23 @@ def test_logits_of_a_file_are_those_of_torch(tmp_path: Path, case: str) -> None:
     assert furthest(path, wanted, "float") < limit(case)
     assert furthest(path, wanted, "expand") < limit(case)
     same_again(model, path)
+
+
+def test_a_folder_is_read_back_from_its_own_files(tmp_path: Path) -> None:
+    """Queries, keys and values that were one matrix are one again; an untied head stays apart."""
+    exporter, folder = GgufExporter(), tmp_path / "out"
+    folder.mkdir()
+    model = gguf_models.model(gguf_models.save(tmp_path / "m", "phi3"), factorized)
+    exporter.write(model, folder, exporter.options({"gguf_layout": "sparse"}))
+    back = exporter.read_model(folder)
+    assert set(back.matrices) == set(model.matrices) and set(back.tensors) == set(model.tensors)
+    assert (back.tied, back.tables) == (model.tied, model.tables)
+    for name, matrix in model.matrices.items():
+        assert torch.equal(matrix.dequantize(), back.matrices[name].dequantize()), name
+    assert exporter.lint(folder) == ()
+    (folder / "config.json").write_text(json.dumps({**back.config, "model_type": "llama"}))
+    with pytest.raises(ArtifactError, match="phi3"):
+        exporter.read_model(folder)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
