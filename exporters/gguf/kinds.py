@@ -244,7 +244,6 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
             orders={"attn_qkv": "by head"},
             biased=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
             fixed={"apply_residual_connection_post_layernorm": (False,)},
-            keys={"attention.max_alibi_bias": lambda s: 8.0},
             renamed={
                 "transformer.word_embeddings_layernorm": "token_embd_norm",
                 "post_attention_layernorm": "ffn_norm",

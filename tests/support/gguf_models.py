@@ -123,7 +123,7 @@ CASES: Final[Mapping[str, Case]] = {
         },
     ),
     "seed_oss": Case("SeedOssConfig", {"head_dim": 32}),
-    "glm4": Case("Glm4Config", {"head_dim": 32}),
+    "glm4": Case("Glm4Config", {"head_dim": 32, "attention_bias": True}),
     "lfm2": Case("Lfm2Config", {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}),
     "gpt_neox": Case("GPTNeoXConfig", {"hidden_act": "gelu_new"}, ("num_key_value_heads",)),
 }
