@@ -41,7 +41,11 @@ class GgufNames:
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
         self.kind, self.sizes = kind, sizes
-        architecture = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == kind.ggml)
+        architecture = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == kind.ggml), None)
+        if architecture is None:
+            raise UnsupportedModelError(
+                f"The installed package gguf has no tensor names for llama.cpp's {kind.ggml}: pip install -U gguf"
+            )
         known = get_tensor_name_map(architecture, sizes.layers)
         self._stems: dict[str, str] = {}
         for module in modules:

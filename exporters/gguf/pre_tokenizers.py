@@ -1,8 +1,8 @@
 """Which of llama.cpp's pre-tokenizers splits text as a tokenizer does.
 
 The usual ones are recognized by what they do, their expression. For others, every one that llama.cpp has is asked to
-read hundreds of texts that keep them apart (a few sentences are read alike by many); the first that reads all of them as
-the tokenizer does is taken, and there may be none.
+read hundreds of texts that keep them apart (a few sentences are read alike by many); the first that reads all of them
+as the tokenizer does is taken, and there may be none.
 """
 
 from __future__ import annotations
