@@ -13,6 +13,7 @@ from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.storage import InMemory, PaperStorage, Storage
 from compot_deploy.errors import RecipeError, UnsupportedModelError
 from compot_deploy.exporters import EXPORTERS, Exporter
+from compot_deploy.llama import gate
 from compot_deploy.models.source import ModelSource
 from compot_deploy.planning.candidates import Search
 from compot_deploy.planning.knapsack import Plan
@@ -273,6 +274,10 @@ def _check_format(recipe: Recipe, source: ModelSource, kind: str) -> None:
         "head": table_grid(recipe.head),
     }
     exporter.check(source, grids, options_of(recipe, exporter))
+    if kind == "gguf" and source.architecture is None:
+        reason = gate.objection(source.config)
+        if reason is not None:
+            raise UnsupportedModelError(f"--format gguf: {reason}")
 
 
 def _check_groups(recipe: Recipe, source: ModelSource) -> None:

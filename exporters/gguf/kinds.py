@@ -272,6 +272,9 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
         "lfm2": Kind(
             "lfm2",
             fixed={"conv_bias": (False,)},
+            further=lambda s: (
+                "blocks of one kind alone, on which llama.cpp aborts" if len(set(s.layer_types)) < 2 else None
+            ),
             keys={
                 "shortconv.l_cache": lambda s: int(s.conv_L_cache),
                 "feed_forward_length": _lfm2_width,
