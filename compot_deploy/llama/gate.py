@@ -131,7 +131,7 @@ def _enlarge(model: nn.Module) -> None:
             if parameter.dim() > 1:
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
             else:
-                parameter += 0.2 * torch.randn_like(parameter)
+                parameter.add_(0.2 * torch.randn_like(parameter))
 
 
 def _compressed(model: nn.Module, config: Mapping[str, Any], folder: str) -> CompressedModel:
