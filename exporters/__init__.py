@@ -43,6 +43,10 @@ class Exporter(Protocol):
         """Ways of writing a model into this format by name: why it cannot go each, as `supports` says it."""
         ...
 
+    def context(self, config: Mapping[str, Any]) -> int | None:
+        """Positions that a file of a model can be asked for; None for as many as the model."""
+        ...
+
     def storage(self, options: Any) -> Storage:
         """What a leaf takes in the file."""
         ...

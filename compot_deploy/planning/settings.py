@@ -274,6 +274,12 @@ def _check_format(recipe: Recipe, source: ModelSource, kind: str) -> None:
         "head": table_grid(recipe.head),
     }
     exporter.check(source, grids, options_of(recipe, exporter))
+    promised, wanted = exporter.context(source.config), min(recipe.length, source.context)
+    if promised is not None and promised < wanted:
+        raise RecipeError(
+            f"--format {kind}: the file can be asked for {promised} positions, and windows of text have {wanted}: give "
+            f"--length {promised}."
+        )
     if kind == "gguf" and source.architecture is None:
         reason = gate.objection(source.config)
         if reason is not None:

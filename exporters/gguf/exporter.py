@@ -95,6 +95,10 @@ class GgufExporter:
         objection = self.supports(source)
         return {layout: objection or _layout_objection(source, layout) for layout in LAYOUTS}
 
+    def context(self, config: Mapping[str, Any]) -> int | None:
+        """Those within which llama.cpp computes what transformers does."""
+        return describe(config).promised
+
     def storage(self, options: GgufOptions) -> GgufStorage | ProductStorage:
         """What a leaf takes in the file."""
         return ProductStorage(options.type) if options.layout == "dense" else GgufStorage(options.layout)

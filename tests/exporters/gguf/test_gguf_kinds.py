@@ -9,9 +9,11 @@ from typing import Any
 import gguf_models
 import numpy as np
 import pytest
+import tiny
 import torch
 from reference_gguf import factorized_by_svd, quantized_by_rounding
 
+from compot_deploy.cli.main import main
 from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.errors import ArtifactError, UnsupportedModelError
@@ -167,6 +169,15 @@ def test_a_feature_that_llama_cpp_would_ignore_is_refused(case: str) -> None:
     describe(config)
     with pytest.raises(UnsupportedModelError, match=message):
         describe(config | changes)
+
+
+def test_texts_longer_than_a_file_can_be_asked_for_are_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny.save(tmp_path / "m", "mistral", sliding_window=100)
+    out = tmp_path / "out"
+    assert main([str(folder), "--format", "gguf", "--method", "plain", "--out", str(out)]) == 2
+    assert "--length 100" in capsys.readouterr().err and not out.exists()
 
 
 def test_a_type_without_an_entry_is_refused_by_name() -> None:
