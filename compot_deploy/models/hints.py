@@ -1,6 +1,7 @@
 """Decoder architectures as data: names, roles, shared inputs, and what other formats call them.
 
-An architecture is one entry of `ARCHITECTURES`. Nothing else in the package knows a model type by name.
+An architecture is one entry of `ARCHITECTURES`: what has a native graph. What llama.cpp knows of a type is one entry of
+`compot_deploy.exporters.gguf.kinds`. Nothing else in the package knows a model type by name.
 Sizes (layers, heads, widths) are not here: they are read from the model's configuration.
 """
 
