@@ -83,7 +83,10 @@ class GgufExporter:
     def supports(self, source: ModelSource) -> str | None:
         """Llama.cpp has code for each kind of model, knows tensors by names of its own, and has much built in."""
         if not source.task.generates:
-            return f"GGUF has no way for a {source.task.noun} here: models that write text have one."
+            return (
+                f"GGUF has no way for a {source.model_type} that is a {source.task.noun} here: models that write text "
+                "have one."
+            )
         try:
             _checked(source)
         except UnsupportedModelError as error:
