@@ -39,6 +39,14 @@ class Exporter(Protocol):
         """Why a model cannot be written, as a sentence; None if it can be. Reads no weights."""
         ...
 
+    def ways(self, source: ModelSource) -> Mapping[str, str | None]:
+        """Ways of writing a model into this format by name: why it cannot go each, as `supports` says it."""
+        ...
+
+    def context(self, config: Mapping[str, Any]) -> int | None:
+        """Positions that a file of a model can be asked for; None for as many as the model."""
+        ...
+
     def storage(self, options: Any) -> Storage:
         """What a leaf takes in the file."""
         ...

@@ -18,12 +18,13 @@ from compot_deploy.cli.demo import demo_command
 from compot_deploy.cli.output import print_overview, progress_on, show
 from compot_deploy.cli.serve import DEFAULT_PORT, PageServer
 from compot_deploy.cluster.connection import advice
-from compot_deploy.errors import EXIT_CODES, EXIT_OK, RecipeError
+from compot_deploy.errors import EXIT_CODES, EXIT_OK, RecipeError, UnsupportedModelError
 from compot_deploy.pipeline.check import check, write_check, write_report_again
 from compot_deploy.pipeline.deploy import plan_only, run
 from compot_deploy.pipeline.evaluation import HTML
 from compot_deploy.pipeline.generate import generate
 from compot_deploy.pipeline.limits import FEWEST_POSITIONS
+from compot_deploy.pipeline.supported import as_data, overview_of, supported
 from compot_deploy.recipe import Recipe
 from compot_deploy.report import inspection
 from compot_deploy.report import plan as plan_report
@@ -213,6 +214,25 @@ def _run(arguments: list[str], out: Console, err: Console) -> int:
     return EXIT_OK
 
 
+def _supports(arguments: list[str], out: Console, err: Console) -> int:
+    parser = Parser(
+        prog="compot-deploy supports",
+        description="Say what a model is, how it can be compressed and where it can go, from its configuration alone.",
+        epilog=EXIT_CODES,
+    )
+    parser.add_argument(
+        "model", help="a folder with config.json, or a hub id, of which only small files are fetched"
+    )
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    options = parser.parse_args(arguments)
+    found = supported(options.model)
+    if options.json:
+        out.print_json(data=as_data(found))
+    else:
+        print_overview(out, overview_of(found))
+    return EXIT_OK if found.objection is None else UnsupportedModelError.exit_code
+
+
 def _serve(arguments: list[str], out: Console, err: Console) -> int:
     parser = Parser(
         prog="compot-deploy serve",
@@ -239,6 +259,7 @@ def _serve(arguments: list[str], out: Console, err: Console) -> int:
 
 COMMANDS: Final[Mapping[str, Callable[[list[str], Console, Console], int]]] = {
     "plan": _plan,
+    "supports": _supports,
     "check": _check,
     "report": _report,
     "inspect": _inspect,

@@ -6,6 +6,7 @@
     compot-deploy plan MODEL --bits 2.2                             what would be chosen, and what it costs
     compot-deploy check DIR                                         check an exported folder again
     compot-deploy report DIR                                        write its report.html again
+    compot-deploy supports MODEL                                    what it can become, from its configuration
     compot-deploy inspect DIR                                       what is in it, layer by layer
     compot-deploy run DIR -p "prompt"                               text from it, with tokens per second
     compot-deploy serve DIR                                         the same in a browser, which runs the model

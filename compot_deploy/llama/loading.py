@@ -9,30 +9,32 @@ mapped file. Without a plug-in the factors are multiplied out when the file is l
 from __future__ import annotations
 
 import ctypes as C
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 
 from compot_deploy.errors import ArtifactError
 from compot_deploy.exporters.gguf import index as gguf_index
+from compot_deploy.exporters.gguf.kinds import may_be_handed_over
 from compot_deploy.exporters.gguf.library import (
     TYPE_F32,
     TYPE_Q1_0,
-    GgmlInit,
     GgmlTensor,
-    GgufInit,
     Library,
-    LlamaError,
     SetTensorCallback,
     UnsupportedLlamaError,
     check_layout,
 )
 from compot_deploy.exporters.gguf.reader import GgufFile
+from compot_deploy.llama.headers import described_file, expanded_file, refusal
 from compot_deploy.llama.parts import EMBEDDING, HEAD, Parts, Tensor
 from compot_deploy.llama.plugin import Leaf, has_plugin, load_plugin
 
 Execution: TypeAlias = Literal["auto", "plugin", "float", "expand"]
+
+_NEUTRAL_ENDS: Final = ("scale", ".bias")
+_NEUTRAL_STARTS: Final = ("rope_", "cls.", "dense_2.", "dense_3.")
+"""Optional tensors that have a value which changes nothing; those of dense layers and classifiers serve embeddings."""
 
 
 class Loading:
@@ -70,11 +72,18 @@ class Loading:
         if execution == "expand" and _may_hand_over():
             self.execution = "expand"
             parts = Parts(self._file, gguf_index.FactorizedIndex({}, {}))
-            self._hand_over(parts, parts.expanded(), {})
+            if may_be_handed_over(parts.base):
+                self._hand_over(parts, parts.expanded(), {})
+                return
+            with expanded_file(self._library, parts) as path:
+                self._load(path)
             return
+        self._load(str(self._file.path))
+
+    def _load(self, path: str) -> None:
         self._library.clear_log()
         parameters = self._library.llama_model_default_params()
-        self.model = self._library.llama_model_load_from_file(str(self._file.path).encode(), parameters)
+        self.model = self._library.llama_model_load_from_file(path.encode(), parameters)
         if not self.model:
             raise refusal(self._library, self._file.path, "load")
 
@@ -90,7 +99,7 @@ class Loading:
             # llama.cpp rounds activations for what is not F32: for a head of its own in Q8_0 or F16, for example.
             hold = parts.floating if self.execution == "float" else parts.native
             values = {name: hold(name) for name in parts.natives}
-            if parts.tied and EMBEDDING in values:
+            if parts.tied and not parts.one_table and EMBEDDING in values:
                 values[HEAD] = values[EMBEDDING]
             placeholders = parts.placeholders
         else:
@@ -140,24 +149,11 @@ class Loading:
     ) -> None:
         """Build the model from metadata and tensors in memory."""
         library = self._library
-        source = library.gguf_init_from_file(str(self._file.path).encode(), GgufInit(True, None))
-        if not source:
-            raise refusal(self._library, self._file.path, "read the header of")
-        described = library.gguf_init_empty()
-        count = len(values) + len(placeholders) + 8
-        context = library.ggml_init(GgmlInit(count * (int(library.ggml_tensor_overhead()) + 64), None, True))
-        try:
-            library.gguf_set_kv(described, source)
-            library.gguf_set_val_str(described, b"general.architecture", parts.base.encode())
-            narrowest = library.type_number(TYPE_Q1_0)
-            for name, (kind, shape, _) in values.items():
-                number = library.type_number(kind.lower())
-                self._describe(context, described, name, number, shape)
-            for name, shape in placeholders.items():
-                # Rows that the narrowest type cannot have are kept in the next best: nothing is ever read.
-                number = narrowest if shape[1] % 128 == 0 else TYPE_F32
-                self._describe(context, described, name, number, shape)
-
+        shapes = {name: (kind.lower(), shape) for name, (kind, shape, _) in values.items()}
+        for name, shape in placeholders.items():
+            # Rows that the narrowest type cannot have are kept in the next best: nothing is ever read.
+            shapes[name] = (TYPE_Q1_0 if shape[1] % 128 == 0 else "f32", shape)
+        with described_file(library, parts, shapes) as described:
             problems: list[str] = []
 
             def fill(pointer: Any, data: Any) -> None:
@@ -174,20 +170,7 @@ class Loading:
                 raise ArtifactError(f"{self._file.path.name}: {problems[0]}")
             if not self.model:
                 raise refusal(self._library, self._file.path, "load")
-        finally:
-            library.ggml_free(context)
-            library.gguf_free(described)
-            library.gguf_free(source)
         parts.release_pages()
-
-    def _describe(self, context: int, described: int, name: str, number: int, shape: tuple[int, ...]) -> None:
-        library = self._library
-        if len(shape) == 1:
-            tensor = library.ggml_new_tensor_1d(context, number, shape[0])
-        else:
-            tensor = library.ggml_new_tensor_2d(context, number, shape[1], shape[0])
-        library.ggml_set_name(tensor, name.encode())
-        library.gguf_add_tensor(described, tensor)
 
     def _fill(
         self,
@@ -201,7 +184,7 @@ class Loading:
             return
         if name in values:
             array = np.ascontiguousarray(values[name][2]())
-        elif tensor.type == TYPE_F32:
+        elif tensor.type == TYPE_F32 and (name.endswith(_NEUTRAL_ENDS) or name.startswith(_NEUTRAL_STARTS)):
             # Optional tensors that the file has none of: scales are one, biases zero.
             neutral = 1.0 if name.endswith("scale") or name.startswith("rope_") else 0.0
             array = np.full(nbytes // 4, neutral, np.float32)
@@ -221,9 +204,3 @@ def _may_hand_over() -> bool:
     except UnsupportedLlamaError:
         return False
     return True
-
-
-def refusal(library: Library, path: Path, what: str) -> LlamaError:
-    """The error of something that llama.cpp would not do, with what it said."""
-    said = library.said
-    return LlamaError(f"llama.cpp could not {what} {path.name}" + (f": {said}" if said else "."))

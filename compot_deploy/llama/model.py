@@ -24,7 +24,8 @@ from compot_deploy.exporters.gguf.library import (
 )
 from compot_deploy.exporters.gguf.reader import read_header
 from compot_deploy.llama.generation import Generation
-from compot_deploy.llama.loading import Execution, Loading, refusal
+from compot_deploy.llama.headers import refusal
+from compot_deploy.llama.loading import Execution, Loading
 from compot_deploy.llama.plugin import load_plugin
 from compot_deploy.llama.probe import check_keys, probe
 

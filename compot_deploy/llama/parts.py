@@ -14,6 +14,7 @@ import numpy as np
 from compot_deploy.errors import ArtifactError
 from compot_deploy.exporters.gguf import index as gguf_index
 from compot_deploy.exporters.gguf import quantize as gguf_quantize
+from compot_deploy.exporters.gguf.kinds import has_head
 from compot_deploy.exporters.gguf.library import LlamaError
 from compot_deploy.exporters.gguf.reader import GgufFile
 from compot_deploy.llama.plugin import Leaf, Plugin, leaf
@@ -48,7 +49,12 @@ def _leaf(file: GgufFile, entry: gguf_index.LeafEntry) -> Leaf:
 
 
 class Parts:
-    """The tensors of a factorized file, sorted by who handles them."""
+    """The tensors of a factorized file, sorted by who handles them.
+
+    Attributes:
+        tied: the file has no head of its own.
+        one_table: llama.cpp multiplies with the embedding itself; otherwise it is given a tied head as a second tensor.
+    """
 
     def __init__(self, file: GgufFile, index: gguf_index.FactorizedIndex) -> None:
         self.file, self.index = file, index
@@ -75,7 +81,8 @@ class Parts:
         for stem, pairs in index.matrices.items():
             codes, dictionary = index.leaves[pairs[0].codes], index.leaves[pairs[0].dictionary]
             self.placeholders[f"{stem}.weight"] = (codes.outputs, dictionary.inputs)
-        if self.tied and EMBEDDING in self.placeholders:
+        self.one_table = self.tied and not has_head(self.base)
+        if self.tied and not self.one_table and EMBEDDING in self.placeholders:
             # This way of loading gives a tied head a tensor of its own.
             self.placeholders[HEAD] = self.placeholders[EMBEDDING]
 
@@ -94,7 +101,7 @@ class Parts:
         result = {name: self.floating(name) for name in self.natives}
         for name, shape in self.placeholders.items():
             result[name] = ("F32", shape, lambda n=name: self._product(n))  # type: ignore[misc]
-        if self.tied and HEAD not in result:
+        if self.tied and not self.one_table and HEAD not in result:
             result[HEAD] = result[EMBEDDING]
         return result
 
@@ -130,8 +137,9 @@ class Parts:
             leaves = [self.leaf(name) for pair in pairs for name in (pair.dictionary, pair.codes)]
             result.append((f"{stem}.weight", len(pairs), leaves, bundle))
         for name in self.plain:
-            result.append((name, 0, [self.leaf(name)], ROWS_ONLY if name == EMBEDDING else -1))
-            if name == EMBEDDING and self.tied:
+            rows_only = name == EMBEDDING and not self.one_table
+            result.append((name, 0, [self.leaf(name)], ROWS_ONLY if rows_only else -1))
+            if rows_only and self.tied:
                 result.append((HEAD, 0, [self.leaf(name)], -1))
         return result
 

@@ -1,13 +1,14 @@
 """Decoder architectures as data: names, roles, shared inputs, and what other formats call them.
 
-An architecture is one entry of `ARCHITECTURES`. Nothing else in the package knows a model type by name.
+An architecture is one entry of `ARCHITECTURES`: what has a native graph. What llama.cpp knows of a type is one entry of
+`compot_deploy.exporters.gguf.kinds`. Nothing else in the package knows a model type by name.
 Sizes (layers, heads, widths) are not here: they are read from the model's configuration.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -34,22 +35,6 @@ _DECODER_INPUTS: Final = (
     SharedInput("mlp_hidden", ("mlp.down_proj",)),
 )
 
-_DECODER_GGML: Final = MappingProxyType(
-    {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "self_attn.q_norm": "attn_q_norm",
-        "self_attn.k_norm": "attn_k_norm",
-    }
-)
-
 
 @dataclass(frozen=True)
 class Architecture:
@@ -63,10 +48,6 @@ class Architecture:
         head: path of the output head; absent from the checkpoint when tied.
         final_norm: path of the last norm.
         query_key_norm: RMS norms on queries and keys, per head.
-        ggml_name: ``general.architecture`` in GGUF.
-        ggml_names: block-relative module path to GGUF tensor stem.
-        ggml_interleaved_rope: llama.cpp wants the rows of q and k permuted to interleaved pairs.
-        ggml_biased: ends of the paths whose biases llama.cpp reads.
         genai_type: ``model.type`` in genai_config.json.
     """
 
@@ -77,10 +58,6 @@ class Architecture:
     head: str = "lm_head"
     final_norm: str = "model.norm"
     query_key_norm: bool = False
-    ggml_name: str = "llama"
-    ggml_names: Mapping[str, str] = field(default_factory=lambda: _DECODER_GGML)
-    ggml_interleaved_rope: bool = False
-    ggml_biased: tuple[str, ...] = ()
     genai_type: str = "llama"
 
     @property
@@ -102,19 +79,17 @@ class Architecture:
         return int(explicit) if explicit else int(config["hidden_size"]) // int(config["num_attention_heads"])
 
 
-_LLAMA: Final = Architecture("llama", ggml_interleaved_rope=True, ggml_biased=("_proj",))
+_LLAMA: Final = Architecture("llama")
 
 ARCHITECTURES: Final[Mapping[str, Architecture]] = MappingProxyType(
     {
         "llama": _LLAMA,
-        # Mistral is Llama with an optional sliding window; llama.cpp knows it as llama.
+        # Mistral is Llama with an optional sliding window.
         "mistral": replace(_LLAMA, model_type="mistral", genai_type="mistral"),
         # Qwen2 is Llama with biases on q, k and v.
-        "qwen2": Architecture(
-            "qwen2", ggml_name="qwen2", ggml_biased=("q_proj", "k_proj", "v_proj"), genai_type="qwen2"
-        ),
+        "qwen2": Architecture("qwen2", genai_type="qwen2"),
         # Qwen3 is Llama with norms on queries and keys and a head size of its own.
-        "qwen3": Architecture("qwen3", query_key_norm=True, ggml_name="qwen3", genai_type="qwen3"),
+        "qwen3": Architecture("qwen3", query_key_norm=True, genai_type="qwen3"),
     }
 )
 

@@ -25,7 +25,7 @@ from compot_deploy.models.example import example_of
 from compot_deploy.models.generation import read_generation
 from compot_deploy.models.hints import ARCHITECTURES, Architecture, find_architecture
 from compot_deploy.models.sites import Layout, Site, discover
-from compot_deploy.models.skeleton import without_parameters
+from compot_deploy.models.skeleton import on_meta, without_parameters
 from compot_deploy.models.tasks import Task, task_of
 from compot_deploy.models.weights import LazyTensors, weight_files
 
@@ -45,6 +45,9 @@ TOKENIZER_FILES: Final = (
     "normalizer.json",
 )
 """Files that a tokenizer may consist of, and those that say how sound is read; copied along where present."""
+
+_HUB_PROMISES: Final = ["config.json", "generation_config.json", "modules.json"]
+"""What says which model it is."""
 
 _HUB_PATTERNS: Final = [
     "*.json",
@@ -257,18 +260,8 @@ def open_source(model: str | Path, *, allow_pickle: bool = False, ask_hub: bool 
         InputError: not there, not a transformers folder, damaged, or pickles without the flag.
         UnsupportedModelError: a model type, a class or a feature that is not handled.
     """
-    folder = Path(model)
-    if not folder.exists():
-        folder = _download(str(model), ask_hub)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is a file. Give the folder that holds config.json.")
-    settings = read_settings(folder)
+    folder, settings, task = _opened(model, ask_hub, _HUB_PATTERNS)
     config = config_of(settings)
-    task = _task(folder, config)
-    if getattr(settings, "is_encoder_decoder", False) and not task.listens:
-        raise UnsupportedModelError(
-            f"{folder}: a {settings.model_type} has an encoder and a decoder, which is not supported."
-        )
     read_generation(folder)  # damage is found here, and not when the work is done
     files = LazyTensors(weight_files(folder, allow_pickle))
     checkpoint = match_checkpoint(folder, files, settings, task)
@@ -285,6 +278,45 @@ def open_source(model: str | Path, *, allow_pickle: bool = False, ask_hub: bool 
         notes=checkpoint.notes,
         meta=checkpoint.meta,
     )
+
+
+def promised_source(model: str | Path, *, ask_hub: bool = True) -> ModelSource:
+    """A model as its configuration alone promises it: every shape, no weights; the hub gives small files only.
+
+    Raises:
+        InputError: not there, or a damaged configuration.
+        UnsupportedModelError: a model type, a class or a feature that is not handled.
+    """
+    folder, settings, task = _opened(model, ask_hub, _HUB_PROMISES)
+    config, meta = config_of(settings), on_meta(settings, task)
+    native = task.generates and settings.model_type in ARCHITECTURES
+    return ModelSource(
+        folder=folder,
+        config=config,
+        settings=settings,
+        task=task,
+        architecture=find_architecture(config) if native else None,
+        tensors=dict(meta.named_parameters()),
+        files=(),
+        notes=(),
+        meta=meta,
+    )
+
+
+def _opened(model: str | Path, ask_hub: bool, patterns: list[str]) -> tuple[Path, Any, Task]:
+    """Folder, settings and task of a model."""
+    folder = Path(model)
+    if not folder.exists():
+        folder = _download(str(model), ask_hub, patterns)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file. Give the folder that holds config.json.")
+    settings = read_settings(folder)
+    task = _task(folder, config_of(settings))
+    if getattr(settings, "is_encoder_decoder", False) and not task.listens:
+        raise UnsupportedModelError(
+            f"{folder}: a {settings.model_type} has an encoder and a decoder, which is not supported."
+        )
+    return folder, settings, task
 
 
 def _task(folder: Path, config: Mapping[str, Any]) -> Task:
@@ -328,7 +360,7 @@ def _check_sentence_layers(folder: Path) -> None:
         )
 
 
-def _download(model: str, ask_hub: bool) -> Path:
+def _download(model: str, ask_hub: bool, patterns: list[str]) -> Path:
     if model.count("/") > 1 or model.startswith((".", "/", "~")) or "\\" in model:
         raise InputError(f"The folder {model} does not exist.")
     from huggingface_hub import snapshot_download
@@ -337,7 +369,7 @@ def _download(model: str, ask_hub: bool) -> Path:
     try:
         found = snapshot_download(
             model,
-            allow_patterns=_HUB_PATTERNS,
+            allow_patterns=patterns,
             ignore_patterns=["consolidated*"],
             local_files_only=not ask_hub,
         )

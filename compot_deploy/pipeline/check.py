@@ -179,7 +179,9 @@ def _check(folder: Path, terms: Terms, progress: Progress) -> Deployment:
     settings = settings_of(model.config, str(folder / CONFIG), ArtifactError)
     vocabulary = int(settings.get_text_config().vocab_size)
     reads = not subject.task.listens  # what is asked beside the losses is about text that is read
-    probes = Probes(subject.task, evaluation.text.windows, context_of(settings), vocabulary)
+    context = context_of(settings)
+    context = min(context, EXPORTERS[manifest.exporter].context(model.config) or context)
+    probes = Probes(subject.task, evaluation.text.windows, context, vocabulary)
     reading = None if original is None or not reads else reading_of_source(original, evaluation.text)
     readings = ReadingCheck(kept.reading, folder, manifest.exporter) if kept is not None else None
     if reading is not None:

@@ -100,7 +100,8 @@ def _evaluated(
 ) -> Report:
     """The report of a folder of a model that reads text; the original's answers stay in it."""
     recipe, source, folder, manifest = settings.recipe, settings.source, subject.folder, subject.manifest
-    probes = Probes(source.task, evaluation.text.windows, source.context, source.vocabulary)
+    context = min(source.context, EXPORTERS[manifest.exporter].context(source.config) or source.context)
+    probes = Probes(source.task, evaluation.text.windows, context, source.vocabulary)
     reading = ReadingCheck(reading_of_source(source, evaluation.text), folder, manifest.exporter)
     answers = Shortening(source.task, positions_of(source.task, evaluation.text.windows))
     watchers = Watchers((probes.visit, reading.visit), {"reference": answers})

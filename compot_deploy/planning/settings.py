@@ -13,6 +13,7 @@ from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.storage import InMemory, PaperStorage, Storage
 from compot_deploy.errors import RecipeError, UnsupportedModelError
 from compot_deploy.exporters import EXPORTERS, Exporter
+from compot_deploy.llama import gate
 from compot_deploy.models.source import ModelSource
 from compot_deploy.planning.candidates import Search
 from compot_deploy.planning.knapsack import Plan
@@ -278,6 +279,16 @@ def _check_format(recipe: Recipe, source: ModelSource, kind: str) -> None:
         "head": table_grid(recipe.head),
     }
     exporter.check(source, grids, options_of(recipe, exporter))
+    promised, wanted = exporter.context(source.config), min(recipe.length, source.context)
+    if promised is not None and promised < wanted:
+        raise RecipeError(
+            f"--format {kind}: the file can be asked for {promised} positions, and windows of text have {wanted}: give "
+            f"--length {promised}."
+        )
+    if kind == "gguf" and source.architecture is None:
+        reason = gate.objection(source.config)
+        if reason is not None:
+            raise UnsupportedModelError(f"--format gguf: {reason}")
 
 
 def _check_groups(recipe: Recipe, source: ModelSource) -> None:

@@ -21,13 +21,13 @@ from compot_deploy.core.diagnostics import Diagnostic
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.json_files import write_object
 from compot_deploy.core.matrix import Matrix
-from compot_deploy.errors import ArtifactError, RecipeError
+from compot_deploy.errors import ArtifactError, RecipeError, UnsupportedModelError
 from compot_deploy.exporters.files import copy_generation, copy_present
 from compot_deploy.exporters.gguf import quantize as gguf_quantize
-from compot_deploy.exporters.gguf.index import Layout
-from compot_deploy.exporters.gguf.metadata import hyperparameters
+from compot_deploy.exporters.gguf.index import LAYOUTS, Layout
+from compot_deploy.exporters.gguf.metadata import Described, check_layout, describe
 from compot_deploy.exporters.gguf.model import read
-from compot_deploy.exporters.gguf.names import GgufNames
+from compot_deploy.exporters.gguf.names import GgufNames, loose_names
 from compot_deploy.exporters.gguf.options import GgufOptions
 from compot_deploy.exporters.gguf.reader import read_header
 from compot_deploy.exporters.gguf.storage import GgufStorage, ProductStorage
@@ -35,8 +35,8 @@ from compot_deploy.exporters.gguf.tokenizer import tokenizer_keys
 from compot_deploy.exporters.gguf.writer import write, write_header
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.configuration import CONFIG, read_config
-from compot_deploy.models.decoder_shape import decoder_shape
 from compot_deploy.models.hints import ARCHITECTURES, find_architecture
+from compot_deploy.models.outline import outline_of_config
 from compot_deploy.models.rotary import portable_config
 from compot_deploy.models.source import TOKENIZER_FILES, ModelSource
 
@@ -81,10 +81,26 @@ class GgufExporter:
         )
 
     def supports(self, source: ModelSource) -> str | None:
-        """Llama.cpp has code for each kind of model, and knows tensors by names of its own."""
-        if source.architecture is not None:
-            return None
-        return f"GGUF has no way for a {source.model_type} here: {', '.join(sorted(ARCHITECTURES))} have one."
+        """Llama.cpp has code for each kind of model, knows tensors by names of its own, and has much built in."""
+        if not source.task.generates:
+            return (
+                f"GGUF has no way for a {source.model_type} that is a {source.task.noun} here: models that write text "
+                "have one."
+            )
+        try:
+            _checked(source)
+        except UnsupportedModelError as error:
+            return str(error)
+        return None
+
+    def ways(self, source: ModelSource) -> Mapping[str, str | None]:
+        """The three layouts."""
+        objection = self.supports(source)
+        return {layout: objection or _layout_objection(source, layout) for layout in LAYOUTS}
+
+    def context(self, config: Mapping[str, Any]) -> int | None:
+        """Those within which llama.cpp computes what transformers does."""
+        return describe(config).promised
 
     def storage(self, options: GgufOptions) -> GgufStorage | ProductStorage:
         """What a leaf takes in the file."""
@@ -104,19 +120,15 @@ class GgufExporter:
         """
         if options.type != "auto":
             gguf_quantize.check_library(options.type)
-        architecture = ARCHITECTURES[source.model_type]
-        hyperparameters(architecture, source.config)  # refuses rotary embeddings that no key says
-        shape = decoder_shape(architecture, source.config)
-        names = GgufNames(architecture, shape)
-        for name in source.tensors:
-            names.tensor(name)
+        described = _checked(source)
         tokenizer_keys(source.folder, source.config)
         if options.layout == "dense":
             return  # any grid is multiplied out
+        check_layout(described, options.layout)
         storage = GgufStorage(options.layout)
         for role, grid in grids.items():
             try:
-                storage.check(shape.hidden, grid)
+                storage.check(int(source.settings.hidden_size), grid)
             except RecipeError as error:
                 raise RecipeError(f"{role}: {error}") from None
 
@@ -133,7 +145,7 @@ class GgufExporter:
 
     def read(self, folder: Path) -> Mapping[str, Matrix]:
         """Every matrix of the file, integers and scales bit for bit."""
-        return read(folder / FILE).matrices
+        return self.read_model(folder).matrices
 
     def read_model(self, folder: Path) -> CompressedModel:
         """The whole model of a folder, from its own files alone.
@@ -142,6 +154,10 @@ class GgufExporter:
             ArtifactError: a file is missing or cannot be read.
         """
         config = read_config(folder)
+        if config["model_type"] not in ARCHITECTURES:
+            outline = outline_of_config(config, str(folder / CONFIG))
+            stored = read(folder / FILE, outline)
+            return outline.compressed(config, stored.matrices, stored.tensors, str(folder))
         stored = read(folder / FILE)
         return CompressedModel(
             architecture=find_architecture(config),
@@ -159,6 +175,28 @@ class GgufExporter:
         except ArtifactError as error:
             return (Diagnostic("error", FILE, str(error)),)
         return ()
+
+
+def _layout_objection(source: ModelSource, layout: Layout) -> str | None:
+    try:
+        check_layout(describe(source.config), layout)
+    except UnsupportedModelError as error:
+        return str(error)
+    return None
+
+
+def _checked(source: ModelSource) -> Described:
+    """What llama.cpp is told of a model, with a name for each of its tensors.
+
+    Raises:
+        UnsupportedModelError: a type, a feature or a tensor that llama.cpp does not have.
+    """
+    described = describe(source.config)
+    tensors = loose_names(source.tensors)
+    names = GgufNames(described.kind, described.sizes, (name.rpartition(".")[0] for name in tensors))
+    for name in tensors:
+        names.tensors(name)
+    return described
 
 
 def _copy_files(model: CompressedModel, folder: Path) -> None:

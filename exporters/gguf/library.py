@@ -161,6 +161,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ggml_tensor_overhead": (_size, ()),
     "ggml_new_tensor_1d": (_tensor, (Pointer, C.c_int, _i64)),
     "ggml_new_tensor_2d": (_tensor, (Pointer, C.c_int, _i64, _i64)),
+    "ggml_new_tensor_3d": (_tensor, (Pointer, C.c_int, _i64, _i64, _i64)),
     "ggml_set_name": (_tensor, (_tensor, _text)),
     "ggml_mul_mat": (_tensor, (Pointer, _tensor, _tensor)),
     "ggml_add": (_tensor, (Pointer, _tensor, _tensor)),
@@ -179,6 +180,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "gguf_set_kv": (None, (Pointer, Pointer)),
     "gguf_set_val_str": (None, (Pointer, _text, _text)),
     "gguf_add_tensor": (None, (Pointer, _tensor)),
+    "gguf_write_to_file": (_bool, (Pointer, _text, _bool)),
 }
 
 

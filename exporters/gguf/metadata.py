@@ -1,135 +1,211 @@
-"""What llama.cpp must know besides the weights: sizes, rotary embeddings and their scalings, provenance.
+"""What llama.cpp must know besides the weights: sizes, norms, windows, rotary embeddings, scales.
 
-Several of these keys are silently wrong when absent (rope base, rope_freqs, attn_factor), so a feature that
-has no key is refused instead of dropped.
+Everything is read from the object that transformers builds of a configuration; what a type of model has of its own
+stands in `kinds`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
-from jaxtyping import Float32, Int64
-
 from compot_deploy.errors import UnsupportedModelError
-from compot_deploy.models.decoder_shape import DecoderShape, decoder_shape
-from compot_deploy.models.hints import Architecture
-from compot_deploy.models.rotary import portable_config
+from compot_deploy.exporters.gguf.index import Layout
+from compot_deploy.exporters.gguf.kinds import KINDS, Kind, Value
+from compot_deploy.exporters.gguf.rotary import rope_keys, short_context
+from compot_deploy.models.configuration import settings_of
 
-Value = str | int | float | bool | list[str] | list[int] | list[float]
-"""What a metadata key may hold; integers are written as uint32, floats as float32."""
+_EPSILONS: Final = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
+_ACTIVATIONS: Final = ("hidden_act", "hidden_activation", "activation_function")
+_CONTEXT: Final = 2048
+"""Positions of a model whose configuration does not say: one without any tables of them."""
 
-_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
+_OLMO_EPSILON: Final = 1e-5
+"""Of norms whose configuration has no word for it."""
 
 
-def rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Rotary settings in one shape, whichever generation of transformers wrote the configuration.
+@dataclass(frozen=True)
+class Sizes:
+    """What names, orders and keys depend on.
+
+    Attributes:
+        layers: number of blocks.
+        heads: query heads.
+        key_value_heads: key and value heads.
+        head_size: width of one head.
+    """
+
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_size: int
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model as llama.cpp is told of it.
+
+    Attributes:
+        kind: the entry of its type.
+        sizes: what names and orders depend on.
+        keys: metadata by full name.
+        context: positions that the model was made for.
+        promised: positions that the file may promise, within which llama.cpp computes what transformers does: no more
+            than a sliding window that it ignores, or than rotary factors for short texts reach.
+    """
+
+    kind: Kind
+    sizes: Sizes
+    keys: Mapping[str, Value]
+    context: int
+    promised: int
+
+
+def kind_of(config: Mapping[str, Any]) -> Kind:
+    """The entry of a configuration's type.
 
     Raises:
-        UnsupportedModelError: a scaling that llama.cpp has no key for.
+        UnsupportedModelError: there is none.
     """
-    found: dict[str, Any] = dict(portable_config(config)["rope_parameters"])
-    found.setdefault("rope_theta", 10000.0)
-    kind = found.get("rope_type")
-    if kind not in _ROPE_TYPES:
+    model_type = str(config.get("model_type"))
+    if model_type not in KINDS:
         raise UnsupportedModelError(
-            f"Rope scaling {kind!r} cannot be written to GGUF; supported are: {', '.join(_ROPE_TYPES)}."
+            f"GGUF has no way for a {model_type} here: {', '.join(sorted(KINDS))} have one."
         )
-    partial = float(found.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) or 1.0)
-    if partial != 1.0:
-        raise UnsupportedModelError(
-            f"partial_rotary_factor={partial} cannot be written to GGUF; only 1.0 can."
-        )
-    if kind == "yarn" and found.get("truncate") is False:
-        raise UnsupportedModelError(
-            "Yarn with truncate=false cannot be written to GGUF: llama.cpp truncates."
-        )
-    return found
+    return KINDS[model_type]
 
 
-def hyperparameters(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Value]:
-    """Sizes, norms and rope under the prefix of the base architecture.
+def describe(config: Mapping[str, Any]) -> Described:
+    """What llama.cpp is told of a model.
 
     Raises:
-        UnsupportedModelError: see `rope_parameters`.
+        UnsupportedModelError: a type or a feature that llama.cpp does not have, or has no key for.
     """
-    prefix, shape = architecture.ggml_name, decoder_shape(architecture, config)
-    result: dict[str, Value] = {
-        f"{prefix}.vocab_size": shape.vocabulary,
-        f"{prefix}.context_length": context_length(shape),
-        f"{prefix}.embedding_length": shape.hidden,
-        f"{prefix}.block_count": shape.layers,
-        f"{prefix}.feed_forward_length": shape.intermediate,
-        f"{prefix}.attention.head_count": shape.heads,
-        f"{prefix}.attention.head_count_kv": shape.key_value_heads,
-        f"{prefix}.attention.layer_norm_rms_epsilon": shape.norm_epsilon,
-        f"{prefix}.attention.key_length": shape.head_size,
-        f"{prefix}.attention.value_length": shape.head_size,
-        f"{prefix}.rope.dimension_count": shape.head_size,
+    kind = kind_of(config)
+    model_type = config["model_type"]
+    settings = settings_of(config, f"The configuration of this {model_type}").get_text_config()
+    reason = _refusal(kind, settings)
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"A {model_type} with {reason}: GGUF has no key for that. Use another --format."
+        )
+    sizes, context = _sizes(settings), _context(settings)
+    windows = _windows(settings, sizes.layers)
+    promised = min([context, *(w for w in windows if w is not None)]) if kind.window == "cut" else context
+    promised = min(promised, short_context(kind, config) or promised)
+    own: dict[str, Value] = {
+        "vocab_size": int(settings.vocab_size),
+        "context_length": promised,
+        "embedding_length": int(settings.hidden_size),
+        "block_count": sizes.layers,
+        "feed_forward_length": _intermediate(settings),
+        "attention.head_count": sizes.heads,
+        "attention.head_count_kv": sizes.key_value_heads,
+        "attention.layer_norm_rms_epsilon" if kind.rms else "attention.layer_norm_epsilon": _epsilon(
+            settings
+        ),
+        "attention.key_length": sizes.head_size,
+        "attention.value_length": sizes.head_size,
     }
-    rope = rope_parameters(config)
-    result[f"{prefix}.rope.freq_base"] = float(rope["rope_theta"])
-    kind = rope["rope_type"]
-    if kind in ("linear", "yarn"):
-        result[f"{prefix}.rope.scaling.type"] = kind
-        result[f"{prefix}.rope.scaling.factor"] = float(rope["factor"])
-    if kind == "yarn":
-        original = rope.get("original_max_position_embeddings") or shape.context
-        result[f"{prefix}.rope.scaling.original_context_length"] = int(original)
-        result[f"{prefix}.rope.scaling.attn_factor"] = _yarn_attention(rope)
-        result[f"{prefix}.rope.scaling.yarn_attn_factor"] = _yarn_attention(rope)
-        result[f"{prefix}.rope.scaling.yarn_beta_fast"] = float(rope.get("beta_fast") or 32.0)
-        result[f"{prefix}.rope.scaling.yarn_beta_slow"] = float(rope.get("beta_slow") or 1.0)
-    return result
+    own |= _window_keys(kind, windows, model_type, context)
+    own |= rope_keys(kind, config, sizes.head_size, context)
+    own |= {key: read(settings) for key, read in kind.keys.items()}
+    return Described(
+        kind, sizes, {f"{kind.ggml}.{key}": value for key, value in own.items()}, context, promised
+    )
 
 
-def context_length(shape: DecoderShape) -> int:
-    """Positions that the file may promise: no more than a sliding window, which llama.cpp's llama ignores."""
-    return min([shape.context, *(window for window in shape.windows if window is not None)])
+def check_layout(described: Described, layout: Layout) -> None:
+    """Refuse factors where the plug-in does not run them.
 
-
-def _yarn_attention(rope: Mapping[str, Any]) -> float:
-    """Yarn's attention factor relative to the ``1 + 0.1 ln(factor)`` that llama.cpp multiplies in itself."""
-    factor = float(rope["factor"])
-
-    def scale(mscale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-    wanted = rope.get("attention_factor")
-    if wanted is None:
-        mscale, mscale_all = rope.get("mscale"), rope.get("mscale_all_dim")
-        wanted = scale(mscale) / scale(mscale_all) if mscale and mscale_all else scale(1.0)
-    return float(wanted) / scale(1.0)
-
-
-def rope_frequencies(
-    architecture: Architecture, config: Mapping[str, Any]
-) -> Float32[np.ndarray, " half_head"] | None:
-    """Divisors of the rotary frequencies, the tensor ``rope_freqs.weight``; only Llama-3 scaling has them.
-
-    Long wavelengths are stretched by `factor`, short ones kept, those between interpolated (Llama 3.1).
+    Raises:
+        UnsupportedModelError: only dense files can be had.
     """
-    rope = rope_parameters(config)
-    if rope["rope_type"] != "llama3":
-        return None
-    head = decoder_shape(architecture, config).head_size
-    exponents = np.arange(0, head, 2, dtype=np.float64) / head
-    wavelengths = 2 * math.pi * float(rope["rope_theta"]) ** exponents
-    factor, original = float(rope["factor"]), float(rope["original_max_position_embeddings"])
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    blend = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
-    return np.asarray(1.0 / ((1.0 - blend) / factor + blend), dtype=np.float32)
+    if layout != "dense" and not described.kind.factorized:
+        raise UnsupportedModelError(
+            f"--gguf-layout {layout}: factors in llama.cpp's {described.kind.ggml} are not proven to be run right. "
+            "Use --gguf-layout dense."
+        )
 
 
-def interleaved_rope(heads: int, head: int) -> Int64[np.ndarray, " outputs"]:
-    """Which column of q or k goes where: ``new[:, j] = old[:, order[j]]``.
+def _refusal(kind: Kind, settings: Any) -> str | None:
+    """What of a model llama.cpp's graph would ignore; None for nothing."""
+    activation = next((getattr(settings, n) for n in _ACTIVATIONS if hasattr(settings, n)), None)
+    if activation is not None and activation not in kind.activations:
+        return f"the activation {activation!r} where llama.cpp has {kind.activations[0]!r} built in"
+    for name, values in kind.fixed.items():
+        if hasattr(settings, name) and getattr(settings, name) not in values:
+            return (
+                f"{name}={getattr(settings, name)!r} where llama.cpp's {kind.ggml} has {values[0]!r} built in"
+            )
+    return kind.further(settings)
 
-    Hugging Face rotates entry i with entry i + head/2, llama.cpp's ``llama`` rotates neighbours.
-    For two heads of size 4: ``[0, 2, 1, 3, 4, 6, 5, 7]``.
+
+def _sizes(settings: Any) -> Sizes:
+    heads = int(settings.num_attention_heads)
+    return Sizes(
+        layers=int(settings.num_hidden_layers),
+        heads=heads,
+        key_value_heads=int(getattr(settings, "num_key_value_heads", None) or heads),
+        head_size=int(getattr(settings, "head_dim", None) or settings.hidden_size // heads),
+    )
+
+
+def _context(settings: Any) -> int:
+    return int(getattr(settings, "max_position_embeddings", None) or _CONTEXT)
+
+
+def _intermediate(settings: Any) -> int:
+    """Width inside the MLP; some leave it at four times the width of the stream."""
+    found = getattr(settings, "intermediate_size", None) or getattr(settings, "n_inner", None)
+    return int(found or 4 * settings.hidden_size)
+
+
+def _epsilon(settings: Any) -> float:
+    return float(next((getattr(settings, n) for n in _EPSILONS if hasattr(settings, n)), _OLMO_EPSILON))
+
+
+def _windows(settings: Any, layers: int) -> tuple[int | None, ...]:
+    """The window of each block, as transformers' model classes read it."""
+    # A key that the class does not know (sliding_window in a llama) is kept by the configuration and ignored
+    # by the model, so ask a configuration with nothing but defaults what it knows.
+    known = type(settings)()
+    window = getattr(settings, "sliding_window", None) if hasattr(known, "sliding_window") else None
+    if window is None:
+        return (None,) * layers
+    if not hasattr(known, "layer_types"):
+        return (int(window),) * layers
+    return tuple(int(window) if kind == "sliding_attention" else None for kind in settings.layer_types)
+
+
+def _window_keys(
+    kind: Kind, windows: tuple[int | None, ...], model_type: str, context: int
+) -> dict[str, Value]:
+    """Window, and which blocks have it.
+
+    Raises:
+        UnsupportedModelError: other blocks than llama.cpp can be told.
     """
-    return np.arange(heads * head).reshape(heads, 2, head // 2).swapaxes(1, 2).reshape(-1)
+    if kind.window == "cut":
+        return {}
+    width = next((window for window in windows if window is not None), None)
+    period = kind.window if kind.window != "key" else _period(windows)
+    if tuple(width if (block + 1) % period else None for block in range(len(windows))) != windows:
+        raise UnsupportedModelError(
+            f"A {model_type} whose blocks with a sliding window are not all but every so-manyth: GGUF has no key for "
+            "that. Use another --format."
+        )
+    # Without a window llama.cpp would take one of its own.
+    keys: dict[str, Value] = {"attention.sliding_window": width or context}
+    if kind.window == "key":
+        keys["attention.sliding_window_pattern"] = period
+    return keys
+
+
+def _period(windows: tuple[int | None, ...]) -> int:
+    """Every so-manyth block sees everything; longer than the model where none does."""
+    return next((at + 1 for at, window in enumerate(windows) if window is None), len(windows) + 1)
 
 
 def add_key(writer: Any, key: str, value: Value) -> None:

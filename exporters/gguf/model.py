@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
@@ -24,9 +24,18 @@ from compot_deploy.exporters.gguf.index import (
     read_integers,
     read_layout,
 )
+from compot_deploy.exporters.gguf.kinds import KINDS, Kind
+from compot_deploy.exporters.gguf.metadata import Sizes, describe
 from compot_deploy.exporters.gguf.names import GgufNames
 from compot_deploy.exporters.gguf.reader import GgufFile, read_header
+from compot_deploy.models.configuration import config_of
 from compot_deploy.models.hints import ARCHITECTURES, Architecture
+from compot_deploy.models.outline import Outline
+
+T = TypeVar("T")
+
+_NORMS: Final = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+"""Of a block, in the architectures that are known by name."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class GgufModel:
 
     Attributes:
         layout: which of the three.
-        architecture: the base architecture.
+        architecture: the base architecture, where exporters know it by name.
         matrices: by module path, in (in, out) and the order of Hugging Face's rotary pairs.
         tensors: norms and biases by checkpoint name.
         tied: the file has no output head of its own.
@@ -43,72 +52,103 @@ class GgufModel:
     """
 
     layout: Layout
-    architecture: Architecture
+    architecture: Architecture | None
     matrices: Mapping[str, Matrix]
     tensors: Mapping[str, Tensor]
     tied: bool
     metadata: Mapping[str, Any]
 
 
-def read(path: str | Path) -> GgufModel:
+def read(path: str | Path, outline: Outline | None = None) -> GgufModel:
     """Read a file written here back to matrices: integers and scales bit for bit.
 
     Matrices of a dense file are what they were stored as: Q4_0 and Q8_0 become integers in groups of 32,
     every other type floating point.
 
+    Args:
+        path: the file.
+        outline: what the configuration beside it says of its matrices; None for the architectures that are known
+            by name.
+
     Raises:
         ArtifactError: the file is damaged, contradicts itself, or has an unknown layout or version.
     """
-    return read_file(read_header(path))
+    return read_file(read_header(path), outline)
 
 
-def read_file(file: GgufFile) -> GgufModel:
+def read_file(file: GgufFile, outline: Outline | None = None) -> GgufModel:
     """`read` on a header that was read already.
 
     Raises:
         ArtifactError: see `read`.
     """
-    return _Reader(file).model()
+    return _Reader(file, outline).model()
 
 
 class _Reader:
     """One pass over a checked file."""
 
-    def __init__(self, file: GgufFile) -> None:
+    def __init__(self, file: GgufFile, outline: Outline | None) -> None:
         self.file = file
         self.layout = read_layout(file)
         base = file.text("general.architecture" if self.layout == "dense" else "compot.base_architecture")
-        self.architecture = _base_architecture(file, base)
-        self.names = GgufNames(self.architecture, _sizes(file, base))
+        modules: tuple[str, ...]
+        self.shapes: Mapping[str, tuple[int, ...]] = {}
+        if outline is None:
+            sizes = _sizes(file, base)
+            self.architecture: Architecture | None = _base_architecture(file, base)
+            self.head: str | None = self.architecture.head
+            kind = KINDS[self.architecture.model_type]
+            self.expected = (self.architecture.embedding, *self.architecture.linear_names(sizes.layers))
+            modules = (*self.expected, self.architecture.head, *_norms(self.architecture, sizes.layers))
+        else:
+            self.architecture, self.head = None, outline.tables.head
+            kind = _kind(file, base, outline)
+            sizes = describe(config_of(outline.meta.config)).sizes
+            self.shapes = {name: tuple(p.shape) for name, p in outline.meta.named_parameters()}
+            self.expected = tuple(name for name in outline.names if name != self.head)
+            modules = (*outline.names, *(n.rpartition(".")[0] for n, _ in outline.meta.named_parameters()))
+        self.names = GgufNames(kind, sizes, modules)
+        self.matrices = {*self.expected, self.head}
         self.index = FactorizedIndex({}, {}) if self.layout == "dense" else read_index(file)
 
     def model(self) -> GgufModel:
-        matrices: dict[str, Matrix] = {}
-        tensors: dict[str, Tensor] = {}
+        pieces: dict[str, dict[str, Matrix]] = {}
+        vectors: dict[str, dict[str, np.ndarray]] = {}
         used = {
             name for pairs in self.index.matrices.values() for p in pairs for name in (p.dictionary, p.codes)
         }
         for stem, pairs in self.index.matrices.items():
             module = self._module(stem)
-            matrices[module] = self._factorized(module, pairs)
+            pieces.setdefault(module, {})[stem] = self._factorized(self._order(module, stem), pairs)
         for name, tensor in self.file.tensors.items():
-            if name in used or name == "rope_freqs.weight":
+            if name in used or name.startswith("rope_"):
                 continue
             stem, _, part = name.rpartition(".")
             module = self._module(stem)
-            if len(tensor.shape) == 1:
-                values = gguf_quantize.dequantize(self.file.bytes_of(name), tensor.kind).reshape(-1)
-                order = self.names.order(module) if part == "bias" else None
-                tensors[f"{module}.{part}"] = torch.from_numpy(_restored(values[None], order)[0].copy())
-            elif len(tensor.shape) == 2:
-                matrices[module] = self._plain(module, name)
+            order = self._order(module, stem)
+            if part != "bias" and module in self.matrices and len(tensor.shape) == 2:
+                pieces.setdefault(module, {})[stem] = self._plain(order, name)
+            elif len(tensor.shape) <= 2:
+                values = gguf_quantize.dequantize(self.file.bytes_of(name), tensor.kind)
+                if len(tensor.shape) == 1:
+                    values = _restored(values.reshape(1, -1), order if part == "bias" else None)[0]
+                whole = f"{module}.{part}"
+                vectors.setdefault(whole, {})[stem] = values - np.float32(self.names.shift(whole))
             else:
                 raise ArtifactError(
                     f"{self.file.path.name}: {name} has {len(tensor.shape)} dimensions, not 1 or 2."
                 )
-        layers = self.file.count(f"{self.architecture.ggml_name}.block_count")
-        expected = (self.architecture.embedding, *self.architecture.linear_names(layers))
-        missing = [name for name in expected if name not in matrices]
+        matrices = {module: joined(self._in_order(module, found)) for module, found in pieces.items()}
+        tensors = {
+            name: torch.from_numpy(
+                np.concatenate(self._in_order(name.rpartition(".")[0], found)).reshape(
+                    self.shapes.get(name, next(iter(found.values())).shape)
+                )
+            )
+            for name, found in vectors.items()
+        }
+        missing = [name for name in self.expected if name not in matrices]
         if missing:
             raise ArtifactError(
                 f"{self.file.path.name}: {len(missing)} matrices are missing, {missing[0]} first."
@@ -116,11 +156,9 @@ class _Reader:
         return GgufModel(
             layout=self.layout,
             architecture=self.architecture,
-            matrices={
-                name: matrices[name] for name in (*expected, self.architecture.head) if name in matrices
-            },
+            matrices={name: matrices[name] for name in (*self.expected, self.head) if name in matrices},
             tensors=tensors,
-            tied=self.architecture.head not in matrices,
+            tied=self.head not in matrices,
             metadata=self.file.metadata,
         )
 
@@ -128,12 +166,22 @@ class _Reader:
         module = self.names.module(stem)
         if module is None:
             raise ArtifactError(
-                f"{self.file.path.name}: {stem} belongs to no module of {self.architecture.model_type}."
+                f"{self.file.path.name}: {stem} belongs to no module of llama.cpp's {self.names.kind.ggml}."
             )
         return module
 
-    def _factorized(self, module: str, pairs: tuple[FactorPairEntry, ...]) -> Factorized:
-        order = self.names.order(module)
+    def _order(self, module: str, stem: str) -> np.ndarray | None:
+        return dict(self.names.parts(module))[stem]
+
+    def _in_order(self, module: str, found: Mapping[str, T]) -> list[T]:
+        """The parts of a module, all of them."""
+        wanted = [stem for stem, _ in self.names.parts(module)]
+        lacking = [stem for stem in wanted if stem not in found]
+        if lacking:
+            raise ArtifactError(f"{self.file.path.name}: {lacking[0]} is missing beside {next(iter(found))}.")
+        return [found[stem] for stem in wanted]
+
+    def _factorized(self, order: np.ndarray | None, pairs: tuple[FactorPairEntry, ...]) -> Factorized:
         return Factorized(
             tuple(
                 FactorPair(
@@ -146,8 +194,7 @@ class _Reader:
             )
         )
 
-    def _plain(self, module: str, name: str) -> Leaf:
-        order = self.names.order(module)
+    def _plain(self, order: np.ndarray | None, name: str) -> Leaf:
         if name in self.index.leaves:
             return self._leaf(self.index.leaves[name], order)
         if self.layout != "dense":
@@ -160,6 +207,45 @@ class _Reader:
 
     def _leaf(self, entry: LeafEntry, order: np.ndarray | None) -> Leaf:
         return _reordered(read_leaf(self.file, entry), order)
+
+
+def joined(parts: Sequence[Matrix]) -> Matrix:
+    """A matrix whose outputs were written as several tensors.
+
+    Raises:
+        ArtifactError: parts of different kinds.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, Factorized):
+        chains = [part.pairs for part in parts if isinstance(part, Factorized)]
+        if len(chains) == len(parts) and len({len(chain) for chain in chains}) == 1:
+            return Factorized(
+                tuple(
+                    replace(pairs[0], codes=_joined_leaves([pair.codes for pair in pairs]))
+                    for pairs in zip(*chains, strict=True)
+                )
+            )
+        raise ArtifactError("Parts of one matrix are factorized in different ways: damaged file.")
+    return _joined_leaves([part for part in parts if not isinstance(part, Factorized)])
+
+
+def _joined_leaves(parts: Sequence[Leaf]) -> Leaf:
+    first = parts[0]
+    if isinstance(first, Dense):
+        dense = [part.weight for part in parts if isinstance(part, Dense)]
+        if len(dense) == len(parts):
+            return Dense(torch.cat(dense, dim=1))
+    else:
+        same = [part for part in parts if isinstance(part, Quantized) and part.grid == first.grid]
+        if len(same) == len(parts):
+            return Quantized(
+                torch.cat([part.integers for part in same], dim=1),
+                torch.cat([part.scales for part in same], dim=1),
+                first.grid,
+            )
+    raise ArtifactError("Parts of one matrix are stored in different ways: damaged file.")
 
 
 def read_leaf(file: GgufFile, entry: LeafEntry) -> Leaf:
@@ -204,24 +290,35 @@ def _restored(array: np.ndarray, order: np.ndarray | None) -> np.ndarray:
 def _base_architecture(file: GgufFile, name: str) -> Architecture:
     """The architecture that llama.cpp calls `name`; Mistral reads back as Llama, which it equals."""
     for architecture in ARCHITECTURES.values():
-        if architecture.ggml_name == name:
+        if KINDS[architecture.model_type].ggml == name:
             return architecture
+    if any(kind.ggml == name for kind in KINDS.values()):
+        raise ArtifactError(
+            f"{file.path.name}: a file of the architecture {name!r} is read with the configuration beside it: give "
+            "its folder."
+        )
     raise ArtifactError(f"{file.path.name}: the architecture {name!r} is not one that compot-deploy writes.")
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """What names and orders depend on; see `NamedSizes`."""
+def _kind(file: GgufFile, name: str, outline: Outline) -> Kind:
+    kind = KINDS.get(outline.meta.config.model_type)
+    if kind is None or kind.ggml != name:
+        raise ArtifactError(
+            f"{file.path.name}: its architecture {name!r} is not that of a {outline.meta.config.model_type}, which "
+            "config.json beside it says."
+        )
+    return kind
 
-    layers: int
-    heads: int
-    key_value_heads: int
-    head_size: int
+
+def _norms(architecture: Architecture, layers: int) -> tuple[str, ...]:
+    """Everything with weights that is no matrix."""
+    inside = [f"{architecture.block_path(layer)}.{path}" for layer in range(layers) for path in _NORMS]
+    return (architecture.final_norm, *inside)
 
 
-def _sizes(file: GgufFile, prefix: str) -> _Sizes:
+def _sizes(file: GgufFile, prefix: str) -> Sizes:
     """The sizes of a file, held against its tensors: orders of rotary pairs are built from them."""
-    result = _Sizes(
+    result = Sizes(
         layers=file.count(f"{prefix}.block_count"),
         heads=file.count(f"{prefix}.attention.head_count"),
         key_value_heads=file.count(f"{prefix}.attention.head_count_kv"),

@@ -14,17 +14,26 @@ from compot_deploy.core.grid import DENSE, Pattern
 from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Leaf, Matrix, Quantized
 from compot_deploy.errors import RecipeError, UnsupportedModelError
 from compot_deploy.exporters.gguf import blocks as gguf_blocks
-from compot_deploy.exporters.gguf import metadata as gguf_metadata
 from compot_deploy.exporters.gguf import planes as gguf_planes
 from compot_deploy.exporters.gguf import quantize as gguf_quantize
 from compot_deploy.exporters.gguf.index import LAYOUT_VERSION
-from compot_deploy.exporters.gguf.names import GgufNames
+from compot_deploy.exporters.gguf.kinds import Value
+from compot_deploy.exporters.gguf.metadata import Described, check_layout
+from compot_deploy.exporters.gguf.names import GgufNames, loose_names
 from compot_deploy.exporters.gguf.options import GgufOptions
 from compot_deploy.exporters.gguf.products import Products
-from compot_deploy.exporters.gguf.rows import Entry, block_rows, float_rows, leaf_getter, ordered, plane_rows
+from compot_deploy.exporters.gguf.rotary import rope_tensors
+from compot_deploy.exporters.gguf.rows import (
+    Entry,
+    block_rows,
+    float_rows,
+    leaf_getter,
+    ordered,
+    plane_rows,
+    shape_of,
+)
 from compot_deploy.exporters.gguf.storage import GgufStorage
 from compot_deploy.models.compressed import CompressedModel
-from compot_deploy.models.decoder_shape import decoder_shape
 
 _TORCH_FLOATS: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -32,8 +41,9 @@ _TORCH_FLOATS: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat
 class TensorPlan:
     """Names, types and sizes of every tensor, from shapes alone; the bytes are made one tensor at a time."""
 
-    def __init__(self, model: CompressedModel, options: GgufOptions) -> None:
-        self.model, self.options = model, options
+    def __init__(self, model: CompressedModel, described: Described, options: GgufOptions) -> None:
+        self.model, self.options, self._kind = model, options, described.kind
+        check_layout(described, options.layout)
         self._products = Products(model, options)
         self.entries: list[Entry] = []
         self.notes: list[str] = []
@@ -41,36 +51,37 @@ class TensorPlan:
         self._leaves: dict[str, dict[str, Any]] = {}
         self._pairs: dict[str, list[dict[str, Any]]] = {}
         self._dictionaries: dict[tuple[str, int], str] = {}
-        frequencies = gguf_metadata.rope_frequencies(model.native, model.config)
-        if frequencies is not None:
-            self._floats("rope_freqs.weight", frequencies.shape, "F32", lambda: frequencies)
-        names = GgufNames(model.native, decoder_shape(model.native, model.config))
+        for tensor, divisors in rope_tensors(described.kind, model.config, described.sizes.head_size).items():
+            self._floats(tensor, divisors.shape, "F32", lambda d=divisors: d)  # type: ignore[misc]
+        tensors = loose_names(model.tensors)
+        modules = (*model.matrices, *(name.rpartition(".")[0] for name in tensors))
+        names = GgufNames(described.kind, described.sizes, modules)
         for name, matrix in model.matrices.items():
-            if name == model.native.head and model.tied:
+            if name == model.head and model.tied:
                 continue
             before = sum(entry.nbytes for entry in self.entries)
-            self._matrix(name, names.stem(name), matrix, names.order(name))
+            for stem, order in names.parts(name):
+                self._matrix(name, stem, matrix, order)
             self.matrix_bytes[name] = sum(entry.nbytes for entry in self.entries) - before
-        for name in model.tensors:
-            if name.endswith("rotary_emb.inv_freq"):
-                continue
-            self._tensor(name, names.tensor(name), names.order(name.rpartition(".")[0]))
+        for name in tensors:
+            for target, order in names.tensors(name):
+                self._tensor(name, target, order, names.shift(name))
         self.notes += self._products.remarks()
 
-    def keys(self) -> dict[str, gguf_metadata.Value]:
+    def keys(self) -> dict[str, Value]:
         """The description of factorized matrices; nothing for a dense file."""
         if self.options.layout == "dense":
             return {}
         return {
             "compot.layout": self.options.layout,
             "compot.layout.version": LAYOUT_VERSION,
-            "compot.base_architecture": self.model.native.ggml_name,
+            "compot.base_architecture": self._kind.ggml,
             "compot.tensors": json.dumps(self._leaves, separators=(",", ":")),
             "compot.matrices": json.dumps(self._pairs, separators=(",", ":")),
         }
 
     def _matrix(self, name: str, stem: str, matrix: Matrix, order: np.ndarray | None) -> None:
-        table = name in (self.model.native.embedding, self.model.native.head)
+        table = self.model.role(name) == "table"
         if self.options.layout == "dense":
             self.entries.append(self._products.entry(name, f"{stem}.weight", matrix, order, table))
         elif isinstance(matrix, Factorized):
@@ -125,7 +136,7 @@ class TensorPlan:
         table: bool = False,
     ) -> None:
         """A leaf of a factorized or sparse file, exactly as it is."""
-        inputs, outputs = leaf.shape
+        inputs, outputs = shape_of(leaf, order)
         entry: dict[str, Any] = {"inputs": inputs, "outputs": outputs}
         if isinstance(leaf, Dense):
             kind = _TORCH_FLOATS.get(leaf.weight.dtype, "")
@@ -134,7 +145,7 @@ class TensorPlan:
                     f"{tensor}: {leaf.weight.dtype} cannot be stored; use float16, bfloat16 or float32."
                 )
             if table and self.options.table_type is not None and self.options.table_type != kind:
-                self._table(tensor, get, leaf.shape, self.options.table_type, order)
+                self._table(tensor, get, (inputs, outputs), self.options.table_type, order)
                 return
             self._leaves[tensor] = entry
             self._floats(tensor, (outputs, inputs), kind, lambda: float_rows(get(), kind, order))
@@ -154,7 +165,7 @@ class TensorPlan:
         pattern: Pattern,
         order: np.ndarray | None,
     ) -> None:
-        (inputs, outputs), grid = leaf.shape, leaf.grid
+        (inputs, outputs), grid = shape_of(leaf, order), leaf.grid
         form = gguf_planes.PlaneFormat.of(inputs, grid, pattern)
         if not pattern.is_dense and form.pattern.is_dense:
             self.notes.append(f"{tensor}: codes of pattern {pattern} are stored dense, zeros included.")
@@ -174,7 +185,7 @@ class TensorPlan:
     def _blocks(
         self, tensor: str, get: Callable[[], Leaf], leaf: Quantized, order: np.ndarray | None
     ) -> None:
-        (inputs, outputs), grid = leaf.shape, leaf.grid
+        (inputs, outputs), grid = shape_of(leaf, order), leaf.grid
         gguf_blocks.check_group(grid, inputs)
         kind = gguf_blocks.block_type(grid)
         padded = gguf_blocks.padded(inputs)
@@ -212,20 +223,25 @@ class TensorPlan:
             )
         )
 
-    def _tensor(self, name: str, target: str, order: np.ndarray | None) -> None:
-        """A norm or a bias: always float32, which is what llama.cpp wants of vectors."""
+    def _tensor(self, name: str, target: str, order: np.ndarray | None, shift: float) -> None:
+        """A norm, a bias or a table of positions: always float32, which is what llama.cpp wants of them."""
         tensor = self.model.tensors[name]
-        if tensor.dim() != 1:
+        shape = tuple(
+            size for size in tensor.shape if size != 1 or tensor.dim() < 3
+        )  # kernels of one channel
+        if len(shape) not in (1, 2):
             raise UnsupportedModelError(
                 f"{name}: a tensor of shape {tuple(tensor.shape)} has no place in GGUF."
             )
-        permuted = order if name.endswith(".bias") else None
+        if order is not None:
+            shape = (len(order),)
 
         def rows() -> np.ndarray:
-            values = self.model.tensors[name].detach().float().cpu().numpy()
-            return values if permuted is None else values[permuted]
+            values = self.model.tensors[name].detach().float().cpu().numpy().reshape(tensor.shape)
+            values = values if order is None else values[order]
+            return (values + np.float32(shift) if shift else values).reshape(shape)
 
-        self._floats(target, tuple(tensor.shape), "F32", rows)
+        self._floats(target, shape, "F32", rows)
 
     def _floats(self, tensor: str, shape: tuple[int, ...], kind: str, rows: Callable[[], np.ndarray]) -> None:
         size = 4 if kind == "F32" else 2

@@ -10,7 +10,7 @@ from compot_deploy.errors import RecipeError
 from compot_deploy.exporters.gguf import blocks as gguf_blocks
 from compot_deploy.exporters.gguf import quantize as gguf_quantize
 from compot_deploy.exporters.gguf.options import GgufOptions
-from compot_deploy.exporters.gguf.rows import Entry, block_rows, leaf_getter, ordered
+from compot_deploy.exporters.gguf.rows import Entry, block_rows, leaf_getter, ordered, shape_of
 from compot_deploy.models.compressed import CompressedModel
 
 
@@ -40,7 +40,7 @@ class Products:
         Raises:
             RecipeError: a type that needs importance weights, which are not there.
         """
-        inputs, outputs = matrix.shape
+        inputs, outputs = shape_of(matrix, order)
         wanted = self._type(matrix, table)
         kind = gguf_quantize.fitting_type(wanted, inputs)
         if isinstance(matrix, Quantized) and _carries_over(matrix, kind):

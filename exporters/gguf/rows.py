@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from compot_deploy.core.matrix import Dense, Factorized, Leaf, Quantized
+from compot_deploy.core.matrix import Dense, Factorized, Leaf, Matrix, Quantized
 from compot_deploy.exporters.gguf import blocks as gguf_blocks
 from compot_deploy.exporters.gguf import planes as gguf_planes
 from compot_deploy.models.compressed import CompressedModel
@@ -36,6 +36,12 @@ class Entry:
     nbytes: int
     described: str
     rows: Callable[[], np.ndarray]
+
+
+def shape_of(matrix: Matrix, order: np.ndarray | None) -> tuple[int, int]:
+    """(in, out) of the part of a matrix that a tensor holds."""
+    inputs, outputs = matrix.shape
+    return inputs, outputs if order is None else len(order)
 
 
 def ordered(array: np.ndarray, order: np.ndarray | None) -> np.ndarray:

@@ -18,8 +18,9 @@ from typing import Any, Final
 import numpy as np
 
 from compot_deploy.errors import CompotDeployError, UnsupportedModelError
+from compot_deploy.exporters.gguf.kinds import Value
 from compot_deploy.exporters.gguf.library import Library, LlamaError, load_library
-from compot_deploy.exporters.gguf.metadata import Value, add_key
+from compot_deploy.exporters.gguf.metadata import add_key
 
 TEXTS: Final = (
     "Hello, world! The quick brown fox jumps over 13 lazy dogs.",
@@ -72,7 +73,7 @@ def check_tokens(tokenizer: Any, keys: Mapping[str, Value]) -> tuple[str, ...]:
     notes: list[str] = []
     with read_by(library, keys) as vocabulary:
         for text in TEXTS:
-            wanted, found = list(tokenizer(text)["input_ids"]), _ids_of(library, vocabulary, text)
+            wanted, found = list(tokenizer(text)["input_ids"]), ids_of(library, vocabulary, text)
             if wanted != found:
                 raise UnsupportedModelError(
                     f"--format gguf: llama.cpp reads {_cut(text)} as the tokens {_some(found, wanted)}, and the "
@@ -87,7 +88,7 @@ def check_tokens(tokenizer: Any, keys: Mapping[str, Value]) -> tuple[str, ...]:
             (around, "text around special tokens, which prompts write out,"),
         ):
             for text in texts:
-                wanted, found = list(tokenizer(text)["input_ids"]), _ids_of(library, vocabulary, text)
+                wanted, found = list(tokenizer(text)["input_ids"]), ids_of(library, vocabulary, text)
                 if wanted != found:
                     notes.append(
                         f"llama.cpp reads {what} otherwise than Hugging Face does: {text!r} is {_some(found, wanted)} "
@@ -117,7 +118,8 @@ def read_by(library: Library, keys: Mapping[str, Value]) -> Iterator[int]:
             library.llama_model_free(model)
 
 
-def _ids_of(library: Library, vocabulary: int, text: str) -> list[int]:
+def ids_of(library: Library, vocabulary: int, text: str) -> list[int]:
+    """A text as llama.cpp reads it."""
     raw = text.encode()
     room = len(raw) + 8
     buffer = (ctypes.c_int32 * room)()

@@ -1,44 +1,26 @@
 """A Hugging Face tokenizer as GGUF keys, for both kinds that decoders use.
 
 llama.cpp tokenizes with code of its own and picks it by ``tokenizer.ggml.model`` and ``tokenizer.ggml.pre``.
-A wrong choice splits text differently and says nothing, so the pre-tokenizer is recognized by what it does
-(its expression), and an unknown one is refused.
+A wrong choice splits text differently and says nothing: see `pre_tokenizers`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
 from compot_deploy.errors import UnsupportedModelError
-from compot_deploy.exporters.gguf.metadata import Value
+from compot_deploy.exporters.gguf.kinds import Value
+from compot_deploy.exporters.gguf.pre_tokenizers import IGNORES_MERGES, pre_tokenizer_of
 from compot_deploy.exporters.gguf.token_check import check_tokens
 from compot_deploy.models.generation import end_tokens, read_generation
 from compot_deploy.models.tokens import open_tokenizer
-
-_CONTRACTIONS: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORD: Final = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
-_SUFFIX: Final = rf"{_CONTRACTIONS}?"
-_MARKS: Final = r" ?[^\s\p{L}\p{N}]+"
-_TAIL: Final = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_LOWER: Final = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-_UPPER: Final = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-
-_EXPRESSIONS: Final[Mapping[str, str]] = {
-    rf"{_WORD}|\p{{N}}{{1,3}}|{_MARKS}[\r\n]*|{_TAIL}": "llama-bpe",
-    rf"{_WORD}|\p{{N}}|{_MARKS}[\r\n]*|{_TAIL}": "qwen2",
-    rf"{_LOWER}|{_UPPER}|\p{{N}}|{_MARKS}[\r\n/]*|{_TAIL}": "tekken",
-    rf"{_LOWER}{_SUFFIX}|{_UPPER}{_SUFFIX}|\p{{N}}{{1,3}}|{_MARKS}[\r\n/]*|{_TAIL}": "gpt-4o",
-}
-"""Expression of the pre-tokenizer to llama.cpp's name for it, as in llama-vocab.cpp."""
-
-_IGNORES_MERGES: Final = ("llama-bpe", "tekken")
-"""Pre-tokenizers for which llama.cpp takes a whole word from the vocabulary before it merges."""
 
 _FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """Any of these is a tokenizer, which transformers reads; llama.cpp gets it from what transformers made of it."""
@@ -53,6 +35,9 @@ _ENDS: Final = (
 )
 """Keys whose tokens llama.cpp ends a text at. The last three are named after infilling, for which it also wants others
 that are never written here."""
+
+_PHI3: Final = re.compile("phi-?3", re.IGNORECASE)
+_PHI3_TOKENS: Final = frozenset(("<unk>", "<s>", "<|endoftext|>"))
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Token types of ``tokenizer.ggml.token_type``."""
@@ -123,15 +108,8 @@ def _tokenizer_keys(folder: Path, needed: str, seen: tuple[tuple[str, int, int],
         keys["tokenizer.ggml.scores"] = _scores(tokens, types, merges)
         keys["tokenizer.ggml.add_space_prefix"] = _adds_space(state)
     else:
-        pre = detect_pre_tokenizer(state)
         keys["tokenizer.ggml.model"] = "gpt2"
-        keys["tokenizer.ggml.pre"] = pre
         keys["tokenizer.ggml.merges"] = merges
-        if bool(model.get("ignore_merges")) != (pre in _IGNORES_MERGES):
-            notes.append(
-                f"ignore_merges is {bool(model.get('ignore_merges'))} in the tokenizer, "
-                f"llama.cpp's {pre} has it {pre in _IGNORES_MERGES}: a rare word may split differently."
-            )
         if state.get("normalizer"):
             notes.append(
                 f"llama.cpp skips the normalizer {state['normalizer'].get('type')}: "
@@ -140,7 +118,15 @@ def _tokenizer_keys(folder: Path, needed: str, seen: tuple[tuple[str, int, int],
     keys["tokenizer.ggml.tokens"] = tokens
     keys["tokenizer.ggml.token_type"] = types
     keys.update(_special_tokens(tokenizer, config, folder, notes))
-    notes += check_tokens(tokenizer, keys)
+    if keys["tokenizer.ggml.model"] == "gpt2":
+        pre = pre_tokenizer_of(tokenizer, state, keys, notes)
+        keys["tokenizer.ggml.pre"] = pre
+        if bool(model.get("ignore_merges")) != (pre in IGNORES_MERGES):
+            notes.append(
+                f"ignore_merges is {bool(model.get('ignore_merges'))} in the tokenizer, "
+                f"llama.cpp's {pre} has it {pre in IGNORES_MERGES}: a rare word may split differently."
+            )
+    notes += check_tokens(tokenizer, {**keys, "general.name": model_name(folder.name, tokens)})
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
@@ -149,37 +135,10 @@ def _tokenizer_keys(folder: Path, needed: str, seen: tuple[tuple[str, int, int],
     return TokenizerKeys(keys, tuple(notes))
 
 
-def detect_pre_tokenizer(state: Mapping[str, Any]) -> str:
-    """llama.cpp's name of the pre-tokenizer in a tokenizer.json.
-
-    Raises:
-        UnsupportedModelError: no known name splits text this way.
-    """
-    pre = state.get("pre_tokenizer") or {}
-    steps = pre.get("pretokenizers", [pre]) if pre.get("type") == "Sequence" else [pre]
-    kinds = [step.get("type") for step in steps]
-    byte_level = steps[-1]
-    if kinds[-1] == "ByteLevel" and not byte_level.get("add_prefix_space"):
-        if kinds == ["ByteLevel"] and byte_level.get("use_regex", True):
-            return "gpt-2"
-        if (
-            kinds == ["Digits", "ByteLevel"]
-            and steps[0].get("individual_digits")
-            and byte_level.get("use_regex", True)
-        ):
-            return "smollm"
-        if kinds == ["Split", "ByteLevel"] and not byte_level.get("use_regex", True):
-            expression = steps[0].get("pattern", {}).get("Regex")
-            if (
-                expression in _EXPRESSIONS
-                and steps[0].get("behavior") == "Isolated"
-                and not steps[0].get("invert")
-            ):
-                return _EXPRESSIONS[expression]
-    raise UnsupportedModelError(
-        f"The pre-tokenizer {json.dumps(pre)[:300]} is not one that llama.cpp is known to "
-        f"have; known are gpt-2, smollm, {', '.join(_EXPRESSIONS.values())}."
-    )
+def model_name(name: str, tokens: Collection[str]) -> str:
+    """A name to write: in what is called Phi-3, llama.cpp looks for tokens of its own choice, and fails without."""
+    written = name.encode("utf-8", "replace").decode()
+    return written if set(tokens) >= _PHI3_TOKENS else _PHI3.sub("phi 3", written)
 
 
 def _vocabulary(state: Mapping[str, Any], size: int, notes: list[str]) -> tuple[list[str], list[int]]:

@@ -10,14 +10,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from compot_deploy.exporters.gguf import metadata as gguf_metadata
 from compot_deploy.exporters.gguf.index import ARCHITECTURE
+from compot_deploy.exporters.gguf.kinds import Value
+from compot_deploy.exporters.gguf.metadata import Described, add_key, describe
 from compot_deploy.exporters.gguf.options import GgufOptions
 from compot_deploy.exporters.gguf.plan import TensorPlan
 from compot_deploy.exporters.gguf.rows import Entry
-from compot_deploy.exporters.gguf.tokenizer import tokenizer_keys
+from compot_deploy.exporters.gguf.tokenizer import model_name, tokenizer_keys
 from compot_deploy.models.compressed import CompressedModel
-from compot_deploy.models.decoder_shape import decoder_shape
 
 _FILE_TYPES: Final = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "BF16": 32}
 _FILE_TYPE_GUESSED: Final = 1024
@@ -59,11 +59,12 @@ def write(model: CompressedModel, path: str | Path, options: GgufOptions | None 
 
     options = options or GgufOptions()
     path = Path(path)
-    keys, notes = _metadata(model, options)
-    plan = TensorPlan(model, options)
+    described = describe(model.config)
+    keys, notes = _metadata(model, described, options)
+    plan = TensorPlan(model, described, options)
     notes += plan.notes
     temporary = path.with_name(f".{path.name}.partial")
-    architecture = model.native.ggml_name if options.layout == "dense" else ARCHITECTURE
+    architecture = described.kind.ggml if options.layout == "dense" else ARCHITECTURE
     writer = GGUFWriter(temporary, architecture)
     try:
         _write_header(writer, keys | plan.keys(), plan.entries)
@@ -97,9 +98,10 @@ def write_header(model: CompressedModel, path: str | Path, options: GgufOptions 
     from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFWriter
 
     options = options or GgufOptions()
-    keys, _ = _metadata(model, options)
-    plan = TensorPlan(model, options)
-    writer = GGUFWriter(path, model.native.ggml_name if options.layout == "dense" else ARCHITECTURE)
+    described = describe(model.config)
+    keys, _ = _metadata(model, described, options)
+    plan = TensorPlan(model, described, options)
+    writer = GGUFWriter(path, described.kind.ggml if options.layout == "dense" else ARCHITECTURE)
     try:
         _write_header(writer, keys | plan.keys(), plan.entries)
     finally:
@@ -108,9 +110,9 @@ def write_header(model: CompressedModel, path: str | Path, options: GgufOptions 
     return sum(math.ceil(size / GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT for size in sizes) - sizes[0]
 
 
-def _write_header(writer: Any, keys: Mapping[str, gguf_metadata.Value], entries: Sequence[Entry]) -> None:
+def _write_header(writer: Any, keys: Mapping[str, Value], entries: Sequence[Entry]) -> None:
     for key, value in keys.items():
-        gguf_metadata.add_key(writer, key, value)
+        add_key(writer, key, value)
     for entry in entries:
         _announce(writer, entry)
     writer.write_header_to_file()
@@ -119,29 +121,29 @@ def _write_header(writer: Any, keys: Mapping[str, gguf_metadata.Value], entries:
 
 
 def _metadata(
-    model: CompressedModel, options: GgufOptions
-) -> tuple[dict[str, gguf_metadata.Value], list[str]]:
-    architecture, config = model.native, model.config
-    tokenizer = tokenizer_keys(model.source, config)
+    model: CompressedModel, described: Described, options: GgufOptions
+) -> tuple[dict[str, Value], list[str]]:
+    tokenizer = tokenizer_keys(model.source, model.config)
     notes = list(tokenizer.notes)
-    shape = decoder_shape(architecture, config)
-    if (window := gguf_metadata.context_length(shape)) < shape.context:
+    if described.promised < described.context:
         notes.append(
-            f"llama.cpp has no sliding window for {architecture.model_type}: the context of {shape.context} "
-            f"positions is cut to the window of {window}, within which both agree."
+            f"llama.cpp reads a {model.model_type} as transformers does within {described.promised} positions only (it "
+            "has no sliding window for this type, or takes rotary factors for long texts by the size of its context): "
+            f"the context of {described.context} is cut to those."
         )
     file_type = (
         _FILE_TYPES.get(options.type, _FILE_TYPE_GUESSED) if options.layout == "dense" else _FILE_TYPE_GUESSED
     )
-    name = options.name or Path(model.source).name or architecture.model_type
-    keys: dict[str, gguf_metadata.Value] = {
-        "general.name": name.encode("utf-8", "replace").decode(),
+    name = options.name or Path(model.source).name or model.model_type
+    tokens = tokenizer.keys.get("tokenizer.ggml.tokens", ())
+    keys: dict[str, Value] = {
+        "general.name": model_name(name, tokens),  # type: ignore[arg-type]
         "general.quantization_version": 2,
         "general.file_type": file_type,
     }
     for key, text in options.provenance.items():
         keys[f"compot.{key}"] = text
-    keys |= gguf_metadata.hyperparameters(architecture, config)
+    keys |= described.keys
     keys |= tokenizer.keys
     return keys, notes
 

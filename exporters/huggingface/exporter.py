@@ -108,6 +108,14 @@ class HuggingFaceExporter:
                 return f"{site.name} of this {source.model_type} is a {kind}, and only linears are stored packed."
         return None
 
+    def ways(self, source: ModelSource) -> Mapping[str, str | None]:
+        """Packed factors and integers; bitsandbytes' layout is a matter of the recipe."""
+        return {"packed": self.supports(source)}
+
+    def context(self, config: Mapping[str, Any]) -> int | None:
+        """As many positions as the model."""
+        return None
+
     def storage(self, options: HuggingFaceOptions) -> PackedStorage | BnbStorage:
         """What a leaf takes in the file."""
         return BnbStorage() if options.layout == "bnb" else PackedStorage()

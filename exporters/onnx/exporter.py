@@ -73,6 +73,14 @@ class OnnxExporter:
             return str(error)
         return None
 
+    def ways(self, source: ModelSource) -> Mapping[str, str | None]:
+        """A graph built by hand where there is one, otherwise torch's exporter."""
+        return {"traced" if source.architecture is None else "native graph": self.supports(source)}
+
+    def context(self, config: Mapping[str, Any]) -> int | None:
+        """As many positions as the model."""
+        return None
+
     def storage(self, options: OnnxOptions) -> OnnxStorage:
         """What a leaf takes in the file."""
         return OnnxStorage(

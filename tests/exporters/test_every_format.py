@@ -177,8 +177,12 @@ def test_floating_point_and_tied_tables_come_back_too(tmp_path: Path) -> None:
 
 
 def test_gguf_says_which_models_it_has_a_way_for(case: Case) -> None:
-    reason = GGUF.supports(case.source)
-    assert reason is not None and case.source.model_type in reason and "llama, mistral" in reason
+    """The others have an activation or a scale that llama.cpp lacks, a type that it lacks, or write no text."""
+    reason, source = GGUF.supports(case.source), case.source
+    if source.task.generates and source.model_type in ("gpt2", "phi3"):
+        assert reason is None
+    else:
+        assert reason is not None and source.model_type in reason
 
 
 class Normed(torch.nn.Embedding):

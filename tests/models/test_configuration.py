@@ -11,7 +11,8 @@ import tiny
 import transformers
 
 from compot_deploy.errors import CompotDeployError, InputError, UnsupportedModelError
-from compot_deploy.exporters.gguf import metadata
+from compot_deploy.exporters.gguf.kinds import KINDS
+from compot_deploy.exporters.gguf.metadata import describe
 from compot_deploy.exporters.onnx.config import config_json
 from compot_deploy.models.configuration import config_of, read_config, read_settings, settings_of
 from compot_deploy.models.decoder_shape import decoder_shape
@@ -54,8 +55,8 @@ def test_every_exporter_takes_what_transformers_understands(case: str, tmp_path:
     folder = save_config(tmp_path / "m", kind, without, **changes)
     theirs = transformers.AutoConfig.from_pretrained(folder)
     architecture, config = ARCHITECTURES[kind], config_of(read_settings(folder))
-    shape, keys = decoder_shape(architecture, config), metadata.hyperparameters(architecture, config)
-    prefix = architecture.ggml_name
+    shape, keys = decoder_shape(architecture, config), describe(config).keys
+    prefix = KINDS[kind].ggml
     for found, key, wanted in (
         (shape.heads, "attention.head_count", theirs.num_attention_heads),
         (shape.key_value_heads, "attention.head_count_kv", theirs.num_key_value_heads),

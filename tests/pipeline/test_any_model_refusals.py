@@ -111,7 +111,7 @@ def test_limits_of_a_check_are_refused_alike(exported: Exported, capsys: pytest.
 @pytest.mark.parametrize(
     ("kind", "flags", "code", "sentence"),
     [
-        ("gpt2", ["--format", "gguf"], 3, "GGUF has no way for a gpt2"),
+        ("opt", ["--format", "gguf"], 3, "GGUF has no way for a opt"),
         ("bert", ["--format", "gguf"], 3, "Use --format onnx or huggingface"),
         ("bert", ["--calibration", "self"], 2, "an encoder writes no text|a encoder writes no text"),
         ("bert", ["--min-cosine", "2"], 2, "between -1 and 1"),

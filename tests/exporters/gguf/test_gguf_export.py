@@ -18,11 +18,12 @@ from compot_deploy.core.grid import DENSE, Grid, Pattern
 from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Matrix, Quantized
 from compot_deploy.core.storage import matrix_bytes
 from compot_deploy.errors import RecipeError, UnsupportedModelError
-from compot_deploy.exporters.gguf import metadata as gguf_metadata
 from compot_deploy.exporters.gguf import quantize as gguf_quantize
+from compot_deploy.exporters.gguf.kinds import KINDS
 from compot_deploy.exporters.gguf.model import read
 from compot_deploy.exporters.gguf.options import GgufOptions
 from compot_deploy.exporters.gguf.reader import read_header
+from compot_deploy.exporters.gguf.rotary import interleaved_rope, rope_parameters
 from compot_deploy.exporters.gguf.storage import GgufStorage, ProductStorage
 from compot_deploy.exporters.gguf.writer import write
 from compot_deploy.models.compressed import CompressedModel
@@ -302,7 +303,7 @@ def test_a_factorized_embedding_is_refused(folders: dict[str, Path], tmp_path: P
 )
 def test_rope_without_a_key_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
-        gguf_metadata.rope_parameters({"rope_theta": 1e4} | change)
+        rope_parameters(KINDS["llama"], {"rope_theta": 1e4} | change)
 
 
 def test_a_sliding_window_cuts_the_context_and_says_so(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -314,7 +315,7 @@ def test_a_sliding_window_cuts_the_context_and_says_so(folders: dict[str, Path],
 
 
 def test_rotary_pairs_become_neighbours() -> None:
-    assert gguf_metadata.interleaved_rope(2, 4).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert interleaved_rope(2, 4).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 def test_quantized_leaves_know_no_other_orientation() -> None:

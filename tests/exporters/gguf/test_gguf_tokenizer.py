@@ -15,11 +15,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.exporters.gguf.library import load_library
 from compot_deploy.exporters.gguf.options import GgufOptions
-from compot_deploy.exporters.gguf.token_check import read_by
-from compot_deploy.exporters.gguf.tokenizer import _EXPRESSIONS, detect_pre_tokenizer, tokenizer_keys
+from compot_deploy.exporters.gguf.pre_tokenizers import EXPRESSIONS, detect_pre_tokenizer
+from compot_deploy.exporters.gguf.token_check import ids_of, read_by
+from compot_deploy.exporters.gguf.tokenizer import tokenizer_keys
 from compot_deploy.exporters.gguf.writer import write
 
-SPLITS = {name: expression for expression, name in _EXPRESSIONS.items()}
+SPLITS = {name: expression for expression, name in EXPRESSIONS.items()}
 VOCABULARY = 700
 
 
@@ -158,6 +159,63 @@ def test_an_unknown_pre_tokenizer_is_refused_with_those_that_are_known() -> None
     prefixed = {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}}
     with pytest.raises(UnsupportedModelError, match="gpt-2"):
         detect_pre_tokenizer(prefixed)
+
+
+UNLISTED: dict[str, list[Any]] = {
+    "deepseek-coder": [
+        pre_tokenizers.Split(Regex("[\r\n]"), "isolated"),
+        pre_tokenizers.Split(Regex(r"\s?\p{L}+"), "isolated"),
+        pre_tokenizers.Split(Regex(r"\s?\p{P}+"), "isolated"),
+        pre_tokenizers.Split(Regex("[一-龥ࠀ-一가-퟿]+"), "isolated"),
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+    "bloom": [
+        pre_tokenizers.Split(Regex(" ?[^(\\s|[.,!?…。，、।۔،])]+"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+    "falcon": [
+        pre_tokenizers.Punctuation("contiguous"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        pre_tokenizers.Digits(individual_digits=False),
+        pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+    ],
+}
+
+
+@pytest.mark.consumer
+@pytest.mark.parametrize("kind", UNLISTED)
+def test_a_pre_tokenizer_that_is_not_listed_is_found_by_what_llama_cpp_reads(
+    tmp_path: Path, kind: str
+) -> None:
+    """Whichever name is found, its ids are those of Hugging Face on lines that nobody chose it by."""
+    pytest.importorskip("xllamacpp", reason="the extra llama is not installed")
+    from transformers import AutoTokenizer
+
+    byte_level(tmp_path, UNLISTED[kind], begin=False)
+    with pytest.raises(UnsupportedModelError):
+        detect_pre_tokenizer(json.loads((tmp_path / "tokenizer.json").read_text()))
+    keys = tokenizer_keys(tmp_path, {"vocab_size": VOCABULARY}).keys
+    reference, library = AutoTokenizer.from_pretrained(tmp_path), load_library()
+    with read_by(library, keys) as vocabulary:
+        differing = [
+            line
+            for line in lines(300)
+            if ids_of(library, vocabulary, line) != list(reference(line)["input_ids"])
+        ]
+    assert not differing, (keys["tokenizer.ggml.pre"], len(differing), differing[:3])
+
+
+@pytest.mark.consumer
+def test_a_pre_tokenizer_that_llama_cpp_lacks_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="the extra llama is not installed")
+    steps = [
+        pre_tokenizers.Split(Regex("[aeiou]"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+    byte_level(tmp_path, steps, begin=False)
+    with pytest.raises(UnsupportedModelError, match="not one that"):
+        tokenizer_keys(tmp_path, {"vocab_size": VOCABULARY})
 
 
 def test_a_unigram_tokenizer_is_refused(tmp_path: Path) -> None:
