@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from cases import nightly
 from llama_files import CHANGES, EXACT, TOKENS, exported, torch_logits
 from reference_gguf import compressed, random_quantized, torch_model
 from torch import Tensor, nn
@@ -199,7 +200,7 @@ def flips_between(reference: Any, rounder: Rounder, tokens: Tensor, got: np.ndar
 
 @needs_plugin
 @pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.parametrize("kind", ["llama3", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama3", *nightly("qwen3")])
 def test_the_plugin_equals_torch_with_rounded_activations(
     folders: dict[str, Path], kind: str, name: str
 ) -> None:
@@ -237,7 +238,7 @@ def greedy(reference: Any, prompt: Tensor, count: int) -> list[int]:
 
 @needs_plugin
 @pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.parametrize("kind", ["llama3", "qwen3", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama3", *nightly("qwen3", "qwen2")])
 def test_factors_run_unrounded_generate_what_torch_does(
     folders: dict[str, Path], kind: str, name: str
 ) -> None:
@@ -257,7 +258,7 @@ def test_factors_run_unrounded_generate_what_torch_does(
 
 @needs_plugin
 @pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.parametrize("kind", ["llama3", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama3", *nightly("qwen3")])
 def test_text_of_rounded_activations_is_torchs_where_its_margin_exceeds_the_noise(
     folders: dict[str, Path], kind: str, name: str
 ) -> None:

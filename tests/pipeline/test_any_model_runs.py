@@ -81,7 +81,7 @@ def test_a_run_that_was_stopped_anywhere_goes_on_to_the_same_bytes(
         (BlockStream, "advance", 1),
         (measure, "realize", 20),
         (sensitivity, "products_backwards", 0),
-        (carry_out._Blocks, "make", 1),
+        (carry_out._Blocks, "keep", 1),
         (exporter, "write", 0),
         (export_module, "evaluate_folder", 0),
     ]
@@ -94,7 +94,7 @@ def test_a_run_that_was_stopped_anywhere_goes_on_to_the_same_bytes(
     with pytest.MonkeyPatch.context() as patch:
         if not sequential:  # everything is there: no block runs again
             _stop(patch, BlockStream, "advance", 0)
-        _stop(patch, carry_out._Blocks, "make", 0)
+        _stop(patch, carry_out._Blocks, "keep", 0)
         assert main([*place.flags(kind, *flags), "--out", str(stopped)]) == 0
     assert model_files(stopped) == model_files(straight)
     digests = [{m.name: m.digest for m in verify(out).matrices} for out in (straight, stopped)]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from cases import nightly
 from folders import differences
 
 from compot_deploy import Recipe, check, deploy
@@ -16,7 +17,7 @@ SETTINGS = {"method": "plain", "samples": 4, "length": 32, "evaluation_tokens": 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", ["words.txt", "words.jsonl"])
+@pytest.mark.parametrize("given", ["words.txt", *nightly("words.jsonl")])
 @pytest.mark.parametrize("format", ["onnx", "gguf", "huggingface"])
 def test_no_published_file_names_a_folder_of_this_machine(format: str, given: str, tmp_path: Path) -> None:
     private = tmp_path / "private-place"

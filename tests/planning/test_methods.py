@@ -62,7 +62,7 @@ def listed(drafted: Draft) -> Mapping[str, tuple[Scheme, ...]]:
     return found
 
 
-@pytest.mark.parametrize("method", ["compot", "svd-llm"])
+@pytest.mark.parametrize("method", ["compot", *nightly("svd-llm")])
 @pytest.mark.parametrize("recipe_options", [{"bits": 1.5}, *nightly({"bits": 3.0}, {"ratio": 0.2})], ids=str)
 def test_every_matrix_that_gets_smaller_by_it_is_factorized(
     place: Path, method: str, recipe_options: dict[str, Any]
@@ -191,7 +191,7 @@ def test_what_a_method_lets_be_chosen(method: str, scheme: Scheme, size: int, ta
     assert Search(GridChoice({}), method=method, plain=INT4).takes(scheme, size, 100) is taken
 
 
-@pytest.mark.parametrize("method", ["compot", "svd-llm"])
+@pytest.mark.parametrize("method", ["compot", *nightly("svd-llm")])
 def test_without_quantization_a_method_factorizes_too(place: Path, method: str) -> None:
     drafted = plan_only(recipe(place, method=method, quant="none", ratio=0.4))
     joint = [entry for entry in drafted.plans[0].chosen if isinstance(entry.candidate.scheme, Joint)]
@@ -200,7 +200,7 @@ def test_without_quantization_a_method_factorizes_too(place: Path, method: str) 
     assert all(dense) if method == "svd-llm" else not any(dense)
 
 
-@pytest.mark.parametrize("method", ["compot", "svd-llm"])
+@pytest.mark.parametrize("method", ["compot", *nightly("svd-llm")])
 @pytest.mark.parametrize("rule", ["spectral", "uniform"])
 def test_a_rule_gives_every_factorized_matrix_atoms_of_one_scheme(
     place: Path, method: str, rule: str

@@ -147,6 +147,7 @@ def run_workflow(folder: Path, shell: Mapping[str, str], more: str) -> list[str]
 
 
 @pytest.mark.slow  # five processes that each load torch
+@pytest.mark.nightly
 def test_the_example_passes_and_fails_on_a_planted_regression(
     repository: Path, shell: dict[str, str], tmp_path: Path
 ) -> None:

@@ -135,6 +135,7 @@ def test_no_file_of_the_package_is_missing_from_the_wheel(built: Built) -> None:
         assert f"compot_deploy/{needed}" in names
 
 
+@pytest.mark.nightly
 def test_an_editable_install_warns_of_nothing(built: Built, tmp_path: Path) -> None:
     done = _run(
         [sys.executable, "-m", "pip", "install", "-v", "--no-deps", "--no-build-isolation", "--no-index", "--target",

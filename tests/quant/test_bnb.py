@@ -13,6 +13,7 @@ import onnx
 import pytest
 import tiny
 import torch
+from cases import nightly
 from matrices import same_matrix
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -194,7 +195,7 @@ def test_a_missing_package_is_named_before_any_work(
     assert "bitsandbytes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("quant", ["nf4", "int8"])
+@pytest.mark.parametrize("quant", ["nf4", *nightly("int8")])
 def test_both_formats_carry_it_end_to_end(
     quant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -268,7 +269,7 @@ def test_other_formats_refuse_tables(tmp_path: Path) -> None:
 # --- bitsandbytes' own folder ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quant", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("quant", ["nf4", "int8", *nightly("fp4")])
 def test_a_plain_model_is_written_in_the_librarys_own_layout(quant: str, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     source, out = tiny.save(tmp_path / "model", num_hidden_layers=1), tmp_path / "out"

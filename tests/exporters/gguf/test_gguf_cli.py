@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from cases import nightly
 from reference_gguf import compressed, shared_change
 
 from compot_deploy.cli import main as cli
@@ -67,7 +68,7 @@ def _report(folder: Path) -> Report:
 
 
 @pytest.mark.consumer
-@pytest.mark.parametrize("layout", ["dense", "factorized"])
+@pytest.mark.parametrize("layout", ["factorized", *nightly("dense")])
 def test_a_model_becomes_a_gguf_folder(
     layout: str, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,7 +113,7 @@ def linear_bytes(folder: Path) -> int:
     return sum(t.nbytes for t in tensors if t.name.startswith("blk.") and len(t.shape) == 2)
 
 
-@pytest.mark.parametrize("layout", ["factorized", "sparse", "dense"])
+@pytest.mark.parametrize("layout", ["sparse", *nightly("factorized", "dense")])
 def test_a_plan_is_written_to_the_byte(
     layout: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +139,7 @@ def test_a_plan_is_written_to_the_byte(
     assert linear_bytes(out) == sum(m.bytes for m in manifest.matrices if ".layers." in m.name)
 
 
-@pytest.mark.parametrize("kind", ["Q2_K", "IQ2_XXS", "Q5_0"])
+@pytest.mark.parametrize("kind", ["Q2_K", *nightly("IQ2_XXS", "Q5_0")])
 def test_types_of_llama_cpp_are_written_with_the_importance_of_the_calibration(
     kind: str, wide: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
