@@ -92,7 +92,7 @@ class Evaluator:
     """Compares the model with replaced matrices to the original, on held-out windows."""
 
     def __init__(self, source: ModelSource, windows: TokenWindows) -> None:
-        self._sites, self._model = source.sites, whole_model(source)
+        self._source, self._model = source, whole_model(source)
         self._runner = TorchRunner(self._model)
         self._windows = [window for window in windows.windows if len(window) > 1]
         self._original = [self._predict(window) for window in self._windows]
@@ -100,7 +100,7 @@ class Evaluator:
 
     def __call__(self, matrices: Mapping[str, Matrix], bits: float) -> Figures:
         """Figures of some matrices, which have so many bits per weight."""
-        with replaced(self._model, self._sites, matrices):
+        with replaced(self._model, self._source, matrices):
             parts = [
                 compare_predictions(original, self._predict(window))
                 for window, original in zip(self._windows, self._original, strict=True)

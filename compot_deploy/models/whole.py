@@ -40,25 +40,23 @@ def whole_model(
 
 
 @contextmanager
-def replaced(model: Any, sites: Mapping[str, Site], matrices: Mapping[str, Matrix]) -> Iterator[None]:
+def replaced(model: Any, source: ModelSource, matrices: Mapping[str, Matrix]) -> Iterator[Any]:
     """The same model with the values of some matrices in the place of its own, until the context ends.
+
+    What was replaced is read from the checkpoint again, so nothing is held twice.
 
     Args:
         model: of `whole_model`.
-        sites: where matrices are kept.
+        source: that it was made of.
         matrices: by name; read one after the other.
     """
-    kept: dict[str, Tensor] = {}
     try:
-        for name, matrix in matrices.items():
-            if name in sites:
-                target = place_of(model, sites[name])
-                kept[name] = target.clone()
-                target.copy_(oriented(matrix.dequantize(), sites[name]).to(target))
-        yield
+        yield put_in(model, source.sites, matrices)
     finally:
-        for name, values in kept.items():
-            place_of(model, sites[name]).copy_(values)
+        for name in matrices:
+            if name in source.sites:
+                site = source.sites[name]
+                place_of(model, site).copy_(oriented(source.weight(name), site))
 
 
 def put_in(model: Any, sites: Mapping[str, Site], matrices: Mapping[str, Matrix]) -> Any:

@@ -183,7 +183,7 @@ class ReplacedLoss:
         """The mean over positions or texts."""
         total = LossSum(0.0, 0)
         self._original.rewind()
-        with replaced(self._model, self._source.sites, matrices):
+        with replaced(self._model, self._source, matrices):
             for batch, shape in zip(self._batches, self._shapes, strict=True):
                 original, outputs = self._original.read(shape), self._outputs(batch)
                 total += self._task.loss(original.to(outputs), outputs, batch.compared)

@@ -123,7 +123,7 @@ def test_replaced_matrices_give_the_model_with_replaced_weights(
         return all_logits(TorchRunner(model), tokens, 20)
 
     original = all_logits(TorchRunner(whole), tokens, 20)
-    with replaced(whole, source.sites, linears):
+    with replaced(whole, source, linears):
         assert torch.equal(all_logits(TorchRunner(whole), tokens, 20), filled(linears))
     assert torch.equal(all_logits(torch_runner(source), tokens, 20), original)
     expected = filled(matrices)

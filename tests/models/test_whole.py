@@ -50,7 +50,7 @@ def test_replaced_matrices_come_back(source: ModelSource) -> None:
         name: rtn(source.weight(name).float().contiguous(), None, Grid(2, 64))
         for name in source.layout.names[-2:]
     }
-    with replaced(model, source.sites, made):
+    with replaced(model, source, made):
         during = run(source, model)
     assert torch.equal(run(source, model), before)
     assert not torch.equal(before, during)
@@ -63,7 +63,7 @@ def test_replaced_matrices_come_back(source: ModelSource) -> None:
             slow.get_submodule(name).weight.copy_(weight if conv1d else weight.T)
     torch.testing.assert_close(during, run(source, slow))
 
-    with pytest.raises(ZeroDivisionError), replaced(model, source.sites, made):
+    with pytest.raises(ZeroDivisionError), replaced(model, source, made):
         _ = 1 / 0
     assert torch.equal(run(source, model), before)
 
