@@ -2,6 +2,6 @@
 
 import sys
 
-from compot_deploy.cli.main import main
+from compot_deploy.cli import main
 
 sys.exit(main())

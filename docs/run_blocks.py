@@ -49,7 +49,7 @@ _FENCE = re.compile(
 
 _WRAPPER = """\
 import sys
-from compot_deploy.cli.main import main
+from compot_deploy.cli import main
 arguments = sys.argv[1:]
 known = ("check", "inspect", "run", "serve", "report", "-h", "--help", "--version", "--recipe")
 if arguments[:1] == ["plan"] or not arguments or arguments[0] not in known:

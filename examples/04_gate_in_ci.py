@@ -12,7 +12,7 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from compot_deploy.cli.main import main as compot_deploy
+from compot_deploy.cli import main as compot_deploy
 
 
 def quietly(*arguments: str) -> int:

@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 
+from compot_deploy import cli
 from compot_deploy.accuracy.onnx_runner import onnx_runner
-from compot_deploy.cli import main as cli
 from compot_deploy.cli.serve import BUNDLE, PageServer
 from compot_deploy.errors import EXIT_OK
 from compot_deploy.models.tokens import load_tokenizer

@@ -20,8 +20,8 @@ import torch
 from cases import nightly
 from short import whole_reports
 
+from compot_deploy import cli
 from compot_deploy.accuracy.onnx_runner import onnx_runner
-from compot_deploy.cli import main as cli
 from compot_deploy.errors import (
     EXIT_BAD_INPUT,
     EXIT_GATE_FAILED,
@@ -269,7 +269,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     model: Path, text: Path, finished: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "compot_deploy.cli.main", str(model), "--calibration", str(text)]
+    command = [sys.executable, "-m", "compot_deploy", str(model), "--calibration", str(text)]
     command += ["--out", str(out), *QUICK, *NO_LIMIT]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120

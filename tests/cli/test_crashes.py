@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from compot_deploy.cli import main as cli
+from compot_deploy.cli import entry as cli
 from compot_deploy.cli.output import console
 from compot_deploy.cli.printing import Forgiving
 from compot_deploy.errors import EXIT_INTERRUPTED, EXIT_UNFORESEEN
@@ -121,7 +121,7 @@ def test_a_stream_that_was_closed_before_the_process_began_takes_nothing() -> No
 
 PROGRAM = """
 import sys
-from compot_deploy.cli import main
+from compot_deploy.cli import entry
 from compot_deploy.cli.arguments import recipe_parser
 
 def verdict(arguments, out, err):
@@ -130,9 +130,9 @@ def verdict(arguments, out, err):
     recipe_parser("x", "\\u2500").print_help()
     return 1
 
-main.COMMANDS = {"verdict": verdict}
+entry.COMMANDS = {"verdict": verdict}
 sys.argv = ["compot-deploy", "verdict"]
-sys.exit(main.main())
+sys.exit(entry.main())
 """
 
 

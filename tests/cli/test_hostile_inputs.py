@@ -12,7 +12,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from compot_deploy.cli.main import main
+from compot_deploy.cli import main
 from compot_deploy.models.streaming import BlockStream
 
 DEEP, LONG = "[" * 100_000, "9" * 5000

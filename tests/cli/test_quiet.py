@@ -10,7 +10,7 @@ import pytest
 
 PROGRAM = """
 import sys
-from compot_deploy.cli import main
+from compot_deploy.cli import entry
 
 def chatter(arguments, out, err):
     import warnings
@@ -21,9 +21,9 @@ def chatter(arguments, out, err):
     warnings.warn_explicit("deprecated", FutureWarning, "theirs.py", 1, module="transformers")
     return 0
 
-main.COMMANDS = {"chatter": chatter}
+entry.COMMANDS = {"chatter": chatter}
 sys.argv = ["compot-deploy", "chatter"]
-sys.exit(main.main())
+sys.exit(entry.main())
 """
 
 ASKED = {

@@ -21,8 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from compot_deploy import __version__
-from compot_deploy.cli import main as cli
+from compot_deploy import __version__, cli
 from compot_deploy.cli import serve
 from compot_deploy.cli.serve import PageServer, requested_span
 from compot_deploy.errors import (

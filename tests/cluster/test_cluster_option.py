@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compot_deploy.cli.main import main
+from compot_deploy.cli import main
 from compot_deploy.cluster import connection
 from compot_deploy.errors import RecipeError
 from compot_deploy.recipe import Recipe

@@ -57,7 +57,7 @@ def test_a_compressed_model_is_that_of_one_process(
 PROGRAM: Final = """
 import sys, torch
 torch.set_num_threads(1)
-from compot_deploy.cli.main import main
+from compot_deploy.cli import main
 sys.exit(main())
 """
 CHECK: Final = ["--evaluation-tokens", "256", "--max-perplexity-ratio", "1e9", "--format", "huggingface"]

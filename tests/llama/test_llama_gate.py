@@ -9,7 +9,7 @@ from typing import Any
 import gguf_models
 import pytest
 
-from compot_deploy.cli.main import main
+from compot_deploy.cli import main
 from compot_deploy.exporters.gguf import metadata
 from compot_deploy.exporters.gguf.kinds import KINDS
 from compot_deploy.llama import gate

@@ -15,7 +15,7 @@ from places import FORMATS, KINDS, Exported, Place
 
 from compot_deploy import check
 from compot_deploy.accuracy.texts import OnnxTexts
-from compot_deploy.cli.main import main
+from compot_deploy.cli import main
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Factorized, Quantized
 from compot_deploy.exporters import EXPORTERS

@@ -11,7 +11,7 @@ from places import SMALL, Exported, Place
 from safetensors.torch import load_file, save_file
 
 from compot_deploy import check
-from compot_deploy.cli.main import main
+from compot_deploy.cli import main
 from compot_deploy.errors import ArtifactError, InputError
 from compot_deploy.exporters.artifact import seal
 from compot_deploy.models.streaming import BlockStream

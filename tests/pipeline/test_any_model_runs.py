@@ -11,7 +11,7 @@ import pytest
 from cases import nightly
 from places import FORMATS, Exported, Place
 
-from compot_deploy.cli.main import main
+from compot_deploy.cli import main
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.artifact import verify
 from compot_deploy.models.streaming import BlockStream

@@ -17,7 +17,7 @@ from cases import nightly
 from places import Place
 from signing import sign_again
 
-from compot_deploy.cli.main import main
+from compot_deploy.cli import main
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.artifact import list_files, seal, verify

@@ -12,7 +12,7 @@ import spoken
 import torch
 
 from compot_deploy.accuracy.speech import OnnxSpeech, TorchSpeech
-from compot_deploy.cli.main import main
+from compot_deploy.cli import main
 from compot_deploy.core.matrix import Factorized
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.artifact import unlisted_files, verify

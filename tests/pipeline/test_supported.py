@@ -11,7 +11,7 @@ import gguf_models
 import pytest
 import tiny
 
-from compot_deploy.cli.main import main
+from compot_deploy.cli import main
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.gguf.kinds import KINDS
 from compot_deploy.models.source import open_source, promised_source

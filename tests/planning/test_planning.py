@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 
-from compot_deploy.cli.main import main
+from compot_deploy.cli import main
 from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.matrix import Factorized, Quantized, leaves
 from compot_deploy.core.storage import InMemory, PaperStorage, matrix_bytes

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 
-from compot_deploy.cli.main import main
+from compot_deploy.cli import main
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.storage import PaperStorage
 from compot_deploy.embedded import MODEL

@@ -15,7 +15,7 @@ import pytest
 import tiny
 import yaml
 
-from compot_deploy.cli import main as cli
+from compot_deploy import cli
 from compot_deploy.exporters.artifact import verify
 from compot_deploy.pipeline.deploy import deploy
 from compot_deploy.pipeline.evaluation import REPORT_FILES
@@ -62,7 +62,7 @@ def shell(tmp_path: Path) -> dict[str, str]:
     programs.mkdir()
     for name, line in (
         ("python", f'printf "%s\\n" "$*" >> "{tmp_path}/installed"; case "$*" in -c*|*+cpu*) exit 1; esac'),
-        ("compot-deploy", f'exec "{sys.executable}" -m compot_deploy.cli.main "$@"'),
+        ("compot-deploy", f'exec "{sys.executable}" -m compot_deploy "$@"'),
     ):
         (programs / name).write_text(f"#!/bin/sh\n{line}\n")
         (programs / name).chmod(0o755)

@@ -18,7 +18,7 @@ QUICK = ["--samples", "2", "--length", "32", "--evaluation-tokens", "256", "--ma
 
 
 FONTS = re.compile(r"\.(cache|config)(/matplotlib(/fontlist-.*)?)?")
-COMPRESS = "from compot_deploy.cli.main import main\nassert main({arguments!r}) == 0"
+COMPRESS = "from compot_deploy.cli import main\nassert main({arguments!r}) == 0"
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ assert serving.main([FOLDER, "--port", "0"]) == 0
 COMMANDS = {
     "check, run and the page": (
         "import pathlib\n"
-        "from compot_deploy.cli.main import main\n"
+        "from compot_deploy.cli import main\n"
         "assert main(['check', FOLDER]) == 0\n"
         "assert main(['run', FOLDER, '-p', 'the quick']) == 0\n"
         "import compot_deploy.cli.serve as serve\n"
@@ -114,7 +114,7 @@ FOREIGN = ("someone/private-model", "private-model", "/home/somebody/private-mod
 
 def test_a_folder_of_somebody_else_leads_nowhere(exported: Path, tmp_path: Path) -> None:
     """Its recipe may name what it likes: neither the hub nor a path of this machine is asked unasked."""
-    lines = ["from compot_deploy.cli.main import main"]
+    lines = ["from compot_deploy.cli import main"]
     for number, named in enumerate(FOREIGN):
         folder = tmp_path / f"foreign-{number}"
         shutil.copytree(exported, folder)

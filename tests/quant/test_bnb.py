@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compot_deploy.accuracy.runners import huggingface_runner
-from compot_deploy.cli.main import main
+from compot_deploy.cli import main
 from compot_deploy.core.grid import Codebook, Grid
 from compot_deploy.core.matrix import Quantized
 from compot_deploy.core.store import load_matrices, save_matrices

@@ -12,9 +12,9 @@ import pytest
 from test_report import report
 from test_report_html import full
 
+from compot_deploy import cli
 from compot_deploy.accuracy.gate import LOSS_LIMITS
 from compot_deploy.accuracy.metrics import METRICS_VERSION, Estimate
-from compot_deploy.cli import main as cli
 from compot_deploy.errors import EXIT_BAD_INPUT, InputError
 from compot_deploy.report.document import Report, verdict
 from compot_deploy.report.gate import (

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from compot_deploy.cli.main import main
+from compot_deploy.cli import main
 
 
 def start(arguments: Sequence[str], prepare: Callable[[], None] = lambda: None) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from typing import Final
 import any_models
 import pytest
 
-from compot_deploy.cli.main import main
+from compot_deploy.cli import main
 from compot_deploy.planning import settings
 
 KINDS: Final = ("gpt2", "opt", "bert")

@@ -21,7 +21,7 @@ from reference_onnx import (
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from compot_deploy.cli.main import main
+from compot_deploy.cli import main
 from compot_deploy.core.packed import PackedStorage
 from compot_deploy.errors import InputError
 from compot_deploy.exporters.artifact import describe_matrices, seal

@@ -14,7 +14,7 @@ import tiny
 from cases import nightly
 from reference_gguf import compressed, shared_change
 
-from compot_deploy.cli import main as cli
+from compot_deploy import cli
 from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MISSING_DEPENDENCY, EXIT_OK
 from compot_deploy.exporters.artifact import verify

@@ -13,7 +13,7 @@ import tiny
 import torch
 from reference_gguf import factorized_by_svd, quantized_by_rounding
 
-from compot_deploy.cli.main import main
+from compot_deploy.cli import main
 from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.errors import ArtifactError, UnsupportedModelError

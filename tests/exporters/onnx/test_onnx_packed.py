@@ -29,7 +29,7 @@ from reference_onnx import (
 )
 from torch import Tensor
 
-from compot_deploy.cli import main as cli
+from compot_deploy import cli
 from compot_deploy.core.diagnostics import Diagnostic, errors
 from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.matrix import Factorized, Matrix
