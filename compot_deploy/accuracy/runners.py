@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Protocol
@@ -15,6 +15,7 @@ from compot_deploy.accuracy.speech import OnnxSpeech, TorchSpeech
 from compot_deploy.accuracy.texts import OnnxTexts, TextRunner, TorchTexts
 from compot_deploy.accuracy.torch_runner import TorchRunner
 from compot_deploy.errors import ArtifactError, CompotDeployError, first_line
+from compot_deploy.models.source import ModelSource
 from compot_deploy.models.tasks import Task
 
 
@@ -37,6 +38,15 @@ def llama_runner(folder: Path, *, exact: bool = False, threads: int = 0) -> Runn
     from compot_deploy.llama.runner import LlamaRunner
 
     return LlamaRunner(folder, exact=exact, threads=threads)
+
+
+def llama_objection(source: ModelSource) -> str | None:
+    """What a tiny model of the same features shows, see `compot_deploy.llama.gate`; tests prove the native types."""
+    if source.architecture is not None:
+        return None
+    from compot_deploy.llama.gate import objection
+
+    return objection(source.config)
 
 
 def huggingface_runner(folder: Path, *, exact: bool = False, threads: int = 0) -> TorchRunner:
@@ -102,6 +112,11 @@ RUNNERS: Final[Mapping[str, RunnerFactory]] = MappingProxyType(
     {"onnx": onnx_runner, "gguf": llama_runner, "huggingface": huggingface_runner}
 )
 """Kind of artifact → the function that opens it."""
+
+OBJECTIONS: Final[Mapping[str, Callable[[ModelSource], str | None]]] = MappingProxyType(
+    {"gguf": llama_objection}
+)
+"""Kind of artifact → why its runtime would not compute a model as torch does, where it can be asked before any work."""
 
 TEXT_RUNNERS: Final[Mapping[str, TextRunnerFactory]] = MappingProxyType(
     {"onnx": onnx_texts, "huggingface": huggingface_texts}

@@ -107,19 +107,25 @@ def parts_of(entries: Sequence[Entry]) -> list[Sequence[Entry]]:
 def run_part(work: BlockAtWork, part: Part) -> Ran:
     """Run a block on some batches."""
     ran = Ran()
-    firsts = {group.sites[0]: group.name for group in work.groups}
     for given, real in zip(part.given, part.real, strict=True):
         mode = Products(work.block, work.path)
         with torch.no_grad(), mode:
             result = work.block.forward(*given.args, **given.kwargs)
-        # Every group by its first site, which other sites of the group read too.
-        for seen, values in mode.groups(work.path) if firsts else ():
-            for site in seen.sites:
-                if site in firsts:
-                    add_gram(ran.grams, firsts[site], real_rows(values, real))
+        add_seen(ran.grams, work.groups, mode, work.path, real)
         if work.goes_on:
             ran.results.append(result)
     return ran
+
+
+def add_seen(
+    sums: dict[str, Gram], groups: Sequence[InputGroup], mode: Products, path: str, real: Tensor
+) -> None:
+    """Add what one batch showed of a block; every group by its first site, which other sites of the group read too."""
+    firsts = {group.sites[0]: group.name for group in groups}
+    for seen, values in mode.groups(path) if firsts else ():
+        for site in seen.sites:
+            if site in firsts:
+                add_gram(sums, firsts[site], real_rows(values, real))
 
 
 def add_grams(sums: dict[str, Gram], more: Mapping[str, Gram]) -> None:

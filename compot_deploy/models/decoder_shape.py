@@ -64,11 +64,11 @@ def decoder_shape(architecture: Architecture, config: Mapping[str, Any]) -> Deco
         vocabulary=int(settings.vocab_size),
         norm_epsilon=float(settings.rms_norm_eps),
         context=int(settings.max_position_embeddings),
-        windows=_windows(settings, layers),
+        windows=windows_of(settings, layers),
     )
 
 
-def _windows(settings: Any, layers: int) -> tuple[int | None, ...]:
+def windows_of(settings: Any, layers: int) -> tuple[int | None, ...]:
     """The window of each block, as transformers' model classes read it."""
     # A key that the class does not know (sliding_window in a llama) is kept by the configuration and ignored
     # by the model, so ask a configuration with nothing but defaults what it knows.

@@ -23,8 +23,17 @@ from torch.overrides import TorchFunctionMode
 from compot_deploy.cluster import ALONE, Workers
 from compot_deploy.core.memory import give_back_freed_memory
 from compot_deploy.errors import UnsupportedModelError
-from compot_deploy.models.block_run import Given, Part, add_grams, at_work, has_numbers, parts_of, run_part
-from compot_deploy.models.sites import Gram, InputGroup, Products, add_gram, real_rows
+from compot_deploy.models.block_run import (
+    Given,
+    Part,
+    add_grams,
+    add_seen,
+    at_work,
+    has_numbers,
+    parts_of,
+    run_part,
+)
+from compot_deploy.models.sites import Gram, Products, add_gram, real_rows
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.tasks import Batch
 
@@ -162,7 +171,7 @@ class BlockStream:
             if capture:
                 mode = Products(block, path)
                 one.look(mode, go_on=goes_on)
-                _add(grams, self._source.layout.of(path), mode, path, batch)
+                add_seen(grams, self._source.layout.of(path), mode, path, batch.real)
                 mode.seen.clear()  # the pass stands in front of the next block and still knows its mode
             elif goes_on:
                 one.go_on()
@@ -415,17 +424,6 @@ class _Pass(threading.Thread):
 def takes_cache(model: nn.Module) -> bool:
     """Whether the forward pass can be told to keep no cache."""
     return "use_cache" in inspect.signature(type(model).forward).parameters
-
-
-def _add(
-    grams: dict[str, Gram], groups: Sequence[InputGroup], mode: Products, path: str, batch: Batch
-) -> None:
-    """Add what one batch showed; every group by its first site, which other sites of the group read too."""
-    firsts = {group.sites[0]: group.name for group in groups}
-    for seen, values in mode.groups(path):
-        for site in seen.sites:
-            if site in firsts:
-                add_gram(grams, firsts[site], real_rows(values, batch.real))
 
 
 def _on_cpu(gram: Gram) -> Gram:

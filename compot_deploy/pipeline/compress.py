@@ -88,9 +88,8 @@ def compress(
         draft = draft_of(settings, context)
         outcome = carry_out(context, draft.plans)
     else:
-        plan = plan_by_rule(
-            settings, progress, workers
-        )  # refuses what cannot be met before text is asked for
+        # Refuses what cannot be met before text is asked for.
+        plan = plan_by_rule(settings, progress, workers)
         context = context_of(settings, work, progress, workers)
         outcome = carry_out(context, [plan], _extras(settings, plan))
     tables = make_tables(settings, context, outcome.plan, () if draft is None else draft.tables)

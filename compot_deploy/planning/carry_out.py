@@ -217,16 +217,18 @@ def _make_from_store(
 
     def orders() -> Iterator[Order]:
         for block in blocks.values():
+            grams = context.grams(block)
             for group in context.source.layout.of(block):
                 wanted = (want for one in unfinished[block] for want in one.wanted(group))
-                yield _order(context, context.grams(block)[group.name], wanted)
+                yield _order(context, grams[group.name], wanted)
 
     results = context.workers.map(make_input, context.search, orders())
     for number, block in blocks.items():
         context.progress(number, len(context.blocks), label)
         made = {group.name: next(results) for group in context.source.layout.of(block)}
+        grams = context.grams(block)
         for one in unfinished[block]:
-            one.keep(block, context.grams(block), made)
+            one.keep(block, grams, made)
 
 
 def _order(context: PlanningContext, gram: Tensor, wanted: Iterable[Wanted]) -> Order:

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -115,12 +116,15 @@ class PlanningContext:
         return {name: self.source.shape(name) for name in names}
 
     def weights(self, names: Sequence[str]) -> dict[str, Float[Tensor, "inputs outputs"]]:
-        """Values of matrices, in float32.
+        """Values of matrices, in float32, in memory of their own.
+
+        What is read from a file lies where the file has it, and a sum is not the same to the last bit wherever its
+        numbers begin.
 
         Raises:
             InputError: values that are not finite, or that no scale of the plan's precision can stand for.
         """
-        found = {name: self.source.weight(name).float().to(self.device) for name in names}
+        found = {name: self.source.weight(name).to(self.device, torch.float32, copy=True) for name in names}
         if self.search.plain.grid is not None:
             for name, weight in found.items():
                 check_scales(name, weight, self.search.plain.grid)
@@ -131,13 +135,8 @@ class PlanningContext:
         return self.numbers_with(self.grams(group.block)[group.name], group.names if names is None else names)
 
     def numbers_with(self, gram: Float[Tensor, "inputs inputs"], names: Sequence[str]) -> InputNumbers:
-        """Of an input whose Gram is given.
-
-        Everything is copied: what is read from a file lies where the file has it, and a sum is not the same to the
-        last bit wherever its numbers begin.
-        """
-        weights = {name: weight.clone() for name, weight in self.weights(names).items()}
-        return InputNumbers(gram.to(self.device, copy=True), weights)
+        """Of an input whose Gram is given, which is copied as `weights` are."""
+        return InputNumbers(gram.to(self.device, copy=True), self.weights(names))
 
     def stream(self, *, original: bool = False) -> BlockStream:
         """The model as it reads the calibration text, in front of its first block.

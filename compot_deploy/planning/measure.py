@@ -55,18 +55,26 @@ def check_budget(context: PlanningContext, budget: int) -> None:
         raise too_little(budget, least)
 
 
-def measure_rate_points(context: PlanningContext) -> tuple[RatePoints, ...]:
-    """Candidates of every input, measured on their quantized values, or predicted where the search says so."""
+def measure_rate_points(
+    context: PlanningContext, groups: Sequence[InputGroup] | None = None
+) -> tuple[RatePoints, ...]:
+    """Candidates of inputs, measured on their quantized values, or predicted where the search says so.
+
+    Args:
+        context: model, text and work folder; what was measured already is read there.
+        groups: the inputs; None is all of them.
+    """
     label = "Predict candidates" if context.search.predicted else "Measure candidates"
-    missing = [group for group in context.groups if not is_sound(_path(context, group, "points"))]
-    known = len(context.groups) - len(missing)
-    context.progress(known, len(context.groups), label)
+    groups = context.groups if groups is None else groups
+    missing = [group for group in groups if not is_sound(_path(context, group, "points"))]
+    known = len(groups) - len(missing)
+    context.progress(known, len(groups), label)
     numbers = (context.numbers(group) for group in missing)
     found = context.workers.map(points_of, context.conditions, numbers)
     for number, (group, points) in enumerate(zip(missing, found, strict=True), known + 1):
         write_value(_path(context, group, "points"), points)
-        context.progress(number, len(context.groups), label)
-    return tuple(_points_of(context, group) for group in context.groups)
+        context.progress(number, len(groups), label)
+    return tuple(_points_of(context, group) for group in groups)
 
 
 def measure_chosen(
@@ -79,22 +87,24 @@ def measure_chosen(
         return None
     label = "Measure what was chosen"
     groups = {name: group for group in context.groups for name in group.names}
-    missing = [entry for entry in chosen if _known(context, groups[entry.names[0]], entry) is None]
-    context.progress(len(chosen) - len(missing), len(chosen), label)
+    of = [groups[entry.names[0]] for entry in chosen]
+    found = [_known(context, group, entry) for group, entry in zip(of, chosen, strict=True)]
+    missing = [number for number, errors in enumerate(found) if errors is None]
+    known = len(chosen) - len(missing)
+    context.progress(known, len(chosen), label)
     asked = (
-        (entry.candidate.scheme, context.numbers(groups[entry.names[0]], entry.names)) for entry in missing
+        (chosen[number].candidate.scheme, context.numbers(of[number], chosen[number].names))
+        for number in missing
     )
     measured = context.workers.map(errors_of, context.conditions, asked)
-    done = len(chosen) - len(missing)
-    for number, (entry, errors) in enumerate(zip(missing, measured, strict=True), done + 1):
-        _keep(context, groups[entry.names[0]], entry, errors)
-        context.progress(number, len(chosen), label)
+    for done, (number, errors) in enumerate(zip(missing, measured, strict=True), known + 1):
+        _keep(context, of[number], chosen[number], errors)
+        found[number] = errors
+        context.progress(done, len(chosen), label)
     corrected = {one.names: one for one in rate_points}
-    for entry in chosen:
-        group = groups[entry.names[0]]
-        found = _known(context, group, entry)
-        assert found is not None
-        corrected[group.names] = corrected[group.names].corrected(entry.names, entry.candidate.scheme, found)
+    for group, entry, lost in zip(of, chosen, found, strict=True):
+        assert lost is not None
+        corrected[group.names] = corrected[group.names].corrected(entry.names, entry.candidate.scheme, lost)
     return tuple(corrected.values())
 
 
@@ -141,10 +151,7 @@ def notes_on(rate_points: Sequence[RatePoints]) -> tuple[str, ...]:
 
 
 def _points_of(context: PlanningContext, group: InputGroup) -> RatePoints:
-    path = _path(context, group, "points")
-    if not is_sound(path):
-        write_value(path, points_of(context.conditions, context.numbers(group)))
-    stored = read_value(path)
+    stored = read_value(_path(context, group, "points"))
     per_matrix = {
         name: [(scheme_from_data(scheme), error) for scheme, error in entries]
         for name, entries in stored["per_matrix"].items()
@@ -269,13 +276,7 @@ def _measure(conditions: Conditions, weights: Mapping[str, Tensor], whitening: W
 
     def nearest(name: str, grid: Grid) -> float:
         some = weights[name][:, :: -(-weights[name].shape[1] // _ROUNDED_OUTPUTS)]
-        inputs, columns = some.shape
-        # Nothing passes from group to group: they are laid side by side and rounded in one go.
-        shape = grid.groups(inputs), grid.group, columns
-        whole = torch.nn.functional.pad(some, (0, 0, 0, shape[0] * shape[1] - inputs)).view(shape)
-        beside = rtn(whole.transpose(0, 1).flatten(1), None, grid).dequantize()
-        rounded = beside.view(grid.group, shape[0], columns).transpose(0, 1).flatten(0, 1)
-        return whitening.error(some, rounded[:inputs]) ** 2
+        return whitening.error(some, rtn(some, None, grid).dequantize()) ** 2
 
     per_matrix, shared = _listed(conditions, weights, whitening, _energies(conditions, weights, whitening))
     measured = prune(

@@ -123,11 +123,12 @@ def _probes(grids: Sequence[Grid]) -> list[Grid]:
 
     Both with groups of one size, where there is one like that: they go through one pass then.
     """
+    if not grids:
+        return []
     ordered = sorted(grids, key=lambda grid: grid.bits + 16 / grid.group)
-    few = [grid for grid in ordered if grid.bits <= 4]
-    fine = few[-1:] or ordered[-1:]
-    alike = [grid for grid in ordered if fine and grid.group == fine[0].group and grid.bits < fine[0].bits]
-    return [*(alike[:1] or ordered[:1]), *fine] if fine != ordered[:1] else fine
+    fine = next((grid for grid in reversed(ordered) if grid.bits <= 4), ordered[-1])
+    alike = (grid for grid in ordered if grid.group == fine.group and grid.bits < fine.bits)
+    return list(dict.fromkeys((next(alike, ordered[0]), fine)))
 
 
 def _ratio(real: float, rounded: float) -> float:

@@ -9,11 +9,11 @@ from typing import Any, Final
 
 import torch
 
+from compot_deploy.accuracy.runners import OBJECTIONS
 from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.storage import InMemory, PaperStorage, Storage
 from compot_deploy.errors import RecipeError, UnsupportedModelError
 from compot_deploy.exporters import EXPORTERS, Exporter
-from compot_deploy.llama import gate
 from compot_deploy.models.source import ModelSource
 from compot_deploy.planning.candidates import Search
 from compot_deploy.planning.knapsack import Plan
@@ -285,10 +285,10 @@ def _check_format(recipe: Recipe, source: ModelSource, kind: str) -> None:
             f"--format {kind}: the file can be asked for {promised} positions, and windows of text have {wanted}: give "
             f"--length {promised}."
         )
-    if kind == "gguf" and source.architecture is None:
-        reason = gate.objection(source.config)
-        if reason is not None:
-            raise UnsupportedModelError(f"--format gguf: {reason}")
+    asked = OBJECTIONS.get(kind)
+    reason = None if asked is None else asked(source)
+    if reason is not None:
+        raise UnsupportedModelError(f"--format {kind}: {reason}")
 
 
 def _check_groups(recipe: Recipe, source: ModelSource) -> None:

@@ -78,13 +78,14 @@ _ALL_ROTARY: Final = ("default", "linear", "llama3", "yarn")
 _LLAMA: Final = Kind("llama", orders=_PAIRS, biased=_ALL_LINEARS, rotary=_ALL_ROTARY)
 
 
+_LARGEST_GEMMAS: Final = (46, 62)
+"""Blocks of the 27B models of Gemma 2 and 3: llama.cpp knows them by that number."""
+
+
 def _query_scale(settings: Any) -> str | None:
     """Gemma divides queries by a setting of its own; llama.cpp by the head size, in its largest by another number."""
     head = settings.head_dim
-    if settings.num_hidden_layers in (
-        46,
-        62,
-    ):  # 27B of Gemma 2 and 3, which llama.cpp knows by the number of blocks
+    if settings.num_hidden_layers in _LARGEST_GEMMAS:
         head = settings.hidden_size / settings.num_attention_heads
     if settings.query_pre_attn_scalar != head:
         return f"query_pre_attn_scalar {settings.query_pre_attn_scalar} where llama.cpp has {head:g} built in"

@@ -15,6 +15,7 @@ from compot_deploy.exporters.gguf.index import Layout
 from compot_deploy.exporters.gguf.kinds import KINDS, Kind, Value
 from compot_deploy.exporters.gguf.rotary import rope_keys, short_context
 from compot_deploy.models.configuration import settings_of
+from compot_deploy.models.decoder_shape import windows_of
 
 _EPSILONS: Final = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 _ACTIVATIONS: Final = ("hidden_act", "hidden_activation", "activation_function")
@@ -91,7 +92,7 @@ def describe(config: Mapping[str, Any]) -> Described:
             f"A {model_type} with {reason}: GGUF has no key for that. Use another --format."
         )
     sizes, context = _sizes(settings), _context(settings)
-    windows = _windows(settings, sizes.layers)
+    windows = windows_of(settings, sizes.layers)
     promised = min([context, *(w for w in windows if w is not None)]) if kind.window == "cut" else context
     promised = min(promised, short_context(kind, config) or promised)
     own: dict[str, Value] = {
@@ -164,19 +165,6 @@ def _intermediate(settings: Any) -> int:
 
 def _epsilon(settings: Any) -> float:
     return float(next((getattr(settings, n) for n in _EPSILONS if hasattr(settings, n)), _OLMO_EPSILON))
-
-
-def _windows(settings: Any, layers: int) -> tuple[int | None, ...]:
-    """The window of each block, as transformers' model classes read it."""
-    # A key that the class does not know (sliding_window in a llama) is kept by the configuration and ignored
-    # by the model, so ask a configuration with nothing but defaults what it knows.
-    known = type(settings)()
-    window = getattr(settings, "sliding_window", None) if hasattr(known, "sliding_window") else None
-    if window is None:
-        return (None,) * layers
-    if not hasattr(known, "layer_types"):
-        return (int(window),) * layers
-    return tuple(int(window) if kind == "sliding_attention" else None for kind in settings.layer_types)
 
 
 def _window_keys(

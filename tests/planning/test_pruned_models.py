@@ -67,9 +67,9 @@ def real(
     inputs = [group for group in full.groups if (group.block, group.name) == (block, "self_attn.q_proj")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "realize", realize_once)
-        everything = [measure._points_of(full, group) for group in inputs]
+        everything = list(measure.measure_rate_points(full, inputs))
         before, made[0] = made[0], 0
-        some = [measure._points_of(coarse, group) for group in inputs]
+        some = list(measure.measure_rate_points(coarse, inputs))
     assert made[0] < before
     sensitivities = {name: 1.0 for points in everything for name in points.names}
     weights = sum(math.prod(checkpoint.shape(name)) for points in everything for name in points.names)
