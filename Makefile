@@ -34,7 +34,7 @@ test: $(VENV)/dev.stamp lint types
 
 # Also the further cases of laws that take long, which `make newest` runs every night.
 thorough: $(VENV)/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD)
+	COMPOT_DEPLOY_EVERY_SHAPE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD)
 
 quick: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) -q -m "not slow" tests/core tests/quant tests/numerics tests/planning
@@ -48,7 +48,7 @@ newest:
 	$(MAKE) VENV=$(NEWEST) $(NEWEST)/bin/python
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[dev]" $(HOLD)
 	$(NEWEST)/bin/python -m pip list
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(SPREAD) $(STRICT)
+	COMPOT_DEPLOY_EVERY_SHAPE=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(SPREAD) $(STRICT)
 
 cluster: $(VENV)/dev.stamp
 	$(BIN)/python -m pip install --quiet -e ".[ray]"

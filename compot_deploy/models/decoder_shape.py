@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from compot_deploy.models.configuration import settings_of
@@ -46,7 +48,12 @@ class DecoderShape:
 
 def decoder_shape(architecture: Architecture, config: Mapping[str, Any]) -> DecoderShape:
     """Sizes of the decoder, with the defaults of transformers where config.json is silent."""
-    settings = settings_of(config, f"The configuration of this {architecture.model_type}")
+    return _decoder_shape(architecture, json.dumps(dict(config), sort_keys=True))
+
+
+@lru_cache(maxsize=8)
+def _decoder_shape(architecture: Architecture, config: str) -> DecoderShape:
+    settings = settings_of(json.loads(config), f"The configuration of this {architecture.model_type}")
     layers = int(settings.num_hidden_layers)
     return DecoderShape(
         layers=layers,

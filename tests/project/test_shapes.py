@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import shapes
 import torch
-from jaxtyping import TypeCheckError
+from jaxtyping import Float, TypeCheckError
 from shapes import checked_code, shape_names
+from torch import Tensor
 
 import compot_deploy
 from compot_deploy.core.grid import Grid
@@ -24,9 +28,32 @@ SOURCES = {
 NAMES = shape_names(list(SOURCES.values()))
 
 
-def test_a_wrong_shape_is_refused_where_it_is_passed() -> None:
+def test_a_wrong_shape_is_refused_where_it_is_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "EVERY", True)
+    checked = shapes.checked(inspect.unwrap(gptq))
     with pytest.raises(TypeCheckError, match="gptq"):
-        gptq(torch.zeros(4, 3), torch.eye(5), Grid(4, 4))
+        checked(torch.zeros(4, 3), torch.eye(5), Grid(4, 4))
+
+
+def test_what_is_called_often_is_checked_at_first_and_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "EVERY", False)
+
+    @shapes.checked
+    def square(gram: Float[Tensor, "n n"]) -> None: ...
+
+    @shapes.checked
+    @dataclass(frozen=True)
+    class Square:
+        gram: Float[Tensor, "n n"]
+
+    for made in (square, Square):
+        refused = 0
+        for _ in range(2 * shapes.OFTEN):
+            try:
+                made(torch.zeros(2, 3))
+            except TypeCheckError:
+                refused += 1
+        assert refused == shapes.OFTEN + shapes.OFTEN // shapes.RARELY
 
 
 def test_every_module_that_writes_shapes_checks_them() -> None:

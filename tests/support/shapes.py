@@ -7,6 +7,9 @@ shapes; to wrap them too was more than a third of the time that the tests took. 
 from __future__ import annotations
 
 import ast
+import functools
+import inspect
+import itertools
 import os
 import re
 import sys
@@ -17,7 +20,42 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
-CHECK = "__import__('jaxtyping').jaxtyped(typechecker=__import__('beartype').beartype)"
+from beartype import beartype
+from jaxtyping import jaxtyped
+
+CHECK = f"__import__({__name__!r}).checked"
+
+OFTEN = 100
+"""Calls of a function that are checked, whatever happens."""
+
+RARELY = 50
+"""Of later calls, each so-many-th is checked."""
+
+EVERY = os.environ.get("COMPOT_DEPLOY_EVERY_SHAPE") == "1"
+
+
+def checked(stated: Any) -> Any:
+    """A function, or a class, whose shapes are checked when it is called."""
+    plain = stated.__init__ if isinstance(stated, type) else stated
+    always = jaxtyped(stated, typechecker=beartype)
+    if EVERY or inspect.isgeneratorfunction(stated):
+        return always
+    if isinstance(stated, type):
+        always.__init__ = _now_and_then(plain, always.__init__)
+        return always
+    return _now_and_then(stated, always)
+
+
+def _now_and_then(plain: Any, strict: Any) -> Any:
+    calls = itertools.count()
+
+    @functools.wraps(plain)
+    def one_of_them(*arguments: Any, **options: Any) -> Any:
+        call = next(calls)
+        return (strict if call < OFTEN or call % RARELY == 0 else plain)(*arguments, **options)
+
+    return one_of_them
+
 
 _IMPORTED = re.compile(r"^from jaxtyping import (.+)$", re.M)
 
