@@ -15,7 +15,8 @@ from rich.text import Text
 from compot_deploy.accuracy.gate import LOSS_LIMITS
 from compot_deploy.cli.arguments import Parser, add_options, parse_recipe, recipe_of, recipe_parser
 from compot_deploy.cli.demo import demo_command
-from compot_deploy.cli.output import print_overview, progress_on, show
+from compot_deploy.cli.output import progress_on
+from compot_deploy.cli.results import print_overview, show
 from compot_deploy.cli.serve import DEFAULT_PORT, PageServer
 from compot_deploy.cluster.connection import advice
 from compot_deploy.errors import EXIT_CODES, EXIT_OK, RecipeError, UnsupportedModelError

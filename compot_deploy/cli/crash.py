@@ -13,7 +13,6 @@ from pathlib import Path
 
 from compot_deploy import __version__
 from compot_deploy.errors import first_line
-from compot_deploy.exporters.artifact import library_versions
 
 
 def crash_sentence(error: BaseException, arguments: Sequence[str]) -> str:
@@ -35,6 +34,8 @@ def crash_sentence(error: BaseException, arguments: Sequence[str]) -> str:
 
 def _write_log(error: BaseException, arguments: Sequence[str]) -> Path:
     """A file of its own in the folder for temporary files, for its owner's eyes only."""
+    from compot_deploy.exporters.artifact import library_versions  # loads torch
+
     descriptor, name = tempfile.mkstemp(prefix="compot-deploy-", suffix=".log")
     with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(f"compot-deploy {__version__}, Python {sys.version.split()[0]}, {platform.platform()}\n")

@@ -22,13 +22,13 @@ from __future__ import annotations
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
+from typing import TypeAlias
 
 from rich.console import Console
 from rich.text import Text
 
-from compot_deploy.cli.commands import COMMANDS, deploy_command
 from compot_deploy.cli.crash import crash_sentence
 from compot_deploy.cli.output import console, quiet_libraries
 from compot_deploy.cli.printing import forgive_characters, settle
@@ -45,10 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         forgive_characters()
         use_one_heap()
     out, err = console(sys.stdout), console(sys.stderr)
-    command: Callable[[list[str], Console, Console], int] = deploy_command
     given = list(arguments)
-    if arguments and arguments[0] in COMMANDS:
-        command = COMMANDS[arguments.pop(0)]
     requests: list[int] = []
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
@@ -58,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         quiet_libraries(warnings_too=ours)
-        return command(arguments, out, err)
+        commands, otherwise = known_commands()
+        command = commands.get(arguments[0], otherwise) if arguments else otherwise
+        return command(arguments[command is not otherwise :], out, err)
     except CompotDeployError as error:
         _tell(err, str(error))
         return error.exit_code
@@ -84,6 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(number, handler)
         if ours:
             settle()
+
+
+Command: TypeAlias = Callable[[list[str], Console, Console], int]
+
+
+def known_commands() -> tuple[Mapping[str, Command], Command]:
+    """Commands by their names, and the one that needs none; they load torch, which takes seconds."""
+    from compot_deploy.cli.commands import COMMANDS, deploy_command
+
+    return COMMANDS, deploy_command
 
 
 def _tell(err: Console, sentence: str) -> None:

@@ -26,12 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compot_deploy.cli.printing import Forgiving
-from compot_deploy.errors import EXIT_GATE_FAILED, EXIT_OK
-from compot_deploy.pipeline.check import Deployment
 from compot_deploy.progress import Progress
-from compot_deploy.report import inspection
-from compot_deploy.report.document import verdict
-from compot_deploy.report.tables import tables
 
 _PROSE: Final = ("Greedy text", "Structure", "Gate")
 """Tables that are read, not compared down a column."""
@@ -124,23 +119,6 @@ def progress_on(stream: Console) -> ProgressOnScreen:
             console=stream,
         )
     )
-
-
-def show(deployment: Deployment, out: Console) -> int:
-    """Print a report; returns the exit code."""
-    for table in tables(deployment.report):
-        print_table(out, table.title, table.columns, table.rows)
-        for note in table.notes:
-            out.print(Text(f"  {note}"), style="dim")
-    out.print(Text(f"{deployment.folder}: {verdict(deployment.report)}"), style="bold")
-    return EXIT_OK if deployment.passed else EXIT_GATE_FAILED
-
-
-def print_overview(out: Console, overview: inspection.Overview) -> None:
-    """Print a table with lines below it."""
-    print_table(out, overview.title, overview.columns, overview.rows)
-    for line in overview.lines:
-        out.print(Text(line))
 
 
 def print_table(out: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -89,8 +89,8 @@ def run(recipe: Recipe, progress: Progress = silent, work: Path | None = None) -
             check_target(target, recipe.force)
             if recipe.archive:
                 check_archive(target, recipe.force)
-        settings = resolve(recipe, source)
         gate = gate_of(recipe, source.task)
+        settings = resolve(recipe, source)
         with kept_when_interrupted(own), workers_of(recipe.cluster) as workers:
             compression = compress(settings, own, progress, workers)
             evaluation = evaluation_of(recipe, source, own, progress)

@@ -196,9 +196,6 @@ def resolve(recipe: Recipe, source: ModelSource) -> Settings:
     """
     if recipe.quantizer == "bnb":
         require_bitsandbytes()
-    for kind in recipe.format:
-        _check_format(recipe, source, kind)
-    _check_groups(recipe, source)
     if recipe.calibration == "self" and not source.task.generates:
         raise RecipeError(
             f"--calibration self: a {source.task.noun} writes no text that it could be calibrated on; give a file."
@@ -208,6 +205,9 @@ def resolve(recipe: Recipe, source: ModelSource) -> Settings:
             f"A {source.task.noun} is calibrated on speech, and noise is none: give --calibration FOLDER, a folder "
             "of WAV files."
         )
+    for kind in recipe.format:
+        _check_format(recipe, source, kind)
+    _check_groups(recipe, source)
     exporter = EXPORTERS[recipe.format[0]]
     storage: Storage = PaperStorage()
     if recipe.quant != "none":

@@ -31,6 +31,10 @@ def _raises(error: BaseException) -> Any:
     return command
 
 
+def _only(monkeypatch: pytest.MonkeyPatch, commands: Any) -> None:
+    monkeypatch.setattr(cli, "known_commands", lambda: (commands, None))
+
+
 @pytest.mark.parametrize(
     "error",
     [KeyError("plain"), AssertionError(), RecursionError("deep"), MemoryError(), Panic("out of\nrange")],
@@ -39,7 +43,7 @@ def test_what_nobody_foresaw_is_one_line_and_a_log(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(cli, "COMMANDS", {"break": _raises(error)})
+    _only(monkeypatch, {"break": _raises(error)})
     assert cli.main(["break", "--with", "two words"]) == EXIT_UNFORESEEN == 70
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "Traceback" not in said and type(error).__name__ in said
@@ -56,7 +60,7 @@ def test_a_log_that_cannot_be_written_leaves_the_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
-    monkeypatch.setattr(cli, "COMMANDS", {"break": _raises(KeyError("plain"))})
+    _only(monkeypatch, {"break": _raises(KeyError("plain"))})
     assert cli.main(["break"]) == EXIT_UNFORESEEN
     assert "KeyError: 'plain'" in capsys.readouterr().err
 
@@ -64,9 +68,7 @@ def test_a_log_that_cannot_be_written_leaves_the_sentence(
 def test_an_interruption_and_a_request_for_help_are_no_crashes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        cli, "COMMANDS", {"stop": _raises(KeyboardInterrupt()), "help": _raises(SystemExit(0))}
-    )
+    _only(monkeypatch, {"stop": _raises(KeyboardInterrupt()), "help": _raises(SystemExit(0))})
     assert cli.main(["stop"]) == EXIT_INTERRUPTED
     with pytest.raises(SystemExit):
         cli.main(["help"])
@@ -130,7 +132,7 @@ def verdict(arguments, out, err):
     recipe_parser("x", "\\u2500").print_help()
     return 1
 
-entry.COMMANDS = {"verdict": verdict}
+entry.known_commands = lambda: ({"verdict": verdict}, None)
 sys.argv = ["compot-deploy", "verdict"]
 sys.exit(entry.main())
 """

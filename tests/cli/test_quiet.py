@@ -21,7 +21,7 @@ def chatter(arguments, out, err):
     warnings.warn_explicit("deprecated", FutureWarning, "theirs.py", 1, module="transformers")
     return 0
 
-entry.COMMANDS = {"chatter": chatter}
+entry.known_commands = lambda: ({"chatter": chatter}, None)
 sys.argv = ["compot-deploy", "chatter"]
 sys.exit(entry.main())
 """
@@ -33,7 +33,10 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("asked", [False, True], ids=["by itself", "when asked"])
+@pytest.mark.parametrize(
+    "asked",
+    [pytest.param(False, id="by itself"), pytest.param(True, id="when asked", marks=pytest.mark.nightly)],
+)
 def test_libraries_speak_only_when_asked_to(asked: bool) -> None:
     quiet = {name: value for name, value in os.environ.items() if name not in ASKED}
     done = subprocess.run(
@@ -47,3 +50,10 @@ def test_libraries_speak_only_when_asked_to(asked: bool) -> None:
     said = [word for word in ("%|", "advice", "deprecated") if word in done.stderr]
     assert said == (["%|", "advice", "deprecated"] if asked else []), done.stderr[-2000:]
     assert asked or (done.stdout, done.stderr) == ("", "")
+
+
+def test_the_command_answers_before_torch_is_loaded() -> None:
+    """An interruption or a closed terminal in those seconds is answered like any other."""
+    program = "import sys, compot_deploy.cli.entry; print([n for n in ('torch', 'transformers') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

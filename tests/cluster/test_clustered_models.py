@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recipe]:
+    pytest.importorskip("ray", reason="the extra ray is not installed")
     return recipes_in(tmp_path_factory.mktemp("models"))
 
 

