@@ -107,6 +107,7 @@ def test_a_predicted_plan_is_as_good_as_one_of_everything(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_same_budget_gives_the_same_plan_and_a_size_is_kept(tmp_path: Path) -> None:
     first, again = (draft("predicted", tmp_path / name, size="1MB", samples=4) for name in ("one", "two"))
     assert first.plans == again.plans
