@@ -333,8 +333,10 @@ def test_nothing_is_asked_of_the_network(
         ["--quant", "none", "--embeddings", "none"],
         ["--quant", "int8", "--quantizer", "rtn", "--allocation", "uniform", "--dtype", "bfloat16"],
         ["--quant", "int4", "--method", "svd-llm", "--code-bits", "8", "--dtype", "float16"],
-        ["--quant", "int4", "--onnx-ops", "qdq", "--dictionary-bits", "8", "--paper-exact"],
-        ["--quant", "int4", "--calibration", "self", "--ratio", "0.35", "--code-group", "16"],
+        *nightly(
+            ["--quant", "int4", "--onnx-ops", "qdq", "--dictionary-bits", "8", "--paper-exact"],
+            ["--quant", "int4", "--calibration", "self", "--ratio", "0.35", "--code-group", "16"],
+        ),
     ],
     ids=" ".join,
 )

@@ -10,6 +10,7 @@ from typing import Final
 import any_models
 import pytest
 import torch
+from cases import nightly
 from divided import Far, recipes_in, result_of
 from folders import differences
 from places import few_schemes
@@ -24,21 +25,23 @@ from compot_deploy.pipeline import deploy as deploy_module
 from compot_deploy.pipeline.deploy import run
 from compot_deploy.recipe import override
 
+EXPECTED = {
+    "predicted": {"run_part", "points_of", "errors_of", "make_input"},
+    "measured block by block": {"run_part", "points_of", "make_input"},
+    "by rule": {"run_part", "spectrum_of", "make_input"},
+}
+
 
 @pytest.mark.slow
-def test_everything_can_be_computed_elsewhere_in_any_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["by rule", *nightly("predicted", "measured block by block")])
+def test_everything_can_be_computed_elsewhere_in_any_order(name: str, tmp_path: Path) -> None:
+    recipes = recipes_in(tmp_path)
+    assert set(recipes) == set(EXPECTED)
+    far = Far()
     with few_schemes():
-        for name, recipe in recipes_in(tmp_path).items():
-            far = Far()
-            assert result_of(recipe, tmp_path / f"{name} far", far) == result_of(recipe, tmp_path / name), (
-                name
-            )
-            expected = {
-                "predicted": {"run_part", "points_of", "errors_of", "make_input"},
-                "measured block by block": {"run_part", "points_of", "make_input"},
-                "by rule": {"run_part", "spectrum_of", "make_input"},
-            }
-            assert set(far.asked) - {"smallest_of"} == expected[name]
+        elsewhere = result_of(recipes[name], tmp_path / "far", far)
+        assert elsewhere == result_of(recipes[name], tmp_path / "near")
+    assert set(far.asked) - {"smallest_of"} == EXPECTED[name]
 
 
 @pytest.mark.slow

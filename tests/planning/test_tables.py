@@ -262,10 +262,9 @@ def with_values(settings: Settings, plan: Plan, tables: dict[str, Quantized]) ->
     "options",
     [
         {"format": ("onnx",)},
-        {"format": ("onnx",), "onnx_codes": "packed"},
+        *nightly({"format": ("onnx",), "onnx_codes": "packed"}),
         {"format": ("gguf",), "gguf_layout": "sparse"},
-        {"format": ("gguf",), "gguf_layout": "dense"},
-        {"format": ("huggingface",)},
+        *nightly({"format": ("gguf",), "gguf_layout": "dense"}, {"format": ("huggingface",)}),
     ],
     ids=["onnx", "packed", "gguf-sparse", "gguf-dense", "huggingface"],
 )

@@ -85,7 +85,7 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("command", ["check, run and the page", *nightly("serving")])
+@pytest.mark.parametrize("command", nightly(*COMMANDS))
 def test_a_command_looks_nothing_up_and_leaves_nothing_at_home(
     exported: Path, tmp_path: Path, command: str
 ) -> None:

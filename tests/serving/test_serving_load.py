@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import nightly
 from servers import ask, completed, started
 
 REQUESTS = int(os.environ.get("COMPOT_DEPLOY_LOAD", "75"))
@@ -112,6 +113,7 @@ def answered(url: str, number: int, expected: Mapping[str, str]) -> str:
 @pytest.mark.slow
 @pytest.mark.consumer
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+@pytest.mark.parametrize("kind", ["gguf", *nightly("onnx")], indirect=True)
 def test_many_clients_leave_nothing_behind_and_none_gets_the_answer_of_another(
     models: dict[str, Path], kind: str
 ) -> None:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from cases import nightly
 from servers import Served, ask, serving, started
 
 from compot_deploy.errors import ArtifactError, InputError
@@ -126,6 +127,7 @@ def test_what_cannot_be_served_is_one_sentence(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM there")
+@pytest.mark.parametrize("kind", ["gguf", *nightly("onnx")], indirect=True)
 def test_sigterm_in_the_middle_of_an_answer_ends_it_with_exit_code_0(
     models: dict[str, Path], kind: str
 ) -> None:
