@@ -25,10 +25,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
+from torch import Tensor
 
 from compot_deploy.accuracy.gate import Gate
 from compot_deploy.accuracy.losses import GreedyMatch, Loss
@@ -191,15 +193,17 @@ def _take_turns(
     first = runner = _opened(roles[next(iter(roles))])
     batches = batches_of(windows, size, runner.vocabulary)
     noise_batches = batches_of(windows[:NOISE_WINDOWS], size, runner.vocabulary) or batches[:1]
-    steps = len(by_model) * (len(batches) + len(evaluation.prompts)) + noise * len(noise_batches)
+    parts = {model: _batches_for(names, batches) for model, names in by_model.items()}
+    steps = sum(len(batches[:count]) + len(evaluation.prompts) for count in parts.values())
+    steps += noise * len(noise_batches)
     tick = Ticker(steps, progress)
     took = _Turns()
     written: dict[str, list[tuple[int, ...]]] = {}
     with Readings(batches, pairs, scratch) as readings:
-        for names in by_model.values():
+        for model, names in by_model.items():
             runner, first = first or _opened(roles[names[0]]), None
             fit.check(runner)
-            readings.read(names, runner, tick)
+            readings.read(names, runner, tick, parts[model])
             if noise and took.noise is None:
                 took.noise = numerical_noise(runner, noise_batches, tick)
             # What is computed exactly from the same weights should write the same, and is asked so first.
@@ -215,6 +219,21 @@ def _take_turns(
             took.texts[role] = [_until_end(text, evaluation.end_tokens) for text in texts]
         took.comparisons = {pair: readings.comparison(pair) for pair in pairs}
     return took
+
+
+def _batches_for(roles: Sequence[str], batches: Sequence[Tensor]) -> int | None:
+    """How many batches a model reads; None is all of them.
+
+    What only computes exactly is compared with the weights it was made of, and rounding shows in few positions.
+    """
+    if list(roles) != ["exact"]:
+        return None
+    positions = accumulate(batch.numel() for batch in batches)
+    return next((number for number, read in enumerate(positions, start=1) if read >= EXACT_POSITIONS), None)
+
+
+EXACT_POSITIONS: Final = 1024
+"""Positions that the exported file reads with the runtime computing exactly, at least, where the text has them."""
 
 
 def _opened(given: Runner | Opening) -> Runner:

@@ -95,8 +95,14 @@ class Readings:
         for file in self._kept.values():
             file.close()
 
-    def read(self, roles: Sequence[str], runner: Runner, tick: Ticker) -> None:
+    def read(self, roles: Sequence[str], runner: Runner, tick: Ticker, count: int | None = None) -> None:
         """Let a model read the text, in one or more roles, and compare it with those that have read it.
+
+        Args:
+            roles: of the model; nobody is compared with one that reads a part of the text.
+            runner: the model.
+            tick: told after each batch.
+            count: batches that it reads; None is all of them.
 
         Raises:
             InputError: there is no room for the logits that later models are compared with.
@@ -109,7 +115,7 @@ class Readings:
         for kept in self._kept.values():
             kept.rewind()
         start = 0
-        for tokens in self._batches:
+        for tokens in self._batches[:count]:
             chunk = chunk_of(tokens, runner)
             for logits, targets in _scored(runner.logits(tokens, chunk), tokens):
                 here = predict(logits, targets)

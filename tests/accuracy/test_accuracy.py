@@ -11,7 +11,7 @@ import tiny
 import torch
 from toy_models import VOCABULARY, ToyRunner, save_toy_onnx, toy_weights
 
-from compot_deploy.accuracy import reading
+from compot_deploy.accuracy import evaluate, reading
 from compot_deploy.accuracy.evaluate import Evaluation, check
 from compot_deploy.accuracy.gate import Criterion, Gate, apply_gate
 from compot_deploy.accuracy.metrics import Comparison, compare, concatenate, predict, summarize
@@ -179,6 +179,18 @@ def test_only_a_few_logits_exist_at_a_time_and_each_model_reads_once(monkeypatch
     batches = 6  # windows whose logits have no room beside each other are read alone
     prompts = 2  # which the exact one is asked whether it would continue as the compressed one did
     assert [spy.calls for spy in spies[1:]] == [batches, batches, batches + prompts]
+
+
+def test_the_exact_one_reads_a_part_of_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(toy(), toy(0.1), toy(0.1), toy(0.2))
+    monkeypatch.setattr(evaluate, "EXACT_POSITIONS", 1)
+    part = run(toy(), toy(0.1), toy(0.1), toy(0.2))
+    assert part.export_reference.comparison.positions < whole.export_reference.comparison.positions
+    assert (part.total, part.method, part.export_deployed) == (
+        whole.total,
+        whole.method,
+        whole.export_deployed,
+    )
 
 
 def test_one_runner_in_two_roles_runs_once() -> None:
