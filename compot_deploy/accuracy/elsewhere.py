@@ -57,3 +57,7 @@ class ReadElsewhere:
     def generate(self, prompt: Sequence[int], new_tokens: int) -> tuple[int, ...]:
         """See `compot_deploy.accuracy.runner.Runner.generate`."""
         return self._runner.generate(prompt, new_tokens)
+
+    def generate_all(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[tuple[int, ...]]:
+        """See `compot_deploy.accuracy.runner.SideBySide.generate_all`."""
+        return self._runner.generate_all(prompts, new_tokens)

@@ -38,7 +38,7 @@ from compot_deploy.accuracy.metrics import Comparison, common_prefix
 from compot_deploy.accuracy.outcome import AccuracyReport, Continuation, EvaluationMetadata
 from compot_deploy.accuracy.reading import NOISE_WINDOWS, Readings, batches_of, chunk_of, numerical_noise
 from compot_deploy.accuracy.roles import evaluated_report, pairs_of, require_reference, roles_of
-from compot_deploy.accuracy.runner import Runner
+from compot_deploy.accuracy.runner import Runner, texts_of
 from compot_deploy.core.memory import give_back_freed_memory
 from compot_deploy.errors import InputError
 from compot_deploy.models.listening import Listener
@@ -278,11 +278,16 @@ def _continued(
     runner: Runner, evaluation: Evaluation, tick: Ticker, drafts: Sequence[tuple[int, ...]] | None
 ) -> Iterable[tuple[int, ...]]:
     """Greedy continuations of every prompt; a draft that the model would write itself is read, not written."""
-    for number, prompt in enumerate(evaluation.prompts):
-        draft = None if drafts is None else drafts[number]
-        if draft is None or not _would_write(runner, prompt, draft):
-            draft = runner.generate(prompt, evaluation.new_tokens)
-        tick(f"continuing {len(evaluation.prompts)} prompts")
+    prompts = evaluation.prompts
+    if drafts is None:
+        drafts = texts_of(runner, prompts, evaluation.new_tokens)
+    else:
+        drafts = [
+            draft if _would_write(runner, prompt, draft) else runner.generate(prompt, evaluation.new_tokens)
+            for prompt, draft in zip(prompts, drafts, strict=True)
+        ]
+    for draft in drafts:
+        tick(f"continuing {len(prompts)} prompts")
         yield draft
 
 

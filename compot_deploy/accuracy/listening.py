@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compot_deploy.accuracy.answers import Distributions, compare_with, shorten
 from compot_deploy.accuracy.metrics import Collected, Comparison, Positions, mean, summarize
-from compot_deploy.accuracy.runner import Runner
+from compot_deploy.accuracy.runner import Runner, texts_of
 from compot_deploy.errors import InputError
 from compot_deploy.models.tasks import Batch, Task, pooled
 
@@ -151,6 +151,10 @@ class Heard:
     def generate(self, prompt: Sequence[int], new_tokens: int) -> tuple[int, ...]:
         """See `Runner.generate`."""
         return self._runner.generate(prompt, new_tokens)
+
+    def generate_all(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[tuple[int, ...]]:
+        """See `SideBySide.generate_all`."""
+        return texts_of(self._runner, prompts, new_tokens)
 
 
 class HeardTexts:

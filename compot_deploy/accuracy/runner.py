@@ -60,6 +60,22 @@ class Runner(Protocol):
 
 
 @runtime_checkable
+class SideBySide(Protocol):
+    """A runner that can continue several prompts at once, for which it reads its weights once."""
+
+    def generate_all(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[tuple[int, ...]]:
+        """What `Runner.generate` gives for each prompt, up to the rounding of products of other shapes."""
+        ...
+
+
+def texts_of(runner: Runner, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[tuple[int, ...]]:
+    """Greedy texts of some prompts, side by side where the runner can do that."""
+    if isinstance(runner, SideBySide):
+        return runner.generate_all(prompts, new_tokens)
+    return [runner.generate(prompt, new_tokens) for prompt in prompts]
+
+
+@runtime_checkable
 class RunnerFactory(Protocol):
     """Opens an artifact of one kind."""
 
@@ -125,3 +141,23 @@ def continued(
 def greedy(advance: Advance[State], prompt: Sequence[int], new_tokens: int) -> tuple[int, ...]:
     """The first `new_tokens` of the most likely tokens after a prompt; see `continued`."""
     return tuple(itertools.islice(continued(advance, prompt), new_tokens))
+
+
+def greedy_all(
+    advance: Advance[State], prompts: Sequence[Sequence[int]], new_tokens: int
+) -> list[tuple[int, ...]]:
+    """`greedy` for several prompts, those of one length side by side."""
+    if not all(prompts):
+        raise InputError("A prompt without tokens cannot be continued: give at least one token.")
+    found: dict[int, tuple[int, ...]] = {}
+    for length in {len(prompt) for prompt in prompts}:
+        numbers = [number for number, prompt in enumerate(prompts) if len(prompt) == length]
+        tokens, written = torch.tensor([list(prompts[number]) for number in numbers]), []
+        state: State | None = None
+        for _ in range(new_tokens):
+            logits, state = advance(tokens, state)
+            tokens = logits[:, -1:].float().cpu().argmax(-1)
+            written.append(tokens)
+        rows = torch.cat(written, dim=1).tolist()
+        found |= {number: tuple(row) for number, row in zip(numbers, rows, strict=True)}
+    return [found[number] for number in range(len(prompts))]

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from compot_deploy.accuracy.runner import greedy, stream
+from compot_deploy.accuracy.runner import greedy, greedy_all, stream
 from compot_deploy.models.cache import cache_argument, cache_of
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.source import ModelSource
@@ -40,6 +40,10 @@ class TorchRunner:
     def generate(self, prompt: Sequence[int], new_tokens: int) -> tuple[int, ...]:
         """See `Runner.generate`."""
         return greedy(self._advance, prompt, new_tokens)
+
+    def generate_all(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[tuple[int, ...]]:
+        """See `SideBySide.generate_all`."""
+        return greedy_all(self._advance, prompts, new_tokens)
 
     def _advance(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
         # Not a decorator on `stream`: a grad mode set inside a generator leaks to whoever consumes it.

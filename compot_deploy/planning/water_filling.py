@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from types import MappingProxyType
-from typing import Final
+from typing import Final, TypeAlias
 
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.storage import Storage
@@ -49,25 +50,31 @@ def water_filling(
     """
     if not energies or energies[0] <= 0.0:
         return ()
-    choices = _choices(sorted(grids.groups), inputs, outputs)
+    choices = _worth_taking(_choices(sorted(grids.groups), inputs, outputs))
+    negated = [-energy for energy in energies]
+    known: dict[tuple[_Run, ...], tuple[Tier, ...] | None] = {}
 
-    def at(price: float) -> tuple[Tier, ...]:
-        chosen = _at_price(energies, choices, price)
-        return _tiers(chosen, inputs, outputs, storage, grids, most_tiers)
-
-    def fits(tiers: tuple[Tier, ...]) -> bool:
-        return Joint(tiers).bytes(inputs, outputs, storage) <= budget
+    def fitting(runs: tuple[_Run, ...]) -> tuple[Tier, ...] | None:
+        tiers = _tiers(runs, inputs, outputs, storage, grids, most_tiers)
+        return tiers if Joint(tiers).bytes(inputs, outputs, storage) <= budget else None
 
     low, high = math.log(energies[0] * 1e-12), math.log(energies[0])
     best: tuple[Tier, ...] = ()
     for _ in range(40):
         middle = (low + high) / 2
-        tiers = at(math.exp(middle))
-        if fits(tiers):
+        runs = _at_price(negated, choices, math.exp(middle))
+        if runs not in known:
+            known[runs] = fitting(runs)
+        tiers = known[runs]
+        if tiers is not None:
             best, high = tiers, middle
         else:
             low = middle
     return best
+
+
+_Run: TypeAlias = tuple[tuple[int, int], int]
+"""Bits of dictionary and codes, and how many atoms that follow each other have them."""
 
 
 @dataclass(frozen=True)
@@ -100,40 +107,61 @@ def _choices(bits: Sequence[int], inputs: int, outputs: int) -> list[_Choice]:
     ]
 
 
-def _at_price(energies: Sequence[float], choices: Sequence[_Choice], price: float) -> list[tuple[int, int]]:
-    """Bits of dictionary and codes of each atom at a price per bit; it ends where an atom is not worth any."""
-    chosen: list[tuple[int, int]] = []
-    for energy in energies:
-        best, least = None, energy
-        for choice in choices:
-            value = energy * choice.loss + price * choice.cost
-            if value < least:
-                best, least = choice, value
-        if best is None:
-            break
-        chosen.append((best.dictionary, best.codes))
-    return chosen
+def _worth_taking(choices: Sequence[_Choice]) -> list[tuple[_Choice, float]]:
+    """Choices that some energy takes at some price, and the energy per price above which each is taken.
+
+    At a price p per bit an atom of energy e takes the choice of the least e·loss + p·cost: of lines over e / p the
+    lower envelope, from the steepest at the right to the one that says to leave the atom out, at the left.
+    """
+    nothing = _Choice(0, 0, 0.0, 1.0)
+    hull: list[tuple[_Choice, float]] = []
+    for choice in sorted((*choices, nothing), key=lambda one: (one.cost, one.loss)):
+        while hull:
+            last, taken = hull[-1]
+            above = (choice.cost - last.cost) / (last.loss - choice.loss)
+            if above > taken:
+                hull.append((choice, above))
+                break
+            hull.pop()
+        else:
+            hull.append((choice, 0.0))
+    return [entry for entry in reversed(hull) if entry[0] is not nothing]
+
+
+def _at_price(
+    negated: Sequence[float], choices: Sequence[tuple[_Choice, float]], price: float
+) -> tuple[_Run, ...]:
+    """Runs of atoms with the same bits at a price per bit; they end where an atom is not worth any.
+
+    Args:
+        negated: energies times -1, so that they ascend.
+        choices: of `_worth_taking`.
+        price: of a bit.
+    """
+    runs: list[_Run] = []
+    taken = 0
+    for choice, above in choices:
+        upto = bisect_left(negated, -above * price)
+        if upto > taken:
+            runs.append(((choice.dictionary, choice.codes), upto - taken))
+            taken = upto
+    return tuple(runs)
 
 
 def _tiers(
-    chosen: Sequence[tuple[int, int]],
+    given: Sequence[_Run],
     inputs: int,
     outputs: int,
     storage: Storage,
     grids: GridChoice,
     most: int,
 ) -> tuple[Tier, ...]:
-    """Tiers of the bits that each atom was given: at most so many, in whole steps of atoms."""
-    runs: list[tuple[tuple[int, int], int]] = []
-    for bits in chosen:
-        if runs and runs[-1][0] == bits:
-            runs[-1] = (bits, runs[-1][1] + 1)
-        else:
-            runs.append((bits, 1))
+    """Tiers of the bits that atoms were given: at most so many, in whole steps of atoms."""
+    runs = list(given)
     while len(runs) > most:
         # The smallest run joins its stronger neighbour, or the second the first.
         position = min(range(1, len(runs)), key=lambda index: runs[index][1])
-        bits, count = runs.pop(position)
+        _, count = runs.pop(position)
         runs[position - 1] = (runs[position - 1][0], runs[position - 1][1] + count)
     tiers = []
     debt = 0

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from toy_models import VOCABULARY, ToyRunner, save_toy_onnx, toy_weights
 
 from compot_deploy.accuracy.onnx_runner import OnnxRunner, onnx_runner
-from compot_deploy.accuracy.runner import Runner
+from compot_deploy.accuracy.runner import Runner, texts_of
 from compot_deploy.accuracy.runners import RUNNERS
 from compot_deploy.accuracy.torch_runner import TorchRunner, compressed_runner, torch_runner
 from compot_deploy.core.grid import Grid
@@ -231,6 +231,16 @@ def test_level_0_is_exact_where_the_shipped_setting_rounds_activations(tmp_path:
     shipped = (all_logits(onnx_runner(folder), tokens, 20) - expected).abs().max()
     exact = (all_logits(onnx_runner(folder, exact=True), tokens, 20) - expected).abs().max()
     assert exact < 2e-5 and shipped > 100 * exact
+
+
+def test_texts_side_by_side_are_those_one_by_one(tmp_path: Path) -> None:
+    runner = torch_runner(open_source(tiny.save(tmp_path / "tiny", "qwen3")))
+    prompts = [[3, 1, 4], [5, 9], [2, 6, 5], [3, 5, 8], [7]]
+    expected = [runner.generate(prompt, 12) for prompt in prompts]
+    assert texts_of(runner, prompts, 12) == expected
+    assert len(set(expected)) == len(prompts)
+    with pytest.raises(InputError, match="without tokens"):
+        texts_of(runner, [[1], []], 3)
 
 
 def test_onnx_greedy_equals_full_recompute(toy: tuple[Path, ToyRunner]) -> None:
