@@ -77,6 +77,9 @@ class ReadingCheck:
         self._differences: list[str] = []
         self._settings: list[str] = []
         config = read_json(folder, "config.json") if (folder / "config.json").is_file() else {}
+        config = config.get(
+            "base_config", config
+        )  # of a type of our own: that of the model that it stands for
         windows = [json.loads(window) for window in wanted.words]
         try:
             found = reading_of(folder, config, windows)
