@@ -36,6 +36,10 @@ class Parser(argparse.ArgumentParser):
         raise RecipeError(f"{message[0].upper()}{message[1:]}. See {self.prog} --help.")
 
 
+NAMES: Final = ("plan", "supports", "check", "report", "inspect", "run", "serve", "demo")
+"""Commands that have a name; see `compot_deploy.cli.commands`."""
+
+
 def parse_recipe(arguments: Sequence[str]) -> Recipe:
     """A recipe from command-line arguments; flags win over the file given with --recipe.
 
@@ -46,8 +50,7 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
         recipe_parser(
             "compot-deploy",
             "Compress a transformer with COMPOT and quantization, export it, and prove its accuracy. "
-            "Other commands: plan, supports, check, report, inspect, run, serve, demo; see compot-deploy COMMAND "
-            "--help.",
+            f"Other commands: {', '.join(NAMES)}; see compot-deploy COMMAND --help.",
         ).parse_args(arguments)
     )
 

@@ -22,13 +22,14 @@ from __future__ import annotations
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TypeAlias
 
 from rich.console import Console
 from rich.text import Text
 
+from compot_deploy.cli.arguments import NAMES, parse_recipe
 from compot_deploy.cli.crash import crash_sentence
 from compot_deploy.cli.output import console, quiet_libraries
 from compot_deploy.cli.printing import forgive_characters, settle
@@ -55,9 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         quiet_libraries(warnings_too=ours)
-        commands, otherwise = known_commands()
-        command = commands.get(arguments[0], otherwise) if arguments else otherwise
-        return command(arguments[command is not otherwise :], out, err)
+        command, told = command_for(arguments)
+        return command(told, out, err)
     except CompotDeployError as error:
         _tell(err, str(error))
         return error.exit_code
@@ -88,11 +88,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 Command: TypeAlias = Callable[[list[str], Console, Console], int]
 
 
-def known_commands() -> tuple[Mapping[str, Command], Command]:
-    """Commands by their names, and the one that needs none; they load torch, which takes seconds."""
-    from compot_deploy.cli.commands import COMMANDS, deploy_command
+def command_for(arguments: list[str]) -> tuple[Command, list[str]]:
+    """The command that is asked for, and what is told to it.
 
-    return COMMANDS, deploy_command
+    Commands load torch, which takes seconds; ``--help`` and what is wrong with an option are answered before.
+    """
+    named = arguments[0] if arguments and arguments[0] in NAMES else None
+    if named is None:
+        parse_recipe(arguments)
+    from compot_deploy.cli import commands
+
+    if named is None:
+        return commands.deploy_command, arguments
+    return commands.COMMANDS[named], arguments[1:]
 
 
 def _tell(err: Console, sentence: str) -> None:

@@ -32,7 +32,7 @@ def _raises(error: BaseException) -> Any:
 
 
 def _only(monkeypatch: pytest.MonkeyPatch, commands: Any) -> None:
-    monkeypatch.setattr(cli, "known_commands", lambda: (commands, None))
+    monkeypatch.setattr(cli, "command_for", lambda arguments: (commands[arguments[0]], arguments[1:]))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def verdict(arguments, out, err):
     recipe_parser("x", "\\u2500").print_help()
     return 1
 
-entry.known_commands = lambda: ({"verdict": verdict}, None)
+entry.command_for = lambda arguments: (verdict, arguments[1:])
 sys.argv = ["compot-deploy", "verdict"]
 sys.exit(entry.main())
 """

@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from compot_deploy.cli.arguments import NAMES
+from compot_deploy.cli.commands import COMMANDS
+
 PROGRAM = """
 import sys
 from compot_deploy.cli import entry
@@ -21,7 +24,7 @@ def chatter(arguments, out, err):
     warnings.warn_explicit("deprecated", FutureWarning, "theirs.py", 1, module="transformers")
     return 0
 
-entry.known_commands = lambda: ({"chatter": chatter}, None)
+entry.command_for = lambda arguments: (chatter, arguments[1:])
 sys.argv = ["compot-deploy", "chatter"]
 sys.exit(entry.main())
 """
@@ -52,8 +55,28 @@ def test_libraries_speak_only_when_asked_to(asked: bool) -> None:
     assert asked or (done.stdout, done.stderr) == ("", "")
 
 
-def test_the_command_answers_before_torch_is_loaded() -> None:
-    """An interruption or a closed terminal in those seconds is answered like any other."""
-    program = "import sys, compot_deploy.cli.entry; print([n for n in ('torch', 'transformers') if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+ANSWERED = """
+import contextlib, sys
+from compot_deploy.cli import entry
+
+with contextlib.suppress(SystemExit):
+    print(entry.main(sys.argv[1:]))
+print([name for name in ("torch", "transformers") if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--help"], "usage: compot-deploy"), (["--version"], "compot-deploy"), (["--bits", "x"], "2")],
+    ids=" ".join,
+)
+def test_help_and_bad_options_are_answered_before_torch_is_loaded(arguments: list[str], said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWERED, *arguments], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(said)
+    assert done.stdout.endswith("\n[]\n"), done.stdout[-200:]
+
+
+def test_every_command_is_known_by_its_name() -> None:
+    assert tuple(COMMANDS) == NAMES
