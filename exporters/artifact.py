@@ -33,6 +33,7 @@ from compot_deploy.errors import ArtifactError
 from compot_deploy.exporters.manifest import (
     MANIFEST,
     MANIFEST_FORMAT,
+    SIGNATURE,
     FactorPairRecord,
     FileRecord,
     LeafRecord,
@@ -269,7 +270,7 @@ def verify(folder: Path) -> Manifest:
 
 def unlisted_files(folder: Path, manifest: Manifest) -> tuple[str, ...]:
     """Whatever lies in the folder without being in the manifest, sorted: files of any kind, and links as such."""
-    listed = {record.path for record in manifest.files} | {MANIFEST}
+    listed = {record.path for record in manifest.files} | {MANIFEST, SIGNATURE}
     found = []
     for place, folders, files in os.walk(folder):
         here = Path(place)
@@ -279,9 +280,9 @@ def unlisted_files(folder: Path, manifest: Manifest) -> tuple[str, ...]:
 
 
 def list_files(folder: Path) -> tuple[str, ...]:
-    """Every file below `folder` but the manifest, as relative paths with forward slashes, sorted."""
+    """Every file below `folder` but the manifest and its signature, as relative paths with forward slashes, sorted."""
     paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return tuple(sorted(path for path in paths if path != MANIFEST))
+    return tuple(sorted(path for path in paths if path not in (MANIFEST, SIGNATURE)))
 
 
 def file_record(folder: Path, path: str) -> FileRecord:

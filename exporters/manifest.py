@@ -23,6 +23,9 @@ from compot_deploy.errors import ArtifactError
 MANIFEST: Final = "compot/manifest.json"
 """Where the manifest lies inside an artifact; the mark by which a folder is known as ours."""
 
+SIGNATURE: Final = MANIFEST + ".minisig"
+"""Where its signature lies, if it has one; see `compot_deploy.exporters.signature`."""
+
 MANIFEST_FORMAT: Final = 1
 
 ROLES: Final = ("linear", "table", "other")

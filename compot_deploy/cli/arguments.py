@@ -46,8 +46,8 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
         recipe_parser(
             "compot-deploy",
             "Compress a transformer with COMPOT and quantization, export it, and prove its accuracy. "
-            "Other commands: plan, supports, check, report, inspect, run, serve, demo; see compot-deploy COMMAND "
-            "--help.",
+            "Other commands: plan, supports, check, report, inspect, run, serve, keygen, demo; see compot-deploy "
+            "COMMAND --help.",
         ).parse_args(arguments)
     )
 

@@ -17,7 +17,8 @@ from compot_deploy.embedded import MODEL
 from compot_deploy.errors import ArtifactError, InputError, RecipeError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.artifact import verify
-from compot_deploy.exporters.manifest import Manifest
+from compot_deploy.exporters.manifest import SIGNATURE, Manifest
+from compot_deploy.exporters.signature import SigningKey, sign
 from compot_deploy.llama.model import find_gguf
 from compot_deploy.llama.probe import probe
 from compot_deploy.models.compressed import CompressedModel
@@ -34,7 +35,7 @@ from compot_deploy.pipeline.evaluation import (
     sizes_of,
     write_report,
 )
-from compot_deploy.pipeline.integrity import check_matrices, unlisted
+from compot_deploy.pipeline.integrity import check_matrices, check_signed, unlisted
 from compot_deploy.pipeline.limits import (
     FEWEST_POSITIONS,
     TOTAL_LIMITS,
@@ -86,6 +87,7 @@ class Terms:
         text: to evaluate on, instead of the folder's own text; needs the original model.
         min_positions: tokens that the text has, at least.
         strict: whatever lies in the folder unlisted fails.
+        trusted_key: that must have signed the manifest, see `compot_deploy.exporters.signature`.
     """
 
     reference: str | None = None
@@ -95,6 +97,7 @@ class Terms:
     text: Path | None = None
     min_positions: int = FEWEST_POSITIONS
     strict: bool = False
+    trusted_key: str | None = None
 
     def __post_init__(self) -> None:
         if self.min_positions < 1:
@@ -121,6 +124,7 @@ def check(
     text: str | Path | None = None,
     min_positions: int = FEWEST_POSITIONS,
     strict: bool = False,
+    trusted_key: str | None = None,
     progress: Progress = silent,
 ) -> Deployment:
     """Check an exported folder again: its bytes, its structure, its accuracy. The folder may come from anybody.
@@ -140,11 +144,12 @@ def check(
         text: to evaluate on, instead of the folder's own; needs the original model.
         min_positions: tokens that the text has, at least.
         strict: fail for whatever lies in the folder and is not in its manifest.
+        trusted_key: public key of minisign that must have signed the manifest: its file, or its line.
         progress: told how far the work is.
 
     Raises:
-        ArtifactError: a file does not match the manifest, a matrix does not match its description, or a file that a
-            runtime would read is not listed.
+        ArtifactError: a file does not match the manifest, a matrix does not match its description, a file that a
+            runtime would read is not listed, or the trusted key did not sign the manifest.
         InputError: a limit needs the original model, and it is not there; or the baseline does not compare.
     """
     terms = Terms(
@@ -155,11 +160,13 @@ def check(
         text=None if text is None else Path(text),
         min_positions=min_positions,
         strict=strict,
+        trusted_key=trusted_key,
     )
     return _check(Path(folder), terms, progress)
 
 
 def _check(folder: Path, terms: Terms, progress: Progress) -> Deployment:
+    signature = check_signed(folder, terms.trusted_key)
     manifest = verify(folder)
     _check_exporter(folder, manifest)
     recipe = recipe_from_mapping({**manifest.recipe, **terms.given}, origin=f"{folder}'s manifest")
@@ -203,7 +210,7 @@ def _check(folder: Path, terms: Terms, progress: Progress) -> Deployment:
     further += [] if readings is None else list(readings.criteria())
     report = with_criteria(report, further)
     notes = (*report.notes, whose, *(() if kept is None else (_ABOUT_KEPT,)))
-    report = replace(report, notes=notes, diagnostics=(*report.diagnostics, *strange))
+    report = replace(report, notes=notes, diagnostics=(*report.diagnostics, *strange, *signature))
     return Deployment(folder, terms.requirements.apply(report))
 
 
@@ -306,16 +313,24 @@ def _check_exporter(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def write_report_again(folder: Path) -> Report:
+def write_report_again(folder: Path, key: SigningKey | None = None) -> Report:
     """Write the report of an existing folder again from its own figures; nothing is measured.
 
     What an older report does not have and the manifest knows is filled in.
 
+    Args:
+        folder: that `deploy` wrote.
+        key: that signs the manifest again; a signed folder needs it, for the report is a part of what was signed.
+
     Raises:
         ArtifactError: not a folder of ours, or damaged.
-        InputError: there is no report, or it is of another version.
+        InputError: there is no report, or it is of another version; or the folder is signed, and there is no key.
     """
     manifest = verify(folder)
+    if key is None and (folder / SIGNATURE).exists():
+        raise InputError(
+            f"{folder} is signed, and its report with it: give --sign KEY to sign it again, or remove {SIGNATURE}."
+        )
     _check_exporter(folder, manifest)
     try:
         text = (folder / REPORT).read_text(encoding="utf-8")
@@ -344,6 +359,8 @@ def write_report_again(folder: Path) -> Report:
         origin=origin_of(manifest) if report.origin == Origin() else report.origin,
     )
     write_report(folder, report, manifest)
+    if key is not None:
+        sign(folder, key)
     return report
 
 

@@ -14,6 +14,7 @@ from compot_deploy.cluster.connection import workers_of
 from compot_deploy.embedded import MODEL
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters.archive import check_archive
+from compot_deploy.exporters.signature import read_signing_key
 from compot_deploy.exporters.staging import check_target
 from compot_deploy.models.source import open_source
 from compot_deploy.pipeline.check import Deployment
@@ -78,6 +79,7 @@ def run(recipe: Recipe, progress: Progress = silent, work: Path | None = None) -
     Raises:
         CompotDeployError: see `compot_deploy.errors`; another run that writes the same output is an `InputError`.
     """
+    key = None if recipe.sign is None else read_signing_key(Path(recipe.sign))
     with reserved(recipe, work):
         source = open_source(recipe.model or MODEL, allow_pickle=recipe.allow_pickle)
         targets = targets_of(recipe)
@@ -97,7 +99,9 @@ def run(recipe: Recipe, progress: Progress = silent, work: Path | None = None) -
             deployments = tuple(
                 finished(target, recipe)
                 if kind in there
-                else export(settings, compression, evaluation, gate, kind, target, own, progress, workers)
+                else export(
+                    settings, compression, evaluation, gate, kind, target, own, progress, workers, key
+                )
                 for kind, target in targets.items()
             )
         if work is None:

@@ -17,6 +17,7 @@ from compot_deploy.core.store import Without, write_text
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.archive import write_archive
 from compot_deploy.exporters.artifact import Provenance, describe, write_manifest
+from compot_deploy.exporters.signature import SigningKey, sign
 from compot_deploy.exporters.staging import staged_folder
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.pipeline.check import Deployment
@@ -52,8 +53,22 @@ def export(
     work: Path,
     progress: Progress = silent,
     workers: Workers = ALONE,
+    key: SigningKey | None = None,
 ) -> Deployment:
-    """Write one format, evaluate it, and put the folder in its place; the work folder keeps that it is finished."""
+    """Write one format, evaluate it, and put the folder in its place; the work folder keeps that it is finished.
+
+    Args:
+        settings: of the run.
+        compression: what is written.
+        evaluation: what is read.
+        gate: limits.
+        kind: the format.
+        target: the folder.
+        work: folder for what is finished.
+        progress: told how far the work is.
+        workers: who reads the text with models in torch.
+        key: that signs the manifest; None leaves it unsigned.
+    """
     recipe, source, exporter = settings.recipe, settings.source, EXPORTERS[kind]
     options = options_of(
         recipe,
@@ -89,6 +104,8 @@ def export(
         else:
             report = _evaluated(settings, subject, evaluation, gate, progress)
         write_report(folder, report, manifest)
+        if key is not None:
+            sign(folder, key)
         note_finished(work, recipe, kind, folder)
     if recipe.archive:
         write_archive(target, recipe.force)

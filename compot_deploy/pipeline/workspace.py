@@ -37,6 +37,7 @@ _DOES_NOT_CHANGE_WEIGHTS: Final = frozenset(
         "archive",
         "compare",
         "cluster",
+        "sign",
         "evaluation",
         "evaluation_tokens",
         "min_positions",

@@ -203,6 +203,12 @@ class Recipe:
         False, "also write the folder as one zip file beside it, for transport", group="output"
     )
 
+    sign: str | None = _option(
+        None,
+        "sign the manifest with this secret key of minisign, for check --trusted-key; see keygen",
+        group="output",
+    )
+
     # Check and gate
     evaluation: str | None = _option(
         None,
