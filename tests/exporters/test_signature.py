@@ -1,4 +1,4 @@
-"""Laws of signatures: what the key signed passes, what was changed since does not; minisign reads and writes the same."""
+"""Laws of signatures: what the key signed passes, what was changed since does not; minisign has the same files."""
 
 from __future__ import annotations
 
