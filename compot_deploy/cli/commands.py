@@ -27,7 +27,7 @@ from compot_deploy.pipeline.evaluation import HTML
 from compot_deploy.pipeline.generate import generate
 from compot_deploy.pipeline.limits import FEWEST_POSITIONS
 from compot_deploy.pipeline.supported import as_data, overview_of, supported
-from compot_deploy.recipe import Recipe
+from compot_deploy.recipe import Recipe, separated
 from compot_deploy.report import inspection
 from compot_deploy.report import plan as plan_report
 from compot_deploy.report.document import verdict
@@ -133,11 +133,12 @@ def _check(arguments: list[str], out: Console, err: Console) -> int:
         type=Path,
         help=f"write a Markdown summary there (default: add it to ${STEP_SUMMARY}, where that is set)",
     )
-    add_options(parser, only=set(LOSS_LIMITS))
+    add_options(parser, only={*LOSS_LIMITS, "tasks", "task_samples"})
     values = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
     folder, reference = values.pop("folder"), values.pop("reference", None)
     export_only, strict = values.pop("export_only"), values.pop("strict")
     trusted_key = values.pop("trusted_key", None)
+    tasks, task_samples = separated(values.pop("tasks", ())), values.pop("task_samples", None)
     text, min_positions = values.pop("text", None), values.pop("min_positions", FEWEST_POSITIONS)
     report_dir, summary = values.pop("report_dir", None), values.pop("summary", None)
     requirements = _requirements(
@@ -154,6 +155,8 @@ def _check(arguments: list[str], out: Console, err: Console) -> int:
             min_positions=min_positions,
             strict=strict,
             trusted_key=trusted_key,
+            tasks=tasks,
+            task_samples=task_samples,
             progress=progress,
         )
     if report_dir is not None:

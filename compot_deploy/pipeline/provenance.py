@@ -22,6 +22,7 @@ def published(recipe: Recipe) -> Recipe:
     A hub id or the name of a data set stays as it is. Hashes, which stand beside the names, say what was meant.
     """
     kept: dict[str, Any] = {name: public_name(getattr(recipe, name)) for name in _FILES}
+    kept["tasks"] = tuple(str(public_name(task)) for task in recipe.tasks)
     return replace(recipe, out=None, force=False, cluster=None, sign=None, **kept)
 
 

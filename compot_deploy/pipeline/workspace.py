@@ -41,6 +41,8 @@ _DOES_NOT_CHANGE_WEIGHTS: Final = frozenset(
         "evaluation",
         "evaluation_tokens",
         "min_positions",
+        "tasks",
+        "task_samples",
         *LOSS_LIMITS,
     )
 )

@@ -249,6 +249,21 @@ class Recipe:
         unit="fraction",
         group="gate",
     )
+    tasks: tuple[str, ...] = _option(
+        (),
+        "also score these tasks of lm-eval, beside the original: names, or YAML files of tasks and folders of such; "
+        "may be given several times, or separated by commas",
+        group="gate",
+    )
+    task_samples: int | None = _option(
+        None, "questions of each task, at most (default: all)", unit="questions", group="gate"
+    )
+    min_recovery: float | None = _option(
+        None,
+        "gate: share of the original's score in each of the --tasks that the deployed model keeps, 0.95 for 95 %",
+        unit="fraction",
+        group="gate",
+    )
     max_export_nmse: float = _option(
         1e-4,
         "gate, always on: normalized squared error that the export itself may add",
