@@ -1,4 +1,4 @@
-"""Laws of tasks: lm-eval asks our runners what it asks transformers, a file keeps what its weights keep, files are found."""
+"""Laws of tasks: lm-eval asks our runners what it asks transformers, and a file keeps what its weights keep."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_recovery_below_the_limit_or_unknown_fails() -> None:
 
 def test_options_that_cannot_be_are_refused_before_work() -> None:
     for options in ({"min_recovery": 0.9}, {"task_samples": 3}, {"tasks": ("a",), "min_recovery": -0.1}):
-        with pytest.raises(RecipeError, match="task|min-recovery"):
+        with pytest.raises(RecipeError, match=r"task|min-recovery"):
             Recipe(**options)
     with pytest.raises(RecipeError, match="min_recovery"):
         Gate(min_recovery=math.inf)

@@ -20,6 +20,7 @@ import torch
 
 from compot_deploy import deploy
 from compot_deploy.accuracy.runners import RUNNERS
+from compot_deploy.core.matrix import Dense
 from compot_deploy.core.store import load_matrices, save_matrices
 from compot_deploy.core.work_files import is_sound, read_value, write_value
 from compot_deploy.errors import InputError
@@ -36,8 +37,7 @@ from compot_deploy.pipeline.evaluation import REFERENCE, REPORT, notes_of, sizes
 from compot_deploy.pipeline.integrity import unlisted
 from compot_deploy.pipeline.reference import read_reference
 from compot_deploy.pipeline.texts import EVALUATION, read_evaluation
-from compot_deploy.pipeline.workspace import RECIPE
-from compot_deploy.recipe import recipe_from_mapping, recipe_from_toml, recipe_to_toml
+from compot_deploy.recipe import Recipe, recipe_from_mapping, recipe_from_toml, recipe_to_toml
 from compot_deploy.report.gate import GateRequirements, read_baseline, read_gate
 from compot_deploy.report.html.page import to_html
 from compot_deploy.report.json import to_json
@@ -89,12 +89,40 @@ class Reader:
     may_die: bool = False
 
 
-def prepare(root: Path) -> None:
-    """Sound inputs of every kind."""
+def prepare_inputs(root: Path) -> None:
+    """Sound inputs that users bring: a model in one part and in several, and small files."""
     model = tiny.save(root / "model", num_hidden_layers=1)
     (model / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     )
+    shutil.copytree(model, root / "sharded")
+    names = open_source(model).tensors
+    (root / "sharded" / "model.safetensors").rename(root / "sharded" / "model-00001-of-00001.safetensors")
+    weight_map = dict.fromkeys(names, "model-00001-of-00001.safetensors")
+    index = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
+    (root / "sharded" / "model.safetensors.index.json").write_text(index)
+    small = root / "small"
+    small.mkdir()
+    matrices = {"a.weight": Dense(torch.ones(4, 3)), "b.weight": Dense(torch.zeros(2, 2))}
+    save_matrices(small / "block-0.safetensors", matrices)
+    write_value(small / "value.json", {"a": [1, 2.5, "x"], "b": None})
+    (small / "recipe.toml").write_text(recipe_to_toml(Recipe(model="m", calibration="text.txt", max_kl=0.1)))
+    (small / "gate.toml").write_text(GATE)
+    (small / "records.jsonl").write_text(LINES)
+    (small / "records.json").write_text(json.dumps([json.loads(line) for line in LINES.splitlines()]))
+    (small / "request.json").write_text(json.dumps(REQUEST))
+    text = {key: value for key, value in REQUEST.items() if key not in ("messages", "top_logprobs")}
+    (small / "text.json").write_text(json.dumps({**text, "prompt": "the", "logprobs": 2, "best_of": 1}))
+
+
+INPUTS: Final = ("model", "sharded", "small")
+"""Folders of `prepare_inputs`; the others are those of exports, which take longer."""
+
+
+def prepare(root: Path) -> None:
+    """Sound inputs of every kind."""
+    prepare_inputs(root)
+    model = root / "model"
     deploy(
         str(model),
         format=("onnx", "gguf", "huggingface"),
@@ -119,28 +147,10 @@ def prepare(root: Path) -> None:
         max_perplexity_ratio=1e9,
         out=str(root / "dense"),
     )
-    shutil.copytree(model, root / "sharded")
-    names = open_source(model).tensors
-    (root / "sharded" / "model.safetensors").rename(root / "sharded" / "model-00001-of-00001.safetensors")
-    weight_map = dict.fromkeys(names, "model-00001-of-00001.safetensors")
-    index = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
-    (root / "sharded" / "model.safetensors.index.json").write_text(index)
-    small = root / "small"
-    small.mkdir()
-    matrices = EXPORTERS["onnx"].read(root / "onnx")
-    save_matrices(small / "block-0.safetensors", dict(list(matrices.items())[:3]))
-    write_value(small / "value.json", {"a": [1, 2.5, "x"], "b": None})
-    shutil.copyfile(root / "onnx" / REFERENCE, small / "kept.safetensors")
-    shutil.copyfile(root / "onnx" / REPORT, small / "report.json")
-    shutil.copyfile(root / "onnx" / RECIPE, small / "recipe.toml")
-    (small / "gate.toml").write_text(GATE)
-    (small / "records.jsonl").write_text(LINES)
-    (small / "records.json").write_text(json.dumps([json.loads(line) for line in LINES.splitlines()]))
-    (small / "request.json").write_text(json.dumps(REQUEST))
-    text = {**REQUEST, "prompt": "the", "logprobs": 2, "best_of": 1}
-    (small / "text.json").write_text(
-        json.dumps({key: text[key] for key in text if key not in ("messages", "top_logprobs")})
-    )
+    kept = root / "kept"
+    kept.mkdir()
+    shutil.copyfile(root / "onnx" / REFERENCE, kept / "kept.safetensors")
+    shutil.copyfile(root / "onnx" / REPORT, kept / "report.json")
 
 
 # --- what the commands do with a file
@@ -255,7 +265,7 @@ READERS: Final[Mapping[str, Reader]] = {
     ),
     "manifest": Reader("onnx", MANIFEST, mutants.some_json, _manifest, 2.0),
     "manifest and card": Reader("onnx", MANIFEST, mutants.some_json, _card, 0.5),
-    "report": Reader("small", "report.json", mutants.some_json, _within("report.json", _report), 1.5),
+    "report": Reader("kept", "report.json", mutants.some_json, _within("report.json", _report), 0.5),
     "report and card": Reader("onnx", REPORT, mutants.some_json, _card, 0.5),
     "recipe": Reader(
         "small",
@@ -272,7 +282,7 @@ READERS: Final[Mapping[str, Reader]] = {
         "small", "value.json", mutants.some_json, _within("value.json", _work), 1.0
     ),
     "reference": Reader(
-        "small",
+        "kept",
         "kept.safetensors",
         mutants.safetensors,
         _within("kept.safetensors", lambda path: read_reference(path, GENERATION)),

@@ -13,6 +13,7 @@ from typing import Any, Final
 import onnx
 
 from compot_deploy.core.diagnostics import Diagnostic, Severity
+from compot_deploy.errors import CompotDeployError, first_line
 from compot_deploy.exporters.onnx.lint.interface import lint_interface
 from compot_deploy.exporters.onnx.lint.operators import lint_operators
 from compot_deploy.exporters.onnx.lint.subject import Subject, in_graph, json_object, metadata_of
@@ -49,9 +50,17 @@ def _lint_graph(folder: Path, graph: str) -> Iterator[Diagnostic]:
     except Exception as error:  # protobuf's own error types differ between its implementations
         yield Diagnostic("error", graph, f"The graph cannot be parsed: {error}.")
         return
-    for one in _diagnostics(Subject(folder, model, graph)):
-        # Rules name the graph of models that have one.
-        yield replace(one, where=one.where.replace(GRAPH, graph, 1))
+    try:
+        for one in _diagnostics(Subject(folder, model, graph)):
+            # Rules name the graph of models that have one.
+            yield replace(one, where=one.where.replace(GRAPH, graph, 1))
+    except (CompotDeployError, MemoryError):
+        raise
+    except Exception as error:  # rules trust that a node has the inputs of its kind, and tensors those sizes
+        told = f"{type(error).__name__}: {first_line(error)}"
+        yield Diagnostic(
+            "error", graph, f"The graph contradicts itself, and its inspection ends there ({told})."
+        )
 
 
 def errors_first(diagnostics: Iterable[Diagnostic]) -> tuple[Diagnostic, ...]:
