@@ -117,7 +117,7 @@ class RunnerModel(TemplateLM):
             windows = map(
                 make_disjoint_window,
                 get_rolling_token_windows(
-                    token_list=self.tok_encode(text, add_special_tokens=False),
+                    token_list=self.tok_encode(text),
                     prefix_token=self.prefix_token_id,
                     max_seq_len=self.max_length,
                     context_len=1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def test_recovery_is_the_share_that_is_kept_and_its_error_that_of_the_pairs() ->
     assert recovery(before, before) == Estimate(1.0, 0.0), "the same answers: no chance in it"
     worse, better = (score(each, higher_is_better=False) for each in ([4.0, 4.0], [2.0, 2.0]))
     assert recovery(worse, better).value == 0.5, "where less is better"
-    alone = recovery(score([1.0, 0.0], each=()), score([1.0, 1.0], each=()))
+    alone = recovery(replace(score([1.0, 0.0]), each=()), replace(score([1.0, 1.0]), each=()))
     assert alone == Estimate(0.5, pytest.approx(0.5)), "the errors of both where questions are not known"
     assert math.isnan(recovery(after, score([0.0, 0.0])).value)
 
@@ -167,7 +168,9 @@ def test_unquantized_files_score_what_the_original_does(lm_eval: Any, tmp_path: 
     pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
     pytest.importorskip("xllamacpp", reason="the extra llama is not installed")
     model = tiny.save(tmp_path / "tiny", num_hidden_layers=1)
-    shutil.copytree(OWN, tmp_path / "questions")
+    (tmp_path / "questions").mkdir()
+    for name in ("text.yaml", "texts.jsonl"):
+        shutil.copyfile(OWN / name, tmp_path / "questions" / name)
     made = deploy(
         str(model),
         method="plain",
@@ -188,6 +191,7 @@ def test_unquantized_files_score_what_the_original_does(lm_eval: Any, tmp_path: 
         for figures in one.report.tasks:
             assert figures.original is not None
             assert figures.exported.value == pytest.approx(figures.original.value, rel=1e-3)
+            assert figures.recovery is not None and figures.recovery.value == pytest.approx(1, rel=1e-3)
     again = check(
         tmp_path / "out" / "onnx",
         reference=str(model),
