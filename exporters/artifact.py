@@ -103,7 +103,8 @@ def digest(matrix: Matrix) -> str:
 def _update(hasher: Any, tensor: Tensor) -> None:
     if tensor.is_meta:
         return  # a stand-in, which has a size and no values
-    hasher.update(tensor.detach().cpu().contiguous().view(-1).numpy())
+    # As bytes: numpy does not know every type, bfloat16 for one, that a file may hold.
+    hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def describe_matrices(

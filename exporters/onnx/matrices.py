@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
-import onnx
 from onnx import NodeProto, TensorProto
 from torch import Tensor
 
@@ -28,7 +27,7 @@ from compot_deploy.exporters.onnx.packed_codes import (
     unpack_three_bits,
     unpack_two_of_four,
 )
-from compot_deploy.exporters.onnx.tensors import TensorReader, graphs_of
+from compot_deploy.exporters.onnx.tensors import TensorReader, graphs_of, read_graph
 
 
 class FolderMatrices(Mapping[str, Matrix]):
@@ -70,12 +69,7 @@ class OnnxMatrices(Mapping[str, Matrix]):
     """The matrices of a graph by module path, in block order; each access reads one from the data file."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            model = onnx.load(path, load_external_data=False)
-        except FileNotFoundError:
-            raise ArtifactError(f"{path} is missing.") from None
-        except Exception as error:  # protobuf's own error types differ between its implementations
-            raise ArtifactError(f"{path} is not an ONNX graph: {error}.") from None
+        model = read_graph(path)
         self._path = path
         self._reader = TensorReader(model.graph, path.parent)
         self._producer = {output: node for node in model.graph.node for output in node.output if output}
