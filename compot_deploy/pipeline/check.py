@@ -44,7 +44,7 @@ from compot_deploy.pipeline.limits import (
 )
 from compot_deploy.pipeline.reading import ReadingCheck
 from compot_deploy.pipeline.reference import Reference, read_reference, reading_of_source
-from compot_deploy.pipeline.task_accuracy import wanted_tasks, with_tasks
+from compot_deploy.pipeline.task_accuracy import questions_of
 from compot_deploy.pipeline.terms import Terms, recipe_of
 from compot_deploy.pipeline.texts import evaluation_of, read_evaluation
 from compot_deploy.progress import Progress, silent
@@ -148,7 +148,7 @@ def _check(folder: Path, terms: Terms, progress: Progress) -> Deployment:
     evaluation = _evaluation(subject, kept, terms)
     terms.requirements.check_text(evaluation.text.digest, evaluation.text.source)
     recipe, whose = limits_of_check(recipe, terms.given, subject.task)
-    tasks = wanted_tasks(terms.tasks, terms.task_samples, subject.task)
+    questions = questions_of(terms.tasks, terms.task_samples, subject.task)
     if "min_recovery" in terms.given and original is None:
         raise InputError(
             f"--min-recovery needs the original model, and {absent or 'a file stands for it'}: give it with "
@@ -183,7 +183,8 @@ def _check(folder: Path, terms: Terms, progress: Progress) -> Deployment:
         further = [positions_criterion(evaluation, subject.task, terms.min_positions), *probes.criteria(gate)]
     further += [] if readings is None else list(readings.criteria())
     report = with_criteria(report, further)
-    report = with_tasks(report, tasks, folder, manifest.exporter, original, gate, progress)
+    if questions is not None:
+        report = questions.asked(report, folder, manifest.exporter, original, gate, progress)
     notes = (*report.notes, whose, *unasked, *(() if kept is None else (_ABOUT_KEPT,)))
     report = replace(report, notes=notes, diagnostics=(*report.diagnostics, *strange, *signature))
     return Deployment(folder, terms.requirements.apply(report))

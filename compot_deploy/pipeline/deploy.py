@@ -21,7 +21,7 @@ from compot_deploy.pipeline.check import Deployment
 from compot_deploy.pipeline.compress import compress, context_of, draft_of
 from compot_deploy.pipeline.export import export, finished
 from compot_deploy.pipeline.limits import gate_of
-from compot_deploy.pipeline.task_accuracy import wanted_tasks
+from compot_deploy.pipeline.task_accuracy import questions_of
 from compot_deploy.pipeline.texts import evaluation_of
 from compot_deploy.pipeline.workspace import (
     is_finished,
@@ -93,7 +93,7 @@ def run(recipe: Recipe, progress: Progress = silent, work: Path | None = None) -
             if recipe.archive:
                 check_archive(target, recipe.force)
         gate = gate_of(recipe, source.task)
-        tasks = wanted_tasks(recipe.tasks, recipe.task_samples, source.task)
+        questions = questions_of(recipe.tasks, recipe.task_samples, source.task)
         settings = resolve(recipe, source)
         with kept_when_interrupted(own), workers_of(recipe.cluster) as workers:
             compression = compress(settings, own, progress, workers)
@@ -112,7 +112,7 @@ def run(recipe: Recipe, progress: Progress = silent, work: Path | None = None) -
                     progress,
                     workers=workers,
                     key=key,
-                    tasks=tasks,
+                    questions=questions,
                 )
                 for kind, target in targets.items()
             )

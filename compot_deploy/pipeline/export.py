@@ -8,7 +8,6 @@ from pathlib import Path
 
 from compot_deploy.accuracy.evaluate import Evaluation
 from compot_deploy.accuracy.gate import Gate
-from compot_deploy.accuracy.harness import Tasks
 from compot_deploy.accuracy.listening import Shortening, positions_of
 from compot_deploy.accuracy.probes import Probes
 from compot_deploy.cluster import ALONE, Workers
@@ -35,7 +34,7 @@ from compot_deploy.pipeline.limits import least_positions, positions_criterion
 from compot_deploy.pipeline.provenance import published, stamp
 from compot_deploy.pipeline.reading import ReadingCheck
 from compot_deploy.pipeline.reference import reading_of_source, write_reference
-from compot_deploy.pipeline.task_accuracy import with_tasks
+from compot_deploy.pipeline.task_accuracy import Questions
 from compot_deploy.pipeline.texts import write_evaluation
 from compot_deploy.pipeline.workspace import RECIPE, note_finished
 from compot_deploy.planning.settings import Settings, options_of
@@ -56,7 +55,7 @@ def export(
     progress: Progress = silent,
     workers: Workers = ALONE,
     key: SigningKey | None = None,
-    tasks: Tasks | None = None,
+    questions: Questions | None = None,
 ) -> Deployment:
     """Write one format, evaluate it, and put the folder in its place; the work folder keeps that it is finished.
 
@@ -71,7 +70,7 @@ def export(
         progress: told how far the work is.
         workers: who reads the text with models in torch.
         key: that signs the manifest; None leaves it unsigned.
-        tasks: that are asked; None asks nothing.
+        questions: of tasks, that are asked; None asks nothing.
     """
     recipe, source, exporter = settings.recipe, settings.source, EXPORTERS[kind]
     options = options_of(
@@ -107,7 +106,8 @@ def export(
             report = evaluate_folder(subject, evaluation, gate, progress)
         else:
             report = _evaluated(settings, subject, evaluation, gate, progress)
-        report = with_tasks(report, tasks, folder, kind, source, gate, progress)
+        if questions is not None:
+            report = questions.asked(report, folder, kind, source, gate, progress)
         write_report(folder, report, manifest)
         if key is not None:
             sign(folder, key)

@@ -9,8 +9,8 @@ from typing import Any
 
 from compot_deploy.accuracy.gate import Gate
 from compot_deploy.accuracy.harness import (
-    TaskFigures,
     Tasks,
+    TaskScore,
     figures_of,
     find_tasks,
     recovery_criteria,
@@ -26,7 +26,52 @@ from compot_deploy.progress import Progress
 from compot_deploy.report.document import Report, with_criteria
 
 
-def wanted_tasks(given: Sequence[str], samples: int | None, task: Task) -> Tasks | None:
+class Questions:
+    """Tasks that were asked for; the original answers them once, however many folders there are.
+
+    Args:
+        tasks: with their questions.
+    """
+
+    def __init__(self, tasks: Tasks) -> None:
+        self._tasks = tasks
+        self._what = f"Ask {', '.join(tasks.names)}"
+        self._original: tuple[TaskScore, ...] | None = None
+
+    def asked(
+        self,
+        report: Report,
+        folder: Path,
+        kind: str,
+        original: ModelSource | None,
+        gate: Gate,
+        progress: Progress,
+    ) -> Report:
+        """The report with what the folder scores, beside its original, and the limit on it; one model at a time.
+
+        Args:
+            report: of the folder.
+            folder: as exported.
+            kind: of the folder.
+            original: of the folder, always the same; None where it is not there.
+            gate: its limit on the share of the score that is kept.
+            progress: told how far the work is.
+        """
+        progress(0, 2, self._what)
+        runner: Any = RUNNERS[kind](folder)
+        exported = score_tasks(runner, open_tokenizer(folder), self._tasks)
+        getattr(runner, "close", lambda: None)()
+        del runner
+        progress(1, 2, self._what)
+        if original is not None and self._original is None:
+            runner = torch_runner(original)
+            self._original = score_tasks(runner, open_tokenizer(original.folder), self._tasks)
+        progress(2, 2, self._what)
+        figures = figures_of(exported, self._original)
+        return with_criteria(replace(report, tasks=figures), recovery_criteria(figures, gate.min_recovery))
+
+
+def questions_of(given: Sequence[str], samples: int | None, task: Task) -> Questions | None:
     """The tasks that were asked for, with their questions; None where none was.
 
     Args:
@@ -42,42 +87,4 @@ def wanted_tasks(given: Sequence[str], samples: int | None, task: Task) -> Tasks
         return None
     if not task.generates:
         raise RecipeError(f"--tasks asks for text, and a {task.noun} writes none. Leave it out.")
-    return find_tasks(given, samples)
-
-
-def with_tasks(
-    report: Report,
-    tasks: Tasks | None,
-    folder: Path,
-    kind: str,
-    original: ModelSource | None,
-    gate: Gate,
-    progress: Progress,
-) -> Report:
-    """The report with what the folder scores, beside its original, and the limit on it; one model in memory at a time.
-
-    Args:
-        report: of the folder.
-        tasks: to be asked; None leaves the report as it is.
-        folder: as exported.
-        kind: of the folder.
-        original: of the folder; None where it is not there.
-        gate: its limit on the share of the score that is kept.
-        progress: told how far the work is.
-    """
-    if tasks is None:
-        return report
-    what = f"Ask {', '.join(tasks.names)}"
-    steps = 1 if original is None else 2
-    progress(0, steps, what)
-    runner: Any = RUNNERS[kind](folder)
-    exported = score_tasks(runner, open_tokenizer(folder), tasks)
-    getattr(runner, "close", lambda: None)()
-    del runner
-    progress(1, steps, what)
-    before = None
-    if original is not None:
-        before = score_tasks(torch_runner(original), open_tokenizer(original.folder), tasks)
-        progress(2, steps, what)
-    figures: tuple[TaskFigures, ...] = figures_of(exported, before)
-    return with_criteria(replace(report, tasks=figures), recovery_criteria(figures, gate.min_recovery))
+    return Questions(find_tasks(given, samples))

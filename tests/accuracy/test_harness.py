@@ -28,7 +28,7 @@ from compot_deploy.accuracy.torch_runner import TorchRunner
 from compot_deploy.errors import InputError, MissingDependencyError, RecipeError
 from compot_deploy.models.tasks import EMBEDDING
 from compot_deploy.models.tokens import open_tokenizer
-from compot_deploy.pipeline.task_accuracy import wanted_tasks
+from compot_deploy.pipeline.task_accuracy import questions_of
 from compot_deploy.recipe import Recipe
 from compot_deploy.report.junit import to_junit
 
@@ -77,8 +77,8 @@ def test_options_that_cannot_be_are_refused_before_work() -> None:
     with pytest.raises(RecipeError, match="give --tasks"):
         check("nowhere", limits={"min_recovery": 0.9})
     with pytest.raises(RecipeError, match="writes none"):
-        wanted_tasks(("hellaswag",), None, EMBEDDING)
-    assert wanted_tasks((), None, EMBEDDING) is None
+        questions_of(("hellaswag",), None, EMBEDDING)
+    assert questions_of((), None, EMBEDDING) is None
 
 
 def test_without_the_extra_the_sentence_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
