@@ -6,6 +6,7 @@
 #   make quick  the laws of the mathematics alone: a minute and a half on two cores
 #   make newest the tests with the newest release of everything; every warning is an error
 #   make cluster  the tests with Ray, which is large and so in no lock; eight minutes
+#   make tasks  the tests of lm-eval's tasks, whose packages are in no lock either; two minutes
 #   make lock   writes locks/ again, with the newest releases
 #   make web    the page of `compot-deploy serve` (needs Node.js and npm); make web-test tries it in Chromium
 #   make dev    what `make test` needs, plus the git hooks
@@ -21,7 +22,7 @@ DEMO = out/demo
 # The release that is installed where there is none. Its builds differ by index, so no lock has its hashes.
 TORCH = 2.13.0
 
-.PHONY: demo test thorough quick newest cluster lock lint types dev compatibility web web-test site docs examples clean
+.PHONY: demo test thorough quick newest cluster trust lock lint types dev compatibility web web-test site docs examples clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/compot-deploy demo --out $(DEMO)
@@ -53,6 +54,10 @@ newest:
 cluster: $(VENV)/dev.stamp
 	$(BIN)/python -m pip install --quiet -e ".[ray]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/cluster
+
+tasks: $(VENV)/dev.stamp
+	$(BIN)/python -m pip install --quiet -e ".[eval]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/accuracy/test_harness.py
 
 # uv reads pyproject.toml for the rest: platforms, hashes, what is left out. The largest lock comes first, and the others
 # take its releases. Packages that cannot live together have environments, and so locks, of their own.

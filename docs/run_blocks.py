@@ -51,7 +51,7 @@ _WRAPPER = """\
 import sys
 from compot_deploy.cli import main
 arguments = sys.argv[1:]
-known = ("check", "inspect", "run", "serve", "report", "-h", "--help", "--version", "--recipe")
+known = ("check", "inspect", "run", "serve", "report", "keygen", "-h", "--help", "--version", "--recipe")
 if arguments[:1] == ["plan"] or not arguments or arguments[0] not in known:
     for option, value in {small}.items():
         flag = "--" + option.replace("_", "-")

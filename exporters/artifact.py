@@ -33,6 +33,7 @@ from compot_deploy.errors import ArtifactError
 from compot_deploy.exporters.manifest import (
     MANIFEST,
     MANIFEST_FORMAT,
+    SIGNATURE,
     FactorPairRecord,
     FileRecord,
     LeafRecord,
@@ -102,7 +103,8 @@ def digest(matrix: Matrix) -> str:
 def _update(hasher: Any, tensor: Tensor) -> None:
     if tensor.is_meta:
         return  # a stand-in, which has a size and no values
-    hasher.update(tensor.detach().cpu().contiguous().view(-1).numpy())
+    # As bytes: numpy does not know every type, bfloat16 for one, that a file may hold.
+    hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def describe_matrices(
@@ -269,7 +271,7 @@ def verify(folder: Path) -> Manifest:
 
 def unlisted_files(folder: Path, manifest: Manifest) -> tuple[str, ...]:
     """Whatever lies in the folder without being in the manifest, sorted: files of any kind, and links as such."""
-    listed = {record.path for record in manifest.files} | {MANIFEST}
+    listed = {record.path for record in manifest.files} | {MANIFEST, SIGNATURE}
     found = []
     for place, folders, files in os.walk(folder):
         here = Path(place)
@@ -279,9 +281,9 @@ def unlisted_files(folder: Path, manifest: Manifest) -> tuple[str, ...]:
 
 
 def list_files(folder: Path) -> tuple[str, ...]:
-    """Every file below `folder` but the manifest, as relative paths with forward slashes, sorted."""
+    """Every file below `folder` but the manifest and its signature, as relative paths with forward slashes, sorted."""
     paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return tuple(sorted(path for path in paths if path != MANIFEST))
+    return tuple(sorted(path for path in paths if path not in (MANIFEST, SIGNATURE)))
 
 
 def file_record(folder: Path, path: str) -> FileRecord:

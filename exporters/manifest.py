@@ -16,12 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Final, TypeAlias, Union, cast, get_args, get_origin, get_type_hints
 
+from compot_deploy.core.grid import Codebook, Grid, Pattern
 from compot_deploy.core.json_files import key_of
 from compot_deploy.core.parsing import UnreadableError, decoded, json_of
-from compot_deploy.errors import ArtifactError
+from compot_deploy.errors import ArtifactError, RecipeError
 
 MANIFEST: Final = "compot/manifest.json"
 """Where the manifest lies inside an artifact; the mark by which a folder is known as ours."""
+
+SIGNATURE: Final = MANIFEST + ".minisig"
+"""Where its signature lies, if it has one; see `compot_deploy.exporters.signature`."""
 
 MANIFEST_FORMAT: Final = 1
 
@@ -245,6 +249,13 @@ _HASH: Final = re.compile(r"[0-9a-f]{64}")
 
 def _check_values(record: Any, where: str) -> None:
     """Refuse numbers that no size and no count has, and hashes that are none, in a record and those inside of it."""
+    try:
+        if isinstance(record, FactorPairRecord):
+            Pattern.of_text(record.pattern)
+        if isinstance(record, LeafRecord) and record.group is not None:
+            Grid(record.bits, record.group, cast(Codebook, record.codebook))
+    except RecipeError as error:
+        raise ArtifactError(f"{where}: {str(error).rstrip('.')}. Export the model again.") from None
     for attribute in dataclasses.fields(record):
         value, name = getattr(record, attribute.name), f"{where}: {attribute.name}"
         least = _LEAST.get(attribute.name)

@@ -22,6 +22,8 @@ class Gate:
         min_top1: total: fraction of positions with the same most likely token or class.
         min_cosine: total: mean cosine between embeddings.
         max_wer_increase: total: word errors per word that the deployed model adds; 0.01 is one point.
+        min_recovery: share of the original's score in every task that the deployed model keeps; see
+            `compot_deploy.accuracy.harness`, which measures it.
         max_export_nmse: NMSE of compressed → float32 reference. Always on: a faithful export adds rounding, about
             1e-12, and the first wrong scale, permutation or mask adds far more than 1e-4.
     """
@@ -31,6 +33,7 @@ class Gate:
     min_top1: float | None = None
     min_cosine: float | None = None
     max_wer_increase: float | None = None
+    min_recovery: float | None = None
     max_export_nmse: float = 1e-4
 
     def __post_init__(self) -> None:
@@ -40,13 +43,19 @@ class Gate:
                 raise RecipeError(f"{name} = {limit}: a limit is a number from 0 on; leave it out for none.")
         if self.min_top1 is not None and not 0 <= self.min_top1 <= 1:
             raise RecipeError(f"min_top1 = {self.min_top1}: give a fraction between 0 and 1.")
+        if self.min_recovery is not None and not 0 <= self.min_recovery < math.inf:
+            raise RecipeError(f"min_recovery = {self.min_recovery}: give a share from 0 on, 0.95 for 95 %.")
         if self.min_cosine is not None and not -1 <= self.min_cosine <= 1:
             raise RecipeError(f"min_cosine = {self.min_cosine}: give a number between -1 and 1.")
 
     @property
     def needs_reference(self) -> bool:
         """Whether a limit on the total loss is set."""
-        return any(getattr(self, name) is not None for name in LOSS_LIMITS if name != "max_export_nmse")
+        return any(getattr(self, name) is not None for name in LOSS_LIMITS if name not in _OF_OTHERS)
+
+
+_OF_OTHERS: Final = ("max_export_nmse", "min_recovery")
+"""Limits on something else than the total loss."""
 
 
 LOSS_LIMITS: Final = tuple(entry.name for entry in fields(Gate))

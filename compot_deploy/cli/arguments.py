@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         raise RecipeError(f"{message[0].upper()}{message[1:]}. See {self.prog} --help.")
 
 
-NAMES: Final = ("plan", "supports", "check", "report", "inspect", "run", "serve", "demo")
+NAMES: Final = ("plan", "supports", "check", "report", "inspect", "run", "keygen", "serve", "demo")
 """Commands that have a name; see `compot_deploy.cli.commands`."""
 
 

@@ -20,13 +20,14 @@ from compot_deploy.cli.results import print_overview, show
 from compot_deploy.cli.serve import DEFAULT_PORT, PageServer
 from compot_deploy.cluster.connection import advice
 from compot_deploy.errors import EXIT_CODES, EXIT_OK, RecipeError, UnsupportedModelError
+from compot_deploy.exporters.signature import read_signing_key, write_keys
 from compot_deploy.pipeline.check import check, write_check, write_report_again
 from compot_deploy.pipeline.deploy import plan_only, run
 from compot_deploy.pipeline.evaluation import HTML
 from compot_deploy.pipeline.generate import generate
 from compot_deploy.pipeline.limits import FEWEST_POSITIONS
 from compot_deploy.pipeline.supported import as_data, overview_of, supported
-from compot_deploy.recipe import Recipe
+from compot_deploy.recipe import Recipe, separated
 from compot_deploy.report import inspection
 from compot_deploy.report import plan as plan_report
 from compot_deploy.report.document import verdict
@@ -107,6 +108,11 @@ def _check(arguments: list[str], out: Console, err: Console) -> int:
         "--strict", action="store_true", help="fail for files that lie in the folder and not in its manifest"
     )
     parser.add_argument(
+        "--trusted-key",
+        metavar="KEY",
+        help="public key of minisign that must have signed the manifest: its file, or its line (see --sign and keygen)",
+    )
+    parser.add_argument(
         "--export-only",
         action="store_true",
         help="be content with structure and export loss where the original model is not there",
@@ -127,10 +133,12 @@ def _check(arguments: list[str], out: Console, err: Console) -> int:
         type=Path,
         help=f"write a Markdown summary there (default: add it to ${STEP_SUMMARY}, where that is set)",
     )
-    add_options(parser, only=set(LOSS_LIMITS))
+    add_options(parser, only={*LOSS_LIMITS, "tasks", "task_samples"})
     values = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
     folder, reference = values.pop("folder"), values.pop("reference", None)
     export_only, strict = values.pop("export_only"), values.pop("strict")
+    trusted_key = values.pop("trusted_key", None)
+    tasks, task_samples = separated(values.pop("tasks", ())), values.pop("task_samples", None)
     text, min_positions = values.pop("text", None), values.pop("min_positions", FEWEST_POSITIONS)
     report_dir, summary = values.pop("report_dir", None), values.pop("summary", None)
     requirements = _requirements(
@@ -146,6 +154,9 @@ def _check(arguments: list[str], out: Console, err: Console) -> int:
             text=text,
             min_positions=min_positions,
             strict=strict,
+            trusted_key=trusted_key,
+            tasks=tasks,
+            task_samples=task_samples,
             progress=progress,
         )
     if report_dir is not None:
@@ -174,8 +185,13 @@ def _report(arguments: list[str], out: Console, err: Console) -> int:
         "its report.json; nothing is measured.",
     )
     parser.add_argument("folder", type=Path, help="a folder that compot-deploy wrote")
-    folder = parser.parse_args(arguments).folder
-    report = write_report_again(folder)
+    parser.add_argument(
+        "--sign", type=Path, metavar="KEY", help="secret key of minisign that signs a signed folder again"
+    )
+    options = parser.parse_args(arguments)
+    folder = options.folder
+    key = None if options.sign is None else read_signing_key(options.sign)
+    report = write_report_again(folder, key)
     out.print(Text(f"{folder / HTML}: {verdict(report)}"))
     return EXIT_OK
 
@@ -234,6 +250,24 @@ def _supports(arguments: list[str], out: Console, err: Console) -> int:
     return EXIT_OK if found.objection is None else UnsupportedModelError.exit_code
 
 
+def _keygen(arguments: list[str], out: Console, err: Console) -> int:
+    parser = Parser(
+        prog="compot-deploy keygen",
+        description="Make a pair of keys in minisign's format: NAME.key signs what is exported (--sign), and NAME.pub "
+        "tells others that it did (check --trusted-key).",
+        epilog=EXIT_CODES,
+    )
+    parser.add_argument("name", type=Path, metavar="NAME", help="path of both files without their endings")
+    name = parser.parse_args(arguments).name
+    key = write_keys(name)
+    out.print(
+        Text(
+            f"{name}.key is secret and has no password; {name}.pub is for everybody. The key's id is {key.name}."
+        )
+    )
+    return EXIT_OK
+
+
 def _serve(arguments: list[str], out: Console, err: Console) -> int:
     parser = Parser(
         prog="compot-deploy serve",
@@ -265,6 +299,7 @@ COMMANDS: Final[Mapping[str, Callable[[list[str], Console, Console], int]]] = {
     "report": _report,
     "inspect": _inspect,
     "run": _run,
+    "keygen": _keygen,
     "serve": _serve,
     "demo": demo_command,
 }

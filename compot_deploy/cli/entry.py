@@ -10,6 +10,7 @@
     compot-deploy inspect DIR                                       what is in it, layer by layer
     compot-deploy run DIR -p "prompt"                               text from it, with tokens per second
     compot-deploy serve DIR                                         the same in a browser, which runs the model
+    compot-deploy keygen NAME                                       a pair of keys for --sign and check --trusted-key
     compot-deploy demo                                              the model that ships, four ways, in one table
 
 Exit codes: 0 done and gate passed · 1 gate failed (the folder is kept, marked) · 2 bad usage or input ·

@@ -201,14 +201,9 @@ def _check_runs_in_a_browser(folder: Path, manifest: Manifest) -> None:
             raise ArtifactError(
                 f"{folder} holds no {path}, without which a browser cannot turn text into tokens. {advice}"
             )
-    import onnx
+    from compot_deploy.exporters.onnx.tensors import read_graph
 
-    try:
-        graph = onnx.load(str(folder / "onnx" / "model.onnx"), load_external_data=False).graph
-    except Exception as error:  # protobuf's own
-        raise ArtifactError(
-            f"{folder}/onnx/model.onnx cannot be read: {error}. Export the model again."
-        ) from error
+    graph = read_graph(folder / "onnx" / "model.onnx").graph
     outputs = [output.name for output in graph.output]
     if "logits" not in outputs or not any(name.startswith("present.") for name in outputs):
         raise ArtifactError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -101,6 +102,20 @@ class Pattern:
     def __post_init__(self) -> None:
         if not 1 <= self.kept <= self.of:
             raise RecipeError(f"A pattern cannot keep {self.kept} of {self.of} atoms.")
+
+    @classmethod
+    def of_text(cls, text: str) -> Pattern:
+        """What `str` wrote.
+
+        Raises:
+            RecipeError: it did not write this.
+        """
+        if text == "dense":
+            return cls()
+        match = re.fullmatch(r"(\d{1,18}):(\d{1,18})", text, re.ASCII)
+        if match is None:
+            raise RecipeError(f"There is no pattern {text!r}: it is dense, or two numbers such as 2:4.")
+        return cls(int(match[1]), int(match[2]))
 
     @property
     def is_dense(self) -> bool:

@@ -102,7 +102,13 @@ def config_of(settings: Any) -> dict[str, Any]:
     """
     from transformers import PretrainedConfig
 
-    every, values = PretrainedConfig().to_dict(), settings.to_dict()
+    every = PretrainedConfig().to_dict()
+    try:
+        values = settings.to_dict()
+    except Exception as error:  # it makes names of types, for example, of whatever stands in their place
+        raise InputError(
+            f"The configuration of this {settings.model_type} cannot be written: {_reason(error)}."
+        ) from None
     try:
         own = type(settings)().to_dict()
     except Exception:  # a class without defaults

@@ -245,7 +245,7 @@ def _indexed(folder: Path, name: str, names_of: Callable[[Path], Sequence[str]])
     return files
 
 
-_PLAIN_NAME: Final = re.compile(r"(?!\.)[^/\\:\0]+")
+_PLAIN_NAME: Final = re.compile(r"(?!\.)[^/\\:\0]{1,150}")
 
 
 def _merged(paths: Sequence[Path], names_of: Callable[[Path], Sequence[str]]) -> dict[str, Path]:

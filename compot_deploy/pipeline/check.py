@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Final
 
@@ -14,10 +14,11 @@ from compot_deploy.accuracy.losses import Loss
 from compot_deploy.accuracy.probes import Probes
 from compot_deploy.core.store import write_text
 from compot_deploy.embedded import MODEL
-from compot_deploy.errors import ArtifactError, InputError, RecipeError
+from compot_deploy.errors import ArtifactError, InputError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.artifact import verify
-from compot_deploy.exporters.manifest import Manifest
+from compot_deploy.exporters.manifest import SIGNATURE, Manifest
+from compot_deploy.exporters.signature import SigningKey, sign
 from compot_deploy.llama.model import find_gguf
 from compot_deploy.llama.probe import probe
 from compot_deploy.models.compressed import CompressedModel
@@ -34,19 +35,20 @@ from compot_deploy.pipeline.evaluation import (
     sizes_of,
     write_report,
 )
-from compot_deploy.pipeline.integrity import check_matrices, unlisted
+from compot_deploy.pipeline.integrity import check_matrices, check_signed, unlisted
 from compot_deploy.pipeline.limits import (
     FEWEST_POSITIONS,
-    TOTAL_LIMITS,
     gate_of,
     limits_of_check,
     positions_criterion,
 )
 from compot_deploy.pipeline.reading import ReadingCheck
 from compot_deploy.pipeline.reference import Reference, read_reference, reading_of_source
+from compot_deploy.pipeline.task_accuracy import questions_of
+from compot_deploy.pipeline.terms import Terms, recipe_of
 from compot_deploy.pipeline.texts import evaluation_of, read_evaluation
 from compot_deploy.progress import Progress, silent
-from compot_deploy.recipe import Recipe, recipe_from_mapping
+from compot_deploy.recipe import Recipe
 from compot_deploy.report.document import SCHEMA_MINOR, Report, Sizes, with_criteria
 from compot_deploy.report.facts import Origin
 from compot_deploy.report.gate import GateRequirements
@@ -74,43 +76,6 @@ class Deployment:
         return self.report.passed
 
 
-@dataclass(frozen=True)
-class Terms:
-    """On which terms a folder is checked; everything that whoever checks says himself.
-
-    Attributes:
-        reference: the original model, or a reference file; None looks for the original beside the folder.
-        export_only: be content with what the folder alone can tell, where the original is not there.
-        limits: gate limits that replace those of the recipe, by option.
-        requirements: of a gate file and a baseline.
-        text: to evaluate on, instead of the folder's own text; needs the original model.
-        min_positions: tokens that the text has, at least.
-        strict: whatever lies in the folder unlisted fails.
-    """
-
-    reference: str | None = None
-    export_only: bool = False
-    limits: Mapping[str, float] = field(default_factory=dict)
-    requirements: GateRequirements = field(default_factory=GateRequirements)
-    text: Path | None = None
-    min_positions: int = FEWEST_POSITIONS
-    strict: bool = False
-
-    def __post_init__(self) -> None:
-        if self.min_positions < 1:
-            raise RecipeError(f"--min-positions {self.min_positions}: give at least 1.")
-
-    @property
-    def given(self) -> dict[str, float]:
-        """Limits of the command line and of a gate file, which it wins over."""
-        return {**self.requirements.gate.losses, **self.limits}
-
-    @property
-    def needs_total(self) -> bool:
-        """Whether a figure of the total loss is asked for by name."""
-        return bool(TOTAL_LIMITS & self.given.keys()) or self.requirements.compares_losses
-
-
 def check(
     folder: str | Path,
     *,
@@ -121,6 +86,9 @@ def check(
     text: str | Path | None = None,
     min_positions: int = FEWEST_POSITIONS,
     strict: bool = False,
+    trusted_key: str | None = None,
+    tasks: Sequence[str] = (),
+    task_samples: int | None = None,
     progress: Progress = silent,
 ) -> Deployment:
     """Check an exported folder again: its bytes, its structure, its accuracy. The folder may come from anybody.
@@ -140,11 +108,14 @@ def check(
         text: to evaluate on, instead of the folder's own; needs the original model.
         min_positions: tokens that the text has, at least.
         strict: fail for whatever lies in the folder and is not in its manifest.
+        trusted_key: public key of minisign that must have signed the manifest: its file, or its line.
+        tasks: tasks of lm-eval to be scored, names or files.
+        task_samples: most questions of each.
         progress: told how far the work is.
 
     Raises:
-        ArtifactError: a file does not match the manifest, a matrix does not match its description, or a file that a
-            runtime would read is not listed.
+        ArtifactError: a file does not match the manifest, a matrix does not match its description, a file that a
+            runtime would read is not listed, or the trusted key did not sign the manifest.
         InputError: a limit needs the original model, and it is not there; or the baseline does not compare.
     """
     terms = Terms(
@@ -155,14 +126,18 @@ def check(
         text=None if text is None else Path(text),
         min_positions=min_positions,
         strict=strict,
+        trusted_key=trusted_key,
+        tasks=tuple(tasks),
+        task_samples=task_samples,
     )
     return _check(Path(folder), terms, progress)
 
 
 def _check(folder: Path, terms: Terms, progress: Progress) -> Deployment:
+    signature = check_signed(folder, terms.trusted_key)
     manifest = verify(folder)
     _check_exporter(folder, manifest)
-    recipe = recipe_from_mapping({**manifest.recipe, **terms.given}, origin=f"{folder}'s manifest")
+    recipe, unasked = recipe_of(folder, manifest, terms)
     model = EXPORTERS[manifest.exporter].read_model(folder)
     if manifest.exporter == "gguf":
         probe(find_gguf(folder))
@@ -173,6 +148,12 @@ def _check(folder: Path, terms: Terms, progress: Progress) -> Deployment:
     evaluation = _evaluation(subject, kept, terms)
     terms.requirements.check_text(evaluation.text.digest, evaluation.text.source)
     recipe, whose = limits_of_check(recipe, terms.given, subject.task)
+    questions = questions_of(terms.tasks, terms.task_samples, subject.task)
+    if "min_recovery" in terms.given and original is None:
+        raise InputError(
+            f"--min-recovery needs the original model, and {absent or 'a file stands for it'}: give it with "
+            "--reference MODEL."
+        )
     gate = gate_of(recipe, subject.task)
     without = Gate(max_export_nmse=gate.max_export_nmse)
 
@@ -202,8 +183,10 @@ def _check(folder: Path, terms: Terms, progress: Progress) -> Deployment:
         further = [positions_criterion(evaluation, subject.task, terms.min_positions), *probes.criteria(gate)]
     further += [] if readings is None else list(readings.criteria())
     report = with_criteria(report, further)
-    notes = (*report.notes, whose, *(() if kept is None else (_ABOUT_KEPT,)))
-    report = replace(report, notes=notes, diagnostics=(*report.diagnostics, *strange))
+    if questions is not None:
+        report = questions.asked(report, folder, manifest.exporter, original, gate, progress)
+    notes = (*report.notes, whose, *unasked, *(() if kept is None else (_ABOUT_KEPT,)))
+    report = replace(report, notes=notes, diagnostics=(*report.diagnostics, *strange, *signature))
     return Deployment(folder, terms.requirements.apply(report))
 
 
@@ -306,16 +289,24 @@ def _check_exporter(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def write_report_again(folder: Path) -> Report:
+def write_report_again(folder: Path, key: SigningKey | None = None) -> Report:
     """Write the report of an existing folder again from its own figures; nothing is measured.
 
     What an older report does not have and the manifest knows is filled in.
 
+    Args:
+        folder: that `deploy` wrote.
+        key: that signs the manifest again; a signed folder needs it, for the report is a part of what was signed.
+
     Raises:
         ArtifactError: not a folder of ours, or damaged.
-        InputError: there is no report, or it is of another version.
+        InputError: there is no report, or it is of another version; or the folder is signed, and there is no key.
     """
     manifest = verify(folder)
+    if key is None and (folder / SIGNATURE).exists():
+        raise InputError(
+            f"{folder} is signed, and its report with it: give --sign KEY to sign it again, or remove {SIGNATURE}."
+        )
     _check_exporter(folder, manifest)
     try:
         text = (folder / REPORT).read_text(encoding="utf-8")
@@ -344,6 +335,8 @@ def write_report_again(folder: Path) -> Report:
         origin=origin_of(manifest) if report.origin == Origin() else report.origin,
     )
     write_report(folder, report, manifest)
+    if key is not None:
+        sign(folder, key)
     return report
 
 

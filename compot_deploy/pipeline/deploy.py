@@ -14,12 +14,14 @@ from compot_deploy.cluster.connection import workers_of
 from compot_deploy.embedded import MODEL
 from compot_deploy.errors import RecipeError
 from compot_deploy.exporters.archive import check_archive
+from compot_deploy.exporters.signature import read_signing_key
 from compot_deploy.exporters.staging import check_target
 from compot_deploy.models.source import open_source
 from compot_deploy.pipeline.check import Deployment
 from compot_deploy.pipeline.compress import compress, context_of, draft_of
 from compot_deploy.pipeline.export import export, finished
 from compot_deploy.pipeline.limits import gate_of
+from compot_deploy.pipeline.task_accuracy import questions_of
 from compot_deploy.pipeline.texts import evaluation_of
 from compot_deploy.pipeline.workspace import (
     is_finished,
@@ -78,6 +80,7 @@ def run(recipe: Recipe, progress: Progress = silent, work: Path | None = None) -
     Raises:
         CompotDeployError: see `compot_deploy.errors`; another run that writes the same output is an `InputError`.
     """
+    key = None if recipe.sign is None else read_signing_key(Path(recipe.sign))
     with reserved(recipe, work):
         source = open_source(recipe.model or MODEL, allow_pickle=recipe.allow_pickle)
         targets = targets_of(recipe)
@@ -90,6 +93,7 @@ def run(recipe: Recipe, progress: Progress = silent, work: Path | None = None) -
             if recipe.archive:
                 check_archive(target, recipe.force)
         gate = gate_of(recipe, source.task)
+        questions = questions_of(recipe.tasks, recipe.task_samples, source.task)
         settings = resolve(recipe, source)
         with kept_when_interrupted(own), workers_of(recipe.cluster) as workers:
             compression = compress(settings, own, progress, workers)
@@ -97,7 +101,19 @@ def run(recipe: Recipe, progress: Progress = silent, work: Path | None = None) -
             deployments = tuple(
                 finished(target, recipe)
                 if kind in there
-                else export(settings, compression, evaluation, gate, kind, target, own, progress, workers)
+                else export(
+                    settings,
+                    compression,
+                    evaluation,
+                    gate,
+                    kind,
+                    target,
+                    own,
+                    progress,
+                    workers=workers,
+                    key=key,
+                    questions=questions,
+                )
                 for kind, target in targets.items()
             )
         if work is None:

@@ -30,7 +30,7 @@ from compot_deploy.errors import ArtifactError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.archive import transport_bytes
 from compot_deploy.exporters.artifact import library_versions, seal
-from compot_deploy.exporters.manifest import MANIFEST, Manifest
+from compot_deploy.exporters.manifest import MANIFEST, SIGNATURE, Manifest
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.tasks import Task, task_of
@@ -135,7 +135,9 @@ def evaluate_folder(
         format=manifest.exporter,
         package=__version__,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        sizes=replace(sizes_of(manifest), transport=transport_bytes(folder, without=(*UNCOUNTED, MANIFEST))),
+        sizes=replace(
+            sizes_of(manifest), transport=transport_bytes(folder, without=(*UNCOUNTED, MANIFEST, SIGNATURE))
+        ),
         accuracy=accuracy,
         diagnostics=diagnostics,
         notes=notes_of(manifest),

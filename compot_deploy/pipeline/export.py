@@ -17,6 +17,7 @@ from compot_deploy.core.store import Without, write_text
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.archive import write_archive
 from compot_deploy.exporters.artifact import Provenance, describe, write_manifest
+from compot_deploy.exporters.signature import SigningKey, sign
 from compot_deploy.exporters.staging import staged_folder
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.pipeline.check import Deployment
@@ -33,6 +34,7 @@ from compot_deploy.pipeline.limits import least_positions, positions_criterion
 from compot_deploy.pipeline.provenance import published, stamp
 from compot_deploy.pipeline.reading import ReadingCheck
 from compot_deploy.pipeline.reference import reading_of_source, write_reference
+from compot_deploy.pipeline.task_accuracy import Questions
 from compot_deploy.pipeline.texts import write_evaluation
 from compot_deploy.pipeline.workspace import RECIPE, note_finished
 from compot_deploy.planning.settings import Settings, options_of
@@ -52,8 +54,24 @@ def export(
     work: Path,
     progress: Progress = silent,
     workers: Workers = ALONE,
+    key: SigningKey | None = None,
+    questions: Questions | None = None,
 ) -> Deployment:
-    """Write one format, evaluate it, and put the folder in its place; the work folder keeps that it is finished."""
+    """Write one format, evaluate it, and put the folder in its place; the work folder keeps that it is finished.
+
+    Args:
+        settings: of the run.
+        compression: what is written.
+        evaluation: what is read.
+        gate: limits.
+        kind: the format.
+        target: the folder.
+        work: folder for what is finished.
+        progress: told how far the work is.
+        workers: who reads the text with models in torch.
+        key: that signs the manifest; None leaves it unsigned.
+        questions: of tasks, that are asked; None asks nothing.
+    """
     recipe, source, exporter = settings.recipe, settings.source, EXPORTERS[kind]
     options = options_of(
         recipe,
@@ -88,7 +106,11 @@ def export(
             report = evaluate_folder(subject, evaluation, gate, progress)
         else:
             report = _evaluated(settings, subject, evaluation, gate, progress)
+        if questions is not None:
+            report = questions.asked(report, folder, kind, source, gate, progress)
         write_report(folder, report, manifest)
+        if key is not None:
+            sign(folder, key)
         note_finished(work, recipe, kind, folder)
     if recipe.archive:
         write_archive(target, recipe.force)

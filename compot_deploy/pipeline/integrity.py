@@ -13,7 +13,8 @@ from typing import Final
 from compot_deploy.core.diagnostics import Diagnostic
 from compot_deploy.errors import ArtifactError, a_few
 from compot_deploy.exporters.artifact import digest, unlisted_files
-from compot_deploy.exporters.manifest import Manifest
+from compot_deploy.exporters.manifest import SIGNATURE, Manifest
+from compot_deploy.exporters.signature import check_signature, read_trusted_key, signed_by
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.pipeline.texts import EVALUATION
 
@@ -23,6 +24,28 @@ _READ_AT_THE_TOP: Final = frozenset((".json", ".jinja", ".model", ".txt"))
 
 _CODE: Final = frozenset((".py", ".pyc", ".so", ".dll", ".dylib", ".pyd", ".sh", ".bat", ".ps1", ".exe"))
 _PICKLES: Final = frozenset((".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"))
+
+
+def check_signed(folder: Path, trusted: str | None) -> tuple[Diagnostic, ...]:
+    """Who signed the manifest, before anything in it is believed.
+
+    Args:
+        folder: an artifact.
+        trusted: public key that must have signed it; None asks for none.
+
+    Raises:
+        ArtifactError: it did not, or something was changed since.
+        InputError: no public key.
+    """
+    if trusted is not None:
+        key = read_trusted_key(trusted)
+        check_signature(folder, key)
+        return (Diagnostic("note", SIGNATURE, f"The trusted key {key.name} signed the manifest as it is."),)
+    name = signed_by(folder)
+    if name is None:
+        return ()
+    told = f"The folder says that the key {name} signed it, which was not checked: give --trusted-key."
+    return (Diagnostic("note", SIGNATURE, told),)
 
 
 def unlisted(folder: Path, manifest: Manifest, *, strict: bool = False) -> tuple[Diagnostic, ...]:

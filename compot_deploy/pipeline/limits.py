@@ -12,7 +12,7 @@ from compot_deploy.models.tasks import Task, TaskKind
 from compot_deploy.recipe import Recipe, default_of, override, recipe_options
 
 _MEASURED: Final[Mapping[TaskKind, frozenset[str]]] = {
-    "generation": frozenset(("max_perplexity_ratio", "max_kl", "min_top1")),
+    "generation": frozenset(("max_perplexity_ratio", "max_kl", "min_top1", "min_recovery")),
     "masked": frozenset(("max_kl", "min_top1")),
     "classification": frozenset(("max_kl", "min_top1")),
     "token-classification": frozenset(("max_kl", "min_top1")),

@@ -17,12 +17,13 @@ _FILES: Final = ("model", "calibration", "evaluation")
 
 
 def published(recipe: Recipe) -> Recipe:
-    """A recipe as others may read it: of a local path its last part, of the output and the workers nothing.
+    """A recipe as others may read it: of a local path its last part, of the output, the workers and the key nothing.
 
     A hub id or the name of a data set stays as it is. Hashes, which stand beside the names, say what was meant.
     """
     kept: dict[str, Any] = {name: public_name(getattr(recipe, name)) for name in _FILES}
-    return replace(recipe, out=None, force=False, cluster=None, **kept)
+    kept["tasks"] = tuple(str(public_name(task)) for task in recipe.tasks)
+    return replace(recipe, out=None, force=False, cluster=None, sign=None, **kept)
 
 
 def public_name(place: str | None) -> str | None:

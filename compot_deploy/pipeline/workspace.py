@@ -37,9 +37,12 @@ _DOES_NOT_CHANGE_WEIGHTS: Final = frozenset(
         "archive",
         "compare",
         "cluster",
+        "sign",
         "evaluation",
         "evaluation_tokens",
         "min_positions",
+        "tasks",
+        "task_samples",
         *LOSS_LIMITS,
     )
 )

@@ -13,7 +13,7 @@ from compot_deploy.recipe.options import (
     recipe_options,
     size_in_bytes,
 )
-from compot_deploy.recipe.reading import recipe_from_mapping, recipe_from_toml, recipe_to_toml
+from compot_deploy.recipe.reading import recipe_from_mapping, recipe_from_toml, recipe_to_toml, separated
 
 __all__ = [
     "DEFAULT_GROUP",
@@ -26,5 +26,6 @@ __all__ = [
     "recipe_from_toml",
     "recipe_options",
     "recipe_to_toml",
+    "separated",
     "size_in_bytes",
 ]

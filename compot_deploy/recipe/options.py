@@ -203,6 +203,12 @@ class Recipe:
         False, "also write the folder as one zip file beside it, for transport", group="output"
     )
 
+    sign: str | None = _option(
+        None,
+        "sign the manifest with this secret key of minisign, for check --trusted-key; see keygen",
+        group="output",
+    )
+
     # Check and gate
     evaluation: str | None = _option(
         None,
@@ -240,6 +246,21 @@ class Recipe:
         None,
         "gate for speech to text: word errors per word that the deployed model adds to the original's, 0.01 for one "
         "point; counted against what was said where that is known, otherwise against the original's text",
+        unit="fraction",
+        group="gate",
+    )
+    tasks: tuple[str, ...] = _option(
+        (),
+        "also score these tasks of lm-eval, beside the original: names, or YAML files of tasks and folders of such; "
+        "may be given several times, or separated by commas",
+        group="gate",
+    )
+    task_samples: int | None = _option(
+        None, "questions of each task, at most (default: all)", unit="questions", group="gate"
+    )
+    min_recovery: float | None = _option(
+        None,
+        "gate: share of the original's score in each of the --tasks that the deployed model keeps, 0.95 for 95 %",
         unit="fraction",
         group="gate",
     )

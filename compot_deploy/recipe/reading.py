@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from compot_deploy.core.parsing import UnreadableError, decoded, toml_of
 from compot_deploy.errors import InputError, RecipeError
@@ -63,10 +63,10 @@ def recipe_from_mapping(values: Mapping[str, Any], origin: str) -> Recipe:
     for name, value in values.items():
         kind = types[name]
         converted = tuple(value) if isinstance(value, list) else value
-        if isinstance(converted, str) and name in ("format", "compare"):
+        if isinstance(converted, str) and name in ("format", *_SEPARATED):
             converted = (converted,)
-        if isinstance(converted, tuple) and name == "compare":
-            converted = tuple(part for entry in converted for part in str(entry).split(","))
+        if isinstance(converted, tuple) and name in _SEPARATED:
+            converted = separated(converted)
         whole = isinstance(converted, int) and not isinstance(converted, bool)
         if whole and accepts(kind, float) and not accepts(kind, int):
             converted = _as_float(value)
@@ -74,6 +74,15 @@ def recipe_from_mapping(values: Mapping[str, Any], origin: str) -> Recipe:
             raise RecipeError(f"{origin}: {name} = {value!r} is not {describe(kind)}.")
         checked[name] = converted
     return Recipe(**checked)
+
+
+_SEPARATED: Final = ("compare", "tasks")
+"""Lists that may be written with commas."""
+
+
+def separated(values: Sequence[Any]) -> tuple[str, ...]:
+    """A list whose entries may be lists with commas."""
+    return tuple(part for entry in values for part in str(entry).split(","))
 
 
 def _as_float(value: int) -> float:

@@ -175,6 +175,13 @@ def _check_gate(recipe: Recipe) -> None:
             )
     if recipe.min_positions is not None and recipe.min_positions < 1:
         raise RecipeError(f"--min-positions {recipe.min_positions}: give at least 1.")
+    if recipe.task_samples is not None and not 1 <= recipe.task_samples <= _MOST:
+        raise RecipeError(f"--task-samples {recipe.task_samples}: give a number from 1 to {_MOST:,}.")
+    if recipe.min_recovery is not None and not 0 <= recipe.min_recovery < math.inf:
+        raise RecipeError(f"--min-recovery {recipe.min_recovery}: give a share from 0 on, 0.95 for 95 %.")
+    for name in ("task_samples", "min_recovery"):
+        if getattr(recipe, name) is not None and not recipe.tasks:
+            raise RecipeError(f"--{name.replace('_', '-')} is about tasks: give --tasks with it.")
     if recipe.min_top1 is not None and not 0 <= recipe.min_top1 <= 1:
         raise RecipeError(f"--min-top1 {recipe.min_top1}: give a fraction between 0 and 1.")
     if not -1 <= recipe.min_cosine <= 1:

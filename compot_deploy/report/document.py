@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from compot_deploy.accuracy.gate import Criterion, GateResult
+from compot_deploy.accuracy.harness import TaskFigures
 from compot_deploy.accuracy.losses import Loss
 from compot_deploy.accuracy.outcome import AccuracyReport
 from compot_deploy.core.diagnostics import Diagnostic, errors
@@ -19,7 +20,7 @@ from compot_deploy.report.facts import Frontier, LayerFigures, Origin
 SCHEMA_VERSION: Final = 1
 """Raised when a field of report.json changes its meaning or disappears; a new field does not raise it."""
 
-SCHEMA_MINOR: Final = 3
+SCHEMA_MINOR: Final = 4
 """Raised with every field that is added: a report without this field has 0, and lacks what came with 1."""
 
 
@@ -98,6 +99,7 @@ class Report:
         origin: calibration and provenance.
         alternatives: the same model compressed otherwise, evaluated beside this one: other methods at the same bytes,
             or the same factors through GPTQ, where another quantizer was chosen.
+        tasks: scores in tasks, where such were asked for.
     """
 
     model: str
@@ -117,6 +119,7 @@ class Report:
     frontier: Frontier | None = None
     origin: Origin = field(default_factory=Origin)
     alternatives: tuple[Alternative, ...] = ()
+    tasks: tuple[TaskFigures, ...] = ()
 
     @property
     def passed(self) -> bool:

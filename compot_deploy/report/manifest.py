@@ -100,7 +100,7 @@ def memory_of(manifest: Manifest, storage: Storage) -> int:
             if (pair.dictionary_name, position) not in seen:
                 seen.add((pair.dictionary_name, position))
                 total += _loaded(pair.dictionary, DENSE, loaded)
-            total += _loaded(pair.codes, _pattern(pair.pattern), loaded)
+            total += _loaded(pair.codes, Pattern.of_text(pair.pattern), loaded)
     return total
 
 
@@ -177,13 +177,6 @@ def _grid(leaf: LeafRecord) -> Grid | None:
     if leaf.group is None:
         return None
     return Grid(leaf.bits, leaf.group, cast(Codebook, leaf.codebook))
-
-
-def _pattern(text: str) -> Pattern:
-    if text == "dense":
-        return DENSE
-    kept, _, of = text.partition(":")
-    return Pattern(int(kept), int(of))
 
 
 def _list(value: Any, where: str, of: type) -> list[Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compot_deploy.accuracy.losses import GreedyMatch, Loss
+from compot_deploy.accuracy.metrics import Estimate
 from compot_deploy.accuracy.outcome import Continuation
 from compot_deploy.report.document import Alternative, Report
 from compot_deploy.report.facts import LayerFigures
@@ -49,6 +51,7 @@ def tables(report: Report) -> tuple[Table, ...]:
         gate_table(report),
         size_table(report),
         loss_table(report),
+        task_table(report),
         choice_table(report),
         diagnostic_table(report),
         text_table(report),
@@ -116,6 +119,31 @@ def loss_table(report: Report) -> Table:
         notes.append("The method loss is split: factorization alone, then what quantization adds to it.")
     notes += [alternative_note(report, other) for other in report.alternatives]
     return Table("Accuracy", ("", *(step.name for step in columns)), rows, tuple(notes))
+
+
+def task_table(report: Report) -> Table:
+    """What the file scores in each task, beside the original."""
+    rows = tuple(
+        (
+            printable(one.task),
+            printable(one.metric),
+            f"{one.samples:,}",
+            estimate(one.original),
+            estimate(one.exported),
+            _recovered(one.recovery),
+        )
+        for one in report.tasks
+    )
+    columns = ("task", "metric", "questions", "original", "deployed", "recovery")
+    notes = ("Recovery is the share of the original's score that the file keeps, ± one standard error.",)
+    return Table("Tasks", columns, rows, notes if rows else ())
+
+
+def _recovered(share: Estimate | None) -> str:
+    if share is None or not math.isfinite(share.value):
+        return ABSENT
+    error = f" ± {share.standard_error:.1%}" if math.isfinite(share.standard_error) else ""
+    return f"{share.value:.1%}{error}"
 
 
 def alternative_note(report: Report, other: Alternative) -> str:

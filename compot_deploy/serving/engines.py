@@ -212,7 +212,8 @@ def _template(folder: Path, described: Mapping[str, Any]) -> str | None:
         return file.read_text(encoding="utf-8")
     found = described.get("chat_template")
     if isinstance(found, list):
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
+        found = named[-1].get("template") if named else None
     return found if isinstance(found, str) else None
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import onnx
 import torch
 from onnx import NodeProto
 from torch import Tensor
@@ -21,7 +20,7 @@ from torch import Tensor
 from compot_deploy.core.diagnostics import Diagnostic
 from compot_deploy.errors import ArtifactError, MissingDependencyError
 from compot_deploy.exporters.onnx.packed_codes import POSITIONS, expansion_table, three_bit_table
-from compot_deploy.exporters.onnx.tensors import GRAPH, graphs_of
+from compot_deploy.exporters.onnx.tensors import GRAPH, graphs_of, read_graph
 
 EXPANSION_TABLE: Final = "/constants/two_of_four/table"
 EXPANSION_WEIGHTS: Final = "/constants/two_of_four/weights"
@@ -132,7 +131,7 @@ def expansion_nodes(folder: Path) -> tuple[str, ...]:
     """Names of all nodes that expand packed codes, in the order of the graph; none for a folder without any."""
     names: list[str] = []
     for place in graphs_of(folder):
-        graph = onnx.load(folder / place, load_external_data=False).graph
+        graph = read_graph(folder / place).graph
         producers = {output: node for node in graph.node for output in node.output if output}
         found = (
             expansion_of(node.input[1], producers) for node in graph.node if node.op_type == "MatMulNBits"

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
-import onnx
 from onnx import NodeProto, TensorProto
 from torch import Tensor
 
 from compot_deploy.core.grid import Codebook, Grid, Pattern
 from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Leaf, Matrix, Quantized
-from compot_deploy.errors import ArtifactError
+from compot_deploy.errors import ArtifactError, CompotDeployError, first_line
 from compot_deploy.exporters.bnb4 import BNB_TYPES, Bnb4, unpack_bnb4
 from compot_deploy.exporters.onnx.expansion import THREE_BITS_TABLE, Expansion, expansion_of
 from compot_deploy.exporters.onnx.layouts import Blocked, NBits, unpack_blocked, unpack_nbits
@@ -27,7 +27,7 @@ from compot_deploy.exporters.onnx.packed_codes import (
     unpack_three_bits,
     unpack_two_of_four,
 )
-from compot_deploy.exporters.onnx.tensors import TensorReader, graphs_of
+from compot_deploy.exporters.onnx.tensors import TensorReader, graphs_of, read_graph
 
 
 class FolderMatrices(Mapping[str, Matrix]):
@@ -69,12 +69,8 @@ class OnnxMatrices(Mapping[str, Matrix]):
     """The matrices of a graph by module path, in block order; each access reads one from the data file."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            model = onnx.load(path, load_external_data=False)
-        except FileNotFoundError:
-            raise ArtifactError(f"{path} is missing.") from None
-        except Exception as error:  # protobuf's own error types differ between its implementations
-            raise ArtifactError(f"{path} is not an ONNX graph: {error}.") from None
+        model = read_graph(path)
+        self._path = path
         self._reader = TensorReader(model.graph, path.parent)
         self._producer = {output: node for node in model.graph.node for output in node.output if output}
         self._nodes: dict[str, list[NodeProto]] = {}
@@ -118,23 +114,23 @@ class OnnxMatrices(Mapping[str, Matrix]):
     def __getitem__(self, name: str) -> Matrix:
         nodes = self._nodes[name]
         role = _metadata(nodes[0]).get(Part.ROLE)
-        if role == Part.EMBEDDING:
-            return self._table(nodes[0])
-        if role == Part.PLAIN:
-            return self._leaf(nodes[0])
-        return Factorized(tuple(self._pair(node) for node in nodes))
+        with self._contradictions(name):
+            if role == Part.EMBEDDING:
+                return self._table(nodes[0])
+            if role == Part.PLAIN:
+                return self._leaf(nodes[0])
+            return Factorized(tuple(self._pair(node) for node in nodes))
 
     def _pair(self, node: NodeProto) -> FactorPair:
         metadata = _metadata(node)
         source = self._producer.get(node.input[0])
         if source is None or _metadata(source).get(Part.ROLE) != Part.DICTIONARY_ROLE:
             raise ArtifactError(f"The node {node.name} holds codes, but no dictionary feeds it.")
-        kept, _, of = metadata[Part.PATTERN].partition(":")
         return FactorPair(
             dictionary=self._leaf(source),
             codes=self._leaf(node),
             dictionary_name=metadata[Part.DICTIONARY],
-            pattern=Pattern(int(kept), int(of)),
+            pattern=Pattern.of_text(metadata[Part.PATTERN]),
         )
 
     def _leaf(self, node: NodeProto) -> Leaf:
@@ -191,9 +187,27 @@ class OnnxMatrices(Mapping[str, Matrix]):
 
     def stored(self, name: str) -> Tensor:
         """A floating-point tensor of the graph."""
-        data = self._reader.bytes_of(name).clone()  # the mapping is read-only, a matrix need not be
-        proto = self._reader.protos[name]
-        return data.view(FLOAT_TYPES[proto.data_type]).view(*proto.dims)
+        with self._contradictions(name):
+            data = self._reader.bytes_of(name).clone()  # the mapping is read-only, a matrix need not be
+            proto = self._reader.protos[name]
+            return data.view(FLOAT_TYPES[proto.data_type]).view(*proto.dims)
+
+    @contextmanager
+    def _contradictions(self, name: str) -> Iterator[None]:
+        """Whatever a graph provokes whose parts do not belong together is one sentence.
+
+        Raises:
+            ArtifactError: names what was read.
+        """
+        try:
+            yield
+        except (CompotDeployError, MemoryError):
+            raise
+        except Exception as error:  # sizes, types and names of tensors: each of them may be anything
+            raise ArtifactError(
+                f"{self._path}: {name} contradicts itself ({type(error).__name__}: {first_line(error)}). Export the "
+                "model again."
+            ) from None
 
 
 class _Tensors(Mapping[str, Tensor]):

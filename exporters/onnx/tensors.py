@@ -18,7 +18,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from compot_deploy.errors import ArtifactError
+from compot_deploy.errors import ArtifactError, first_line
 
 GRAPH: Final = "onnx/model.onnx"
 """The graph, relative to the folder."""
@@ -39,6 +39,30 @@ def graphs_of(folder: Path) -> tuple[str, ...]:
     """The graphs of a folder: one, or those of the towers."""
     found = tuple(graph for graph in TOWERS if (folder / graph).is_file())
     return (GRAPH,) if (folder / GRAPH).is_file() or not found else TOWERS
+
+
+def read_graph(path: Path) -> onnx.ModelProto:
+    """A graph without its external data.
+
+    Raises:
+        ArtifactError: it is missing, no ONNX graph, or has names that are no text.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing.") from None
+    except Exception as error:  # protobuf's own error types differ between its implementations
+        raise ArtifactError(f"{path} is not an ONNX graph, or it is damaged: {first_line(error)}.") from None
+    graph = model.graph
+    names = [tensor.name for tensor in graph.initializer]
+    for node in graph.node:
+        names += [node.name, node.op_type, node.domain, *node.input, *node.output]
+        names += [text for entry in node.metadata_props for text in (entry.key, entry.value)]
+    # What is no UTF-8 protobuf gives as bytes.
+    strange = next((name for name in names if not isinstance(name, str)), None)
+    if strange is not None:
+        raise ArtifactError(f"{path} has the name {strange!r}, which is no text: it is damaged.")
+    return model
 
 
 @dataclass(frozen=True)

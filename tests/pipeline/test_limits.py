@@ -19,9 +19,10 @@ SET: dict[str, Any] = {
     "min_top1": 0.7,
     "min_cosine": 0.95,
     "max_wer_increase": 0.05,
+    "min_recovery": 0.95,
 }
 FIGURES = {
-    "generation": {"max_perplexity_ratio", "max_kl", "min_top1"},
+    "generation": {"max_perplexity_ratio", "max_kl", "min_top1", "min_recovery"},
     "masked": {"max_kl", "min_top1"},
     "classification": {"max_kl", "min_top1"},
     "token-classification": {"max_kl", "min_top1"},
@@ -39,7 +40,7 @@ def task(kind: TaskKind) -> Task:
 def test_a_limit_applies_where_there_is_a_figure_and_is_refused_where_there_is_none(
     kind: TaskKind, limit: str
 ) -> None:
-    recipe = Recipe(**{limit: SET[limit]})
+    recipe = Recipe(**{limit: SET[limit]}, tasks=("a task",) if limit == "min_recovery" else ())
     if limit in FIGURES[kind]:
         assert getattr(gate_of(recipe, task(kind)), limit) == SET[limit]
         return

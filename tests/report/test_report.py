@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from compot_deploy.accuracy.gate import Criterion, GateResult
+from compot_deploy.accuracy.harness import TaskFigures
 from compot_deploy.accuracy.losses import GreedyMatch, Loss
 from compot_deploy.accuracy.metrics import KL_EDGES, METRICS_VERSION, Comparison, Divergence, Estimate
 from compot_deploy.accuracy.outcome import AccuracyReport, Continuation, EvaluationMetadata
@@ -20,6 +21,7 @@ from compot_deploy.core.json_files import key_of
 from compot_deploy.errors import InputError
 from compot_deploy.report.document import SCHEMA_VERSION, Report, Sizes, verdict
 from compot_deploy.report.figures import ABSENT
+from compot_deploy.report.html.page import to_html
 from compot_deploy.report.json import from_json, to_json
 from compot_deploy.report.junit import to_junit
 from compot_deploy.report.markdown import to_markdown
@@ -135,6 +137,17 @@ def test_any_text_of_a_model_can_be_written() -> None:
     made = replace(made, accuracy=replace(made.accuracy, continuations=(text,)))
     written = from_json(to_json(made).encode("utf-8").decode("utf-8")).accuracy.continuations[0]
     assert written == replace(text, exact="half ?")
+
+
+def test_tasks_are_read_back_and_stand_in_a_table_of_their_own() -> None:
+    known = TaskFigures("own", "acc", 200, Estimate(0.4, 0.03), Estimate(0.5, 0.03), Estimate(0.8, 0.012))
+    unknown = TaskFigures("alone", "acc", 200, Estimate(0.4, 0.03))
+    made = replace(report(), tasks=(known, unknown))
+    assert from_json(to_json(made)) == made
+    (table,) = [table for table in tables(made) if table.title == "Tasks"]
+    assert [row[-1] for row in table.rows] == ["80.0% ± 1.2%", ABSENT]
+    assert "80.0% ± 1.2%" in to_markdown(made) and "80.0% ± 1.2%" in to_html(made)
+    assert not [table for table in tables(report()) if table.title == "Tasks"]
 
 
 def test_a_newer_minor_field_is_ignored() -> None:

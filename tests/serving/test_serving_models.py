@@ -107,6 +107,13 @@ def test_an_onnx_folder_brings_its_template(
     assert open_model(folder).template == "its own file"
 
 
+@pytest.mark.parametrize(
+    "found", [None, 3, {}, [3], [{}], [{"name": "rag", "template": "x"}], [{"name": "default"}]]
+)
+def test_what_is_no_default_template_is_none(found: object, tmp_path: Path) -> None:
+    assert engines._template(tmp_path, {"chat_template": found}) is None
+
+
 def test_what_cannot_be_served_is_one_sentence(
     models: dict[str, Path], tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

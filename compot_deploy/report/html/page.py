@@ -33,7 +33,7 @@ from compot_deploy.report.html.plan import plan_section
 from compot_deploy.report.html.plots import plots
 from compot_deploy.report.html.style import STYLE
 from compot_deploy.report.html.texts import text_section
-from compot_deploy.report.tables import diagnostic_table
+from compot_deploy.report.tables import diagnostic_table, task_table
 
 
 def to_html(report: Report) -> str:
@@ -55,6 +55,7 @@ def to_html(report: Report) -> str:
         matrix_section(report, drawn),
         plan_section(report, drawn),
         text_section(report),
+        _tasks(report),
         _structure(report),
         origin_section(report),
     ]
@@ -190,6 +191,11 @@ def _size(report: Report, drawn: Mapping[str, Plot]) -> str:
         "groups of 32 inputs, the rest as here. Memory is the tensors of the loaded graph; what a runtime adds is "
         f"not counted.</p></div>{plot_figure(drawn.get('sizes'))}</div>{notes}",
     )
+
+
+def _tasks(report: Report) -> str:
+    table = task_table(report)
+    return page_section("Tasks", plain_table(table)) if table.rows else ""
 
 
 def _structure(report: Report) -> str:

@@ -10,15 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-import onnx
-
 from compot_deploy.core.diagnostics import Diagnostic, Severity
+from compot_deploy.errors import ArtifactError, CompotDeployError, first_line
 from compot_deploy.exporters.onnx.lint.interface import lint_interface
 from compot_deploy.exporters.onnx.lint.operators import lint_operators
 from compot_deploy.exporters.onnx.lint.subject import Subject, in_graph, json_object, metadata_of
 from compot_deploy.exporters.onnx.lint.tensors import lint_tensors
 from compot_deploy.exporters.onnx.nodes import Part
-from compot_deploy.exporters.onnx.tensors import GRAPH, graphs_of
+from compot_deploy.exporters.onnx.tensors import GRAPH, graphs_of, read_graph
 
 _CONSUMER_FILES: Final = {
     None: ("config.json", "generation_config.json", "genai_config.json"),
@@ -41,17 +40,25 @@ def lint_onnx(folder: Path) -> tuple[Diagnostic, ...]:
 
 
 def _lint_graph(folder: Path, graph: str) -> Iterator[Diagnostic]:
-    try:
-        model = onnx.load(folder / graph, load_external_data=False)
-    except FileNotFoundError:
+    if not (folder / graph).exists():
         yield Diagnostic("error", graph, "The graph is missing: export the model again.")
         return
-    except Exception as error:  # protobuf's own error types differ between its implementations
-        yield Diagnostic("error", graph, f"The graph cannot be parsed: {error}.")
+    try:
+        model = read_graph(folder / graph)
+    except ArtifactError as error:
+        yield Diagnostic("error", graph, f"The graph cannot be parsed: {error}")
         return
-    for one in _diagnostics(Subject(folder, model, graph)):
-        # Rules name the graph of models that have one.
-        yield replace(one, where=one.where.replace(GRAPH, graph, 1))
+    try:
+        for one in _diagnostics(Subject(folder, model, graph)):
+            # Rules name the graph of models that have one.
+            yield replace(one, where=one.where.replace(GRAPH, graph, 1))
+    except (CompotDeployError, MemoryError):
+        raise
+    except Exception as error:  # rules trust that a node has the inputs of its kind, and tensors those sizes
+        told = f"{type(error).__name__}: {first_line(error)}"
+        yield Diagnostic(
+            "error", graph, f"The graph contradicts itself, and its inspection ends there ({told})."
+        )
 
 
 def errors_first(diagnostics: Iterable[Diagnostic]) -> tuple[Diagnostic, ...]:
