@@ -22,7 +22,7 @@ DEMO = out/demo
 # The release that is installed where there is none. Its builds differ by index, so no lock has its hashes.
 TORCH = 2.13.0
 
-.PHONY: demo test thorough quick newest cluster trust lock lint types dev compatibility web web-test site docs examples clean
+.PHONY: demo test thorough quick newest cluster tasks lock lint types dev compatibility web web-test site docs examples clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/compot-deploy demo --out $(DEMO)
