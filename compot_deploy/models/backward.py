@@ -67,7 +67,7 @@ class TableWatch(Protocol):
 
 
 @dataclass
-class _Flow:
+class Flow:
     """One batch on its way back.
 
     Attributes:
@@ -124,17 +124,9 @@ def products_backwards(
         UnsupportedModelError: a block gives something else when it is run again.
     """
     blocks = source.layout.blocks
-    flows = [_Flow(gradients=[{} for _ in range(draws)]) for _ in batches]
+    flows = [Flow(gradients=[{} for _ in range(draws)]) for _ in batches]
     with BlockStream(source, batches, device=device, dtype=dtype, finish=True, differentiates=True) as stream:
-        for _ in blocks[:-1]:
-            for flow, given in zip(flows, stream.given(), strict=True):
-                flow.given.append(given)
-            stream.advance(capture=False)
-            for flow, left in zip(flows, stream.left(), strict=True):
-                flow.left.append(left)
-            step()
-        for flow, given in zip(flows, stream.given(), strict=True):
-            flow.given.append(given)
+        run_forwards(stream, flows, len(blocks), step)
         numbers = iter(range(len(flows)))
 
         def behind(
@@ -180,38 +172,83 @@ def products_backwards(
                 watch.rows(number, ids, at_rows)
 
 
-def _through(model: Any, block: str, flow: _Flow, batch: Batch) -> list[Product]:
-    """Gradients at the products of the last block of a flow, which is taken off it; those at its inputs go on."""
+def run_forwards(stream: BlockStream, flows: Sequence[Flow], blocks: int, step: Callable[[], None]) -> None:
+    """Run all blocks but the last one, and keep in the flows what each is called with and gives."""
+    for number in range(blocks):
+        for flow, given in zip(flows, stream.given(), strict=True):
+            flow.given.append(given)
+        if number == blocks - 1:
+            return
+        stream.advance(capture=False)
+        for flow, left in zip(flows, stream.left(), strict=True):
+            flow.left.append(left)
+        step()
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """A block that was run once more, with gradients.
+
+    Attributes:
+        before: what it was called with, where gradients go on from there.
+        own: the leaves that stood in their place.
+        outputs: what it gave.
+        left: the leaves that stand for it in what came afterwards.
+    """
+
+    before: list[Tensor]
+    own: list[Tensor]
+    outputs: list[Tensor]
+    left: list[Tensor]
+
+    def reached(self, known: dict[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Outputs that a scalar depends on, with its gradients there, which are taken from what is known."""
+        return [
+            (output, known.pop(id(leaf)))
+            for output, leaf in zip(self.outputs, self.left, strict=True)
+            if id(leaf) in known
+        ]
+
+
+def run_again(module: Any, block: str, flow: Flow) -> Rerun:
+    """Run the last block of a flow, which is taken off it, on what it was called with.
+
+    Raises:
+        UnsupportedModelError: it gives something else.
+    """
     given, left = flow.given.pop(), flow.left.pop()
-    module = model.get_submodule(block)
-    mode = Products(module, block, keep_products=True)
     hidden = hidden_of(given)
     before = [value for value in given.tensors if value.requires_grad or value is hidden]
     own = {id(value): value.detach().requires_grad_(True) for value in before}
     args, kwargs = given.replaced(own)
-    with torch.enable_grad(), mode:
+    with torch.enable_grad():
         outputs = outputs_of(module(*args, **kwargs))
     for output, leaf in zip(outputs, left, strict=True):
         if output.shape != leaf.shape or not torch.allclose(output.detach(), leaf, rtol=1e-3, atol=1e-3):
             raise UnsupportedModelError(f"{block} gives something else when it is run again.")
+    return Rerun(before, list(own.values()), outputs, left)
+
+
+def _through(model: Any, block: str, flow: Flow, batch: Batch) -> list[Product]:
+    """Gradients at the products of the last block of a flow, which is taken off it; those at its inputs go on."""
+    module = model.get_submodule(block)
+    mode = Products(module, block, keep_products=True)
+    with mode:
+        again = run_again(module, block, flow)
     seen = [one for one in mode.seen if one.product is not None and one.product.requires_grad]
-    wanted = [*own.values(), *(one.product for one in seen if one.product is not None)]
+    wanted = [*again.own, *(one.product for one in seen if one.product is not None)]
     texts = batch.real.shape[0]
     found: list[Product] = []
     for draw, known in enumerate(flow.gradients):
-        reached = [
-            (output, known.pop(id(leaf)))
-            for output, leaf in zip(outputs, left, strict=True)
-            if id(leaf) in known
-        ]
+        reached = again.reached(known)
         if not reached:
             continue
         values, gradients = zip(*reached, strict=True)
         parts = torch.autograd.grad(values, wanted, gradients, retain_graph=True, allow_unused=True)
-        for value, part in zip(before, parts, strict=False):
+        for value, part in zip(again.before, parts, strict=False):
             if part is not None and value.requires_grad:
                 flow.add(draw, value, part)
-        for one, part in zip(seen, parts[len(before) :], strict=True):
+        for one, part in zip(seen, parts[len(again.before) :], strict=True):
             if part is not None:
                 found.append(Product(one.site.name, _by_text(one.values, texts), _by_text(part, texts)))
     return found

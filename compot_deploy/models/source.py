@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -181,6 +181,13 @@ class ModelSource:
         stored = self.tensors[site.parameter]
         stored = stored if site.index is None else stored[site.index]
         return stored.T if site.transposed else stored
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> ModelSource:
+        """The same model with other values in its tensors, of the same names and shapes."""
+        other = replace(self, tensors=tensors)
+        # What is known of its matrices is of shapes only, and takes a forward pass to find.
+        vars(other).update(layout=self.layout)
+        return other
 
     def skeleton(self, *, device: torch.device, dtype: torch.dtype, head: bool) -> Any:
         """The model with everything outside of its blocks in place; blocks stay on ``meta`` until `load`.

@@ -81,6 +81,7 @@ class BlockStream:
             model has not asked its head. The head itself is not run. Not for a stream that finishes.
         differentiates: keep what gradients need of everything that the model does between its blocks; see `left`.
         workers: who runs the blocks, where the stream does not finish.
+        model: skeleton to run, of this source, device and type; None makes one.
     """
 
     def __init__(
@@ -94,13 +95,16 @@ class BlockStream:
         at_head: Callable[[Gram | None], None] | None = None,
         differentiates: bool = False,
         workers: Workers = ALONE,
+        model: Any = None,
     ) -> None:
         self._workers = workers
         self._source, self._finish, self._differentiates = source, finish, differentiates
         self._at_head = None if finish or source.layout.head is None else at_head
         self._head: dict[str, Gram] = {}
         self._device, self._dtype = torch.device(device), getattr(torch, dtype)
-        self._model = source.skeleton(device=self._device, dtype=self._dtype, head=finish)
+        self._model = model
+        if model is None:
+            self._model = source.skeleton(device=self._device, dtype=self._dtype, head=finish)
         self._batches = [batch.to(self._device) for batch in batches]
         self._passes: list[_Pass] = []
         self._next = 0
