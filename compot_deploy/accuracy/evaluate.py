@@ -15,7 +15,8 @@ on the method.
 
 Where the factors existed before they were quantized, a fifth model, *factorized*, reads along and splits the
 method loss in two: reference → factorized is what factorization costs, factorized → compressed what
-quantization does.
+quantization does. Where the model was healed, a sixth one, *unhealed*, is the compressed model before: quantization is
+measured up to it, and what healing gained is the difference of its loss to the method loss.
 
 Every window of the evaluation text is read from its start with an empty cache. Position t predicts token
 t + 1: the first token of a window is never scored, and the last position predicts nothing.
@@ -95,6 +96,7 @@ def check(
     gate: Gate,
     *,
     factorized: Runner | Opening | None = None,
+    unhealed: Runner | Opening | None = None,
     reference_absent: str = "the original model was not given",
     factorized_absent: str = "the factors before quantization were not given",
     progress: Progress = silent,
@@ -113,6 +115,7 @@ def check(
         evaluation: text and prompts.
         gate: limits.
         factorized: the factors before quantization, in torch; splits the method loss. Needs the reference.
+        unhealed: the compressed model before it was healed, in torch. Needs the reference.
         reference_absent: why there is no reference, for the report.
         factorized_absent: why there are no factors before quantization, for the report.
         progress: called after every step.
@@ -125,7 +128,7 @@ def check(
             vocabulary; a token is beyond it; a window or prompt is longer than a model can read; the disk is full.
     """
     require_reference(gate, reference, reference_absent)
-    roles = roles_of(reference, factorized, compressed, exported_exact, exported)
+    roles = roles_of(reference, factorized, compressed, exported_exact, exported, unhealed)
     pairs = pairs_of(roles)
     took = _take_turns(roles, list(pairs.values()), evaluation, progress, scratch, noise=True, visit=visit)
     assert took.noise is not None

@@ -71,8 +71,10 @@ class AccuracyReport:
         continuations: the texts side by side.
         gate: the verdict.
         factorization: reference → factors before quantization; None where those were not measured.
-        quantization: factors before quantization → compressed; None where those were not measured.
+        quantization: factors before quantization → compressed, before healing where that was done; None where those
+            were not measured.
         split_absent: why the method loss is not split; None where it is.
+        unhealed: reference → compressed as it was before healing; None where nothing was healed.
     """
 
     metrics_version: int
@@ -88,3 +90,4 @@ class AccuracyReport:
     factorization: Loss | None = None
     quantization: Loss | None = None
     split_absent: str | None = None
+    unhealed: Loss | None = None

@@ -22,15 +22,26 @@ _LOSSES: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
         "total": ("reference", "exported"),
         "factorization": ("reference", "factorized"),
         "quantization": ("factorized", "compressed"),
+        "unhealed": ("reference", "unhealed"),
     }
 )
+_HEALED: Final = MappingProxyType({**_LOSSES, "quantization": ("factorized", "unhealed")})
+"""Where the model was healed: what quantization costs is measured before."""
 
 
-def roles_of(reference: R | None, factorized: R | None, compressed: R, exact: R, exported: R) -> dict[str, R]:
+def roles_of(
+    reference: R | None,
+    factorized: R | None,
+    compressed: R,
+    exact: R,
+    exported: R,
+    unhealed: R | None = None,
+) -> dict[str, R]:
     """The runners by role, in the order in which they read. Without a reference the method loss is not split."""
     runners = {
         "reference": reference,
         "factorized": None if reference is None else factorized,
+        "unhealed": None if reference is None else unhealed,
         "compressed": compressed,
         "exact": exact,
         "exported": exported,
@@ -40,7 +51,8 @@ def roles_of(reference: R | None, factorized: R | None, compressed: R, exact: R,
 
 def pairs_of(roles: Mapping[str, R]) -> dict[str, tuple[str, str]]:
     """Reference and candidate of every loss that can be measured, by its name in `AccuracyReport`."""
-    return {name: pair for name, pair in _LOSSES.items() if roles.keys() >= set(pair)}
+    losses = _HEALED if "unhealed" in roles else _LOSSES
+    return {name: pair for name, pair in losses.items() if roles.keys() >= set(pair)}
 
 
 def require_reference(gate: Gate, reference: object | None, absent: str) -> None:
@@ -94,4 +106,5 @@ def evaluated_report(
         factorization=losses.get("factorization"),
         quantization=losses.get("quantization"),
         split_absent=None if "factorization" in losses else split_absent,
+        unhealed=losses.get("unhealed"),
     )

@@ -112,6 +112,7 @@ def check_texts(
     gate: Gate,
     *,
     factorized: TextRunner | Opening | None = None,
+    unhealed: TextRunner | Opening | None = None,
     reference_absent: str = "the original model was not given",
     factorized_absent: str = "the factors before quantization were not given",
     progress: Progress = silent,
@@ -123,7 +124,7 @@ def check_texts(
         InputError: the gate limits the total loss but there is no reference.
     """
     require_reference(gate, reference, reference_absent)
-    roles = roles_of(reference, factorized, compressed, exported_exact, exported)
+    roles = roles_of(reference, factorized, compressed, exported_exact, exported, unhealed)
     pairs = pairs_of(roles)
     took = _take_turns(task, roles, list(pairs.values()), evaluation, progress, visit)
     return evaluated_report(

@@ -21,6 +21,7 @@ ROOMS: Final = (
     "core",
     "embedded",
     "exporters",
+    "healing",
     "models",
     "numerics",
     "pipeline",

@@ -99,6 +99,22 @@ class Without(Mapping[str, Value]):
         return len(self._names)
 
 
+class Instead(Mapping[str, Value]):
+    """A mapping with other values for some of its keys, still lazy."""
+
+    def __init__(self, values: Mapping[str, Value], others: Mapping[str, Value]) -> None:
+        self._values, self._others = values, others
+
+    def __getitem__(self, name: str) -> Value:
+        return self._others[name] if name in self._others and name in self._values else self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
 def _put(name: str, matrix: Matrix, tensors: dict[str, Tensor]) -> dict[str, Any]:
     match matrix:
         case Dense() | Quantized():

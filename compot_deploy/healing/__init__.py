@@ -4,6 +4,8 @@ Integers stay as they are, and so do the bytes of the file. What is tuned is wha
 dictionaries and of codes, and vectors such as norm weights and biases in their own type.
 """
 
-from compot_deploy.healing.heal import Healed, Patient, heal
+from compot_deploy.healing.cost import affordable_steps
+from compot_deploy.healing.heal import Course, Healed, Patient, heal
+from compot_deploy.healing.texts import objection, split_texts
 
-__all__ = ["Healed", "Patient", "heal"]
+__all__ = ["Course", "Healed", "Patient", "affordable_steps", "heal", "objection", "split_texts"]

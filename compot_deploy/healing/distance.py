@@ -42,8 +42,9 @@ def distance(task: Task, original: Tensor, changed: Tensor, batch: Batch) -> Dis
     where = batch.compared
     if bool(where.all()):
         width = changed.shape[-1]
-        total = _of_rows(*(values.reshape(-1, width) for values in (original, changed)), gradient.view(-1, width))
-        return Distance(LossSum(total, where.numel()), gradient)
+        rows = gradient.view(-1, width)
+        total = _of_rows(original.reshape(-1, width), changed.reshape(-1, width), rows)
+        return Distance(LossSum(total, len(rows)), gradient)
     rows = gradient[where]
     total = _of_rows(original[where], changed[where], rows)
     gradient[where] = rows
@@ -58,7 +59,9 @@ def _of_rows(
     """Sum of KL divergences; fills their gradient, q - p."""
     total = 0.0
     count = max(1, COMPARED_AT_ONCE // original.shape[-1])
-    for one, other, into in zip(original.split(count), changed.split(count), gradient.split(count), strict=True):
+    for one, other, into in zip(
+        original.split(count), changed.split(count), gradient.split(count), strict=True
+    ):
         first, second = (torch.log_softmax(logits.float(), -1) for logits in (one, other))
         power = first.exp()
         total += float((power * (first - second)).sum())

@@ -1,8 +1,9 @@
 """Healing from beginning to end: ask the original, step, let held-out text decide, keep the best.
 
-Gradients go end to end, block by block: what is kept of a step is what every block was called with, which is less than
-the weights of one block, so no model needs more. Every few steps the rounded model reads the text that nothing is learned
-from, and its state goes into the work folder: a run that was stopped goes on there, and ends with the same bytes.
+Gradients go end to end, block by block: what is kept of a step is what every block was called with, which is less
+than the weights of one block, so no model needs more. Every few steps the rounded model reads the text that nothing is
+learned from, and its state goes into the work folder: a run that was stopped goes on there, and ends with the same
+bytes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from compot_deploy.core.memory import give_back_freed_memory
 from compot_deploy.core.store import StoredMatrices, save_matrices
 from compot_deploy.core.work_files import digest_of, is_sound, open_tensors, read_tensors, write_tensors
 from compot_deploy.errors import UnsupportedModelError
+from compot_deploy.healing.cost import EVERY
 from compot_deploy.healing.distance import distance
 from compot_deploy.healing.parameters import with_scales
 from compot_deploy.healing.steps import NotFiniteError, part_of_rate
@@ -36,9 +38,6 @@ from compot_deploy.models.tasks import LossSum
 from compot_deploy.models.tokens import TokenWindows
 from compot_deploy.models.weight_gradients import gradients_backwards
 from compot_deploy.progress import Progress
-
-EVERY: Final = 10
-"""Steps between two looks at the held-out text; a look takes as long as half a step."""
 
 _PATIENCE: Final = 3
 """Looks without a gain after which healing ends."""
@@ -133,7 +132,11 @@ def heal(patient: Patient, steps: int, seed: int, progress: Progress) -> Healed:
     if course.kept == 0:
         return Healed(patient.blocks, {}, course)
     layout = patient.source.layout
-    blocks = {name: _block_file(patient, key, layout.blocks.index(group.block)) for group in layout.groups for name in group.names}
+    blocks = {
+        name: _block_file(patient, key, layout.blocks.index(group.block))
+        for group in layout.groups
+        for name in group.names
+    }
     return Healed({name: blocks[name] for name in patient.blocks}, vectors, course)
 
 
@@ -231,11 +234,15 @@ class _Healing:
         def add(output: Tensor, batch: object, *_: object) -> None:
             nonlocal total
             number = next(left)
-            total += task.loss(*both.split(output, number), self._texts.batches[number].compared.to(output.device))
+            total += task.loss(
+                *both.split(output, number), self._texts.batches[number].compared.to(output.device)
+            )
 
         with (
             both.reading(numbers),
-            BlockStream(student.source, batches, device=self._patient.device, finish=True, model=student.model) as stream,
+            BlockStream(
+                student.source, batches, device=self._patient.device, finish=True, model=student.model
+            ) as stream,
         ):
             for _ in self._patient.source.layout.blocks[:-1]:
                 stream.advance(capture=False)

@@ -17,9 +17,9 @@ from typing_extensions import assert_never
 from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Leaf, Matrix, Quantized
 
 
-def scales_of(name: str, matrix: Matrix) -> dict[str, Float[Tensor, "groups outputs"]]:
-    """Scales of a matrix by key, as they are stored; none of floating-point leaves."""
-    return {key: leaf.scales for key, leaf in _leaves(name, matrix).items() if isinstance(leaf, Quantized)}
+def grids_of(name: str, matrix: Matrix) -> dict[str, Quantized]:
+    """Leaves of a matrix that have scales, by key; none of floating-point ones."""
+    return {key: leaf for key, leaf in _leaves(name, matrix).items() if isinstance(leaf, Quantized)}
 
 
 def weight_of(

@@ -1,11 +1,11 @@
 """Steps of Adam on relative changes: a scale becomes ``s (1 + d)``, and d is what is stepped on.
 
-Scales of one model differ by factors of a thousand, and a step that is right for one is the end of another: one absolute
-size for all broke a model at once. Of vectors (norm weights, biases) every number may move, those near zero too, so their
-unit is the root of the mean square of the vector.
+Scales of one model differ by factors of a thousand, and a step that is right for one is the end of another: one
+absolute size for all broke a model at once. Of vectors (norm weights, biases) every number may move, those near zero
+too, so their unit is the root of the mean square of the vector.
 
-What stands in the model is rounded to its stored type after every step, and gradients are those at the rounded values: so
-what is tuned is what is stored.
+What stands in the model is rounded to its stored type after every step, and gradients are those at the rounded values:
+so what is tuned is what is stored.
 
 Adam (arXiv 1412.6980), with the letters of its algorithm 1: m, v, b1, b2, e.
 """
@@ -24,10 +24,11 @@ _B1: Final = 0.9
 _B2: Final = 0.95
 _E: Final = 1e-8
 
-SCALE_RATE: Final = 1e-3
-"""Size of a step of a scale, as a part of it."""
+SCALE_RATE: Final = 0.04
+"""Size of a step of a scale of integers of 0 bits, as a part of it; every bit halves it. So the largest integer of a
+grid, whatever its bits, moves by a fiftieth of the distance of two integers."""
 
-VECTOR_RATE: Final = 3e-4
+VECTOR_RATE: Final = 3e-3
 """Size of a step of a number of a vector, as a part of the vector's unit."""
 
 
@@ -86,10 +87,10 @@ class Tuned:
         self.change.sub_(part * self.rate * m / (v.sqrt() + _E))
 
 
-def tuned_scales(scales: Tensor, device: str) -> Tuned:
-    """Scales of a leaf."""
+def tuned_scales(scales: Tensor, bits: int, device: str) -> Tuned:
+    """Scales of a leaf of integers of so many bits."""
     base = scales.to(device, torch.float32)
-    return Tuned(base, base, scales.dtype, SCALE_RATE)
+    return Tuned(base, base, scales.dtype, SCALE_RATE * 2.0**-bits)
 
 
 def tuned_vector(values: Tensor, device: str) -> Tuned:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compot_deploy.core.matrix import Matrix
-from compot_deploy.healing.parameters import scales_of, weight_of
+from compot_deploy.healing.parameters import grids_of, weight_of
 from compot_deploy.healing.steps import Tuned, Tuning, tuned_scales, tuned_vector
 from compot_deploy.models.sites import Site
 from compot_deploy.models.source import ModelSource
@@ -61,9 +61,7 @@ class Student:
             found += [self.original.sites[name].parameter for name in self.names[block]]
         return found
 
-    def step(
-        self, block: str | None, gradients: Mapping[str, Tensor], number: int, part: float
-    ) -> bool:
+    def step(self, block: str | None, gradients: Mapping[str, Tensor], number: int, part: float) -> bool:
         """One step of everything that is tuned of a block; see `Tuned.step`. Returns whether there was a gradient."""
         tuned = self.tuning.of(block)
         found = {name: gradients[name] for name in tuned if name in gradients}
@@ -88,7 +86,7 @@ class Student:
             site, matrix = self.original.sites[name], self.matrices[name]
             if site.parameter not in gradients:
                 continue
-            scales = {key: tuned[key].value.requires_grad_(True) for key in scales_of(name, matrix)}
+            scales = {key: tuned[key].value.requires_grad_(True) for key in grids_of(name, matrix)}
             if not scales:
                 continue
             with torch.enable_grad():
@@ -108,9 +106,7 @@ class _Tensors(Mapping[str, Tensor]):
         source = student.original
         self._sites = {site.parameter: site for site in source.layout.sites}
         self._blocks = {site.parameter: group.block for group in source.layout.groups for site in group.sites}
-        self._others = {
-            f"{name}.weight": name for name in student.matrices if name not in source.sites
-        }
+        self._others = {f"{name}.weight": name for name in student.matrices if name not in source.sites}
         self._vectors = {
             key: one
             for block in (*source.layout.blocks, OUTSIDE)
@@ -129,7 +125,7 @@ class _Tensors(Mapping[str, Tensor]):
     def _weight(self, site: Site, block: str) -> Tensor:
         student = self._student
         matrix, tuned = student.matrices[site.name], student.tuning.of(block)
-        scales = {key: tuned[key].value for key in scales_of(site.name, matrix)}
+        scales = {key: tuned[key].value for key in grids_of(site.name, matrix)}
         with torch.no_grad():
             return oriented(weight_of(site.name, matrix, scales), site)
 
@@ -146,9 +142,9 @@ def tuning_of(source: ModelSource, matrices: Mapping[str, Matrix], device: str) 
     parts: dict[str | None, dict[str, Tuned]] = {block: {} for block in (*layout.blocks, OUTSIDE)}
     for group in layout.groups:
         for name in group.names:
-            for key, scales in scales_of(name, matrices[name]).items():
+            for key, leaf in grids_of(name, matrices[name]).items():
                 if key not in parts[group.block]:
-                    parts[group.block][key] = tuned_scales(scales, device)
+                    parts[group.block][key] = tuned_scales(leaf.scales, leaf.grid.bits, device)
     for name in vectors_of(source):
         owner = next((block for block in layout.blocks if name.startswith(f"{block}.")), OUTSIDE)
         parts[owner][name] = tuned_vector(source.tensors[name], device)

@@ -1,9 +1,9 @@
 """What the original says to every batch, kept in the work folder in little room: what its output head reads.
 
-Logits of a long text take more room than the model. So what stands behind the head is computed when it is needed: while
-the tuned model runs, its head multiplies what the original's head read with the original's weights as well, and
-whatever the model does behind its head, it does to both. A model without a head, or one of few classes, gives its outputs
-themselves.
+Logits of a long text take more room than the model. So what stands behind the head is computed when it is needed:
+while the tuned model runs, its head multiplies what the original's head read with the original's weights as well, and
+whatever the model does behind its head, it does to both. A model without a head, or one of few classes, gives its
+outputs themselves.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Teacher:
     device: str
 
     def ask(self, batches: Sequence[Batch], progress: Progress) -> None:
-        """Run the original over the batches, block by block, and keep what it says; what is there is not asked again."""
+        """Run the original over the batches, block by block, and keep what it says, where that is not there yet."""
         path = self.source.layout.head
         blocks = self.source.layout.blocks
         if all(is_sound(self._file(number)) for number in range(len(batches))):

@@ -8,8 +8,10 @@ from typing import Final
 
 import torch
 
+from compot_deploy.models.sites import WHOLE
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.tasks import TOKENS_PER_BATCH, Batch, Window
+from compot_deploy.models.tokens import TokenWindows
 
 FEWEST: Final = 16
 """Windows that healing needs: half as many again would decide on chance."""
@@ -23,7 +25,7 @@ TOKENS_PER_STEP: Final = 1024
 """Tokens that the gradient of one step is of, at least."""
 
 _LOGITS: Final = 2**24
-"""Outputs of a batch, at most, where one window has less: 64 MB in float32, of which a step holds five times as much."""
+"""Outputs of a batch, at most, where one window has less: 64 MB in float32, of which a step holds some five."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,22 @@ class Texts:
         return sum(tokens_of(batch) for batch in self.batches[: self.learned])
 
 
+def objection(source: ModelSource, windows: TokenWindows | None = None) -> str | None:
+    """Why a model cannot be healed, or, given text, why that does not suffice; None where nothing is in the way."""
+    if source.task.listens:
+        return f"a {source.task.noun} is not healed, only models that read text are"
+    if source.layout.blocks == (WHOLE,):
+        return "the model has no repeated blocks that gradients could be followed through"
+    if any(site.index is not None for site in source.layout.sites):
+        return "experts that lie in one parameter are not healed"
+    if windows is not None and len(windows.windows) < FEWEST:
+        return (
+            f"healing needs {FEWEST} windows of calibration text, to learn from and to decide, and there are "
+            f"{len(windows.windows)}"
+        )
+    return None
+
+
 def tokens_of(batch: Batch) -> int:
     """Tokens of a batch that are text."""
     return int(batch.real.sum())
@@ -59,7 +77,10 @@ def split_texts(source: ModelSource, windows: Sequence[Window]) -> Texts:
     every = _HELD_OUT // 2 if source.task.pools else _HELD_OUT
     count = max(_FEWEST_HELD_OUT, len(windows) // every)
     chosen = {len(windows) * (2 * number + 1) // (2 * count) for number in range(count)}
-    parts = [[window for number, window in enumerate(windows) if (number in chosen) == held] for held in (False, True)]
+    parts = [
+        [window for number, window in enumerate(windows) if (number in chosen) == held]
+        for held in (False, True)
+    ]
     learned, held_out = (_batches(source, part) for part in parts)
     return Texts([*learned, *held_out], len(learned))
 

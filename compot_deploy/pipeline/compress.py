@@ -17,6 +17,7 @@ from compot_deploy.errors import RecipeError
 from compot_deploy.models.compressed import CompressedModel, Tables
 from compot_deploy.models.refusals import note_on
 from compot_deploy.models.tokens import TokenWindows
+from compot_deploy.pipeline.healing import check_healing, treat
 from compot_deploy.pipeline.size import fit_size, other_bytes
 from compot_deploy.pipeline.tables import make_tables
 from compot_deploy.pipeline.texts import calibration_windows
@@ -57,6 +58,7 @@ class Compression:
         linears: what happened to each matrix, in running order.
         calibration: the windows that were used.
         notes: facts about the run that a report must state.
+        unhealed: the model before it was healed; None where nothing was.
         unquantized: the factorized matrices before quantization, multiplied out; None if not kept.
         unquantized_absent: why they were not kept.
         frontier: loss predicted against bytes, where a knapsack planned.
@@ -70,6 +72,7 @@ class Compression:
     linears: tuple[LinearRecord, ...]
     calibration: TokenWindows
     notes: tuple[str, ...]
+    unhealed: CompressedModel | None = None
     unquantized: Mapping[str, Matrix] | None = None
     unquantized_absent: str = ""
     frontier: Frontier | None = None
@@ -84,25 +87,28 @@ def compress(
     """Calibrate, plan and make every matrix; what is finished in `work` is taken as it is."""
     draft: Draft | None = None
     if settings.recipe.planned:
-        context = context_of(settings, work, progress, workers)
+        context = _context(settings, work, progress, workers)
         draft = draft_of(settings, context)
         outcome = carry_out(context, draft.plans)
     else:
         # Refuses what cannot be met before text is asked for.
         plan = plan_by_rule(settings, progress, workers)
-        context = context_of(settings, work, progress, workers)
+        context = _context(settings, work, progress, workers)
         outcome = carry_out(context, [plan], _extras(settings, plan))
     tables = make_tables(settings, context, outcome.plan, () if draft is None else draft.tables)
     files = {**tables.files, **_outside(settings, work)}
+    made = {**outcome.files, **files}
+    treated = treat(settings, _model(settings, made), made, context.windows, work, progress)
     beside: dict[str, Mapping[str, Matrix]] = {}
     if settings.baseline is not None and outcome.baseline:
         name = f"gptq {settings.baseline.dictionary_grid}"
         beside[name] = StoredMatrices({**outcome.baseline, **files})
     compared, complaints = _compared(settings, outcome.plan, work, progress, workers)
-    beside |= {name: StoredMatrices({**made, **files}) for name, made in compared.items()}
+    beside |= {name: StoredMatrices({**others, **files}) for name, others in compared.items()}
     plan_notes = _notes_of_plan(settings, outcome.plan) if draft is not None else ()
     return Compression(
-        model=_model(settings, {**outcome.files, **tables.files}, work),
+        model=treated.model,
+        unhealed=treated.before,
         plan=outcome.plan,
         linears=(*outcome.linears, *tables.records),
         calibration=context.windows,
@@ -115,6 +121,7 @@ def compress(
                 outcome.plan, {one.name: one.error for one in tables.records}, settings.table_grids
             ),
             *outcome.notes,
+            *treated.notes,
             *_notes(context.windows, outcome.linears),
             *complaints,
         ),
@@ -125,6 +132,13 @@ def compress(
         beside=beside,
         importance=context.importances(),
     )
+
+
+def _context(settings: Settings, work: Path, progress: Progress, workers: Workers) -> PlanningContext:
+    """What planning needs to know; text that does not suffice for healing is refused."""
+    context = context_of(settings, work, progress, workers)
+    check_healing(settings, context.windows)
+    return context
 
 
 def _compared(
@@ -272,23 +286,22 @@ def with_grids_of(plan: Plan, settings: Settings) -> Plan:
     )
 
 
-def _model(settings: Settings, files: Mapping[str, Path], work: Path) -> CompressedModel:
+def _model(settings: Settings, files: Mapping[str, Path]) -> CompressedModel:
     """Matrices from their files, everything else as it was."""
     source = settings.source
     layout = source.layout
-    outside = _outside(settings, work)
     stored = {name: f"{name}.weight" for name in (layout.embedding, layout.head) if name is not None}
     sites = {site.parameter for site in layout.sites}
-    written = {*sites, *stored.values(), *(f"{name}.weight" for name in outside)}
+    written = {*sites, *stored.values(), *(f"{name}.weight" for name in source.outside)}
     return CompressedModel(
         architecture=source.architecture,
         config=source.config,
-        matrices=StoredMatrices({**files, **outside}),
+        matrices=StoredMatrices(files),
         tensors=Without(source.tensors, written),
         tied=layout.tied,
         source=str(source.folder),
         tables=Tables(layout.embedding, layout.head),
-        outside=frozenset(outside),
+        outside=frozenset(source.outside),
     )
 
 

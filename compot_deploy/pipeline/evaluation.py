@@ -73,6 +73,7 @@ class Subject:
         artifact: name of the folder, where it is not there yet.
         factors: factorized matrices before quantization, multiplied out; they split the method loss.
         factors_absent: why there are none.
+        unhealed: the model before it was healed; None where nothing was.
         beside: matrices of the same model compressed otherwise, by what that is called.
         scratch: folder for logits that are kept meanwhile; None takes the system's.
         workers: who reads the text with models in torch.
@@ -86,6 +87,7 @@ class Subject:
     artifact: str | None = None
     factors: Mapping[str, Matrix] | None = None
     factors_absent: str = "the folder does not hold the factors before quantization"
+    unhealed: CompressedModel | None = None
     beside: Mapping[str, Mapping[str, Matrix]] = field(default_factory=dict)
     scratch: Path | None = None
     workers: Workers = ALONE
@@ -124,7 +126,7 @@ def evaluate_folder(
     progress: Progress = silent,
     watchers: Watchers = Watchers(),
 ) -> Report:
-    """Lint a folder, read evaluation text with up to five models, and put everything into a report."""
+    """Lint a folder, read evaluation text with up to six models, and put everything into a report."""
     manifest, folder = subject.manifest, subject.folder
     exporter = EXPORTERS[manifest.exporter]
     diagnostics = exporter.lint(folder)
@@ -173,6 +175,10 @@ def measure_losses(
         assert original is not None and subject.factors is not None
         return put_in(whole_model(original), original.sites, subject.factors)
 
+    def open_unhealed() -> Any:
+        assert subject.unhealed is not None
+        return model_of(subject.unhealed)
+
     def open_compressed() -> Any:
         return model_of(subject.model)
 
@@ -188,6 +194,11 @@ def measure_losses(
         if original is None or subject.factors is None
         else _opening(subject, evaluation, open_factored, FACTORED)
     )
+    unhealed = (
+        None
+        if original is None or subject.unhealed is None
+        else _opening(subject, evaluation, open_unhealed, UNHEALED)
+    )
     compressed = _opening(
         subject, evaluation, open_compressed, f"torch {torch.__version__}, dequantized weights"
     )
@@ -201,6 +212,7 @@ def measure_losses(
             evaluation,
             gate,
             factorized=factored,
+            unhealed=unhealed,
             progress=progress,
             scratch=subject.scratch,
             visit=watchers.visit,
@@ -215,6 +227,7 @@ def measure_losses(
         evaluation,
         gate,
         factorized=factored,
+        unhealed=unhealed,
         progress=progress,
         visit=watchers.visit,
         **absent,
@@ -236,6 +249,7 @@ def _opening(
 
 
 FACTORED: Final = "factorized, before quantization"
+UNHEALED: Final = "compressed, before healing"
 
 
 def _beside(
@@ -246,7 +260,8 @@ def _beside(
     evaluation: Evaluation,
 ) -> Alternative:
     """The same model compressed otherwise, against the original."""
-    task, manifest, model = subject.task, subject.manifest, subject.model
+    task, manifest = subject.task, subject.manifest
+    model = subject.unhealed or subject.model  # nobody healed what stands beside it
     exporter = EXPORTERS[manifest.exporter]
     sizes = matrix_bytes(matrices, exporter.storage(exporter.options(manifest.recipe)))
     first = _opening(subject, evaluation, lambda: whole_model(original), "original")

@@ -98,6 +98,7 @@ def export(
             artifact=target.resolve().name,
             factors=compression.unquantized,
             factors_absent=compression.unquantized_absent,
+            unhealed=compression.unhealed,
             beside=compression.beside,
             scratch=folder,
             workers=workers,

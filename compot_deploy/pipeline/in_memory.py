@@ -86,6 +86,10 @@ def factorize(
         raise RecipeError(
             "factorize() takes a --ratio: budgets by --bits or --size are planned by deploy(), for models in folders."
         )
+    if recipe.heal_steps is not None:
+        raise RecipeError(
+            f"factorize() with heal={recipe.heal} tunes nothing: models in folders are healed by deploy()."
+        )
     if recipe.quantizer == "bnb":
         require_bitsandbytes()
     base, door = type(model), _door(model)

@@ -38,6 +38,7 @@ _DOES_NOT_CHANGE_WEIGHTS: Final = frozenset(
         "compare",
         "cluster",
         "sign",
+        "heal",  # its files are named after what is healed and how
         "evaluation",
         "evaluation_tokens",
         "min_positions",

@@ -143,6 +143,12 @@ class Recipe:
         "allocation that pools singular values as they are, not per byte",
     )
 
+    heal: str = _option(
+        "off",
+        "tune scales, norms and biases to what the original says to calibration text, integers and bytes as they "
+        "are: off, auto (as many steps as take no longer than the rest of the run), or a number of steps; a held-out "
+        "part of the text decides what is kept",
+    )
     compare: tuple[str, ...] = _option(
         (),
         "also evaluate these methods at the same bytes, beside the result: compot, svd-llm, plain, auto; may be given "
@@ -280,6 +286,17 @@ class Recipe:
     def planned(self) -> bool:
         """Whether a knapsack over measured schemes allocates the budget."""
         return self.allocation == "knapsack" or (self.allocation == "auto" and not self.why_one_scheme)
+
+    @property
+    def heal_steps(self) -> int | None:
+        """Steps of healing that were asked for; None where --heal is auto or off."""
+        return None if self.heal in ("auto", "off") else int(self.heal)
+
+    @property
+    def rounds_again(self) -> bool:
+        """Whether the file rounds every weight to a type of its own, whatever its grid was."""
+        dense = set(self.format) == {"gguf"} and self.gguf_layout == "dense"
+        return dense and self.gguf_type != "auto"
 
     @property
     def why_one_scheme(self) -> str:

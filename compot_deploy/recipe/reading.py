@@ -67,6 +67,8 @@ def recipe_from_mapping(values: Mapping[str, Any], origin: str) -> Recipe:
             converted = (converted,)
         if isinstance(converted, tuple) and name in _SEPARATED:
             converted = separated(converted)
+        if isinstance(converted, int) and not isinstance(converted, bool) and name == "heal":
+            converted = str(converted)  # a number of steps
         whole = isinstance(converted, int) and not isinstance(converted, bool)
         if whole and accepts(kind, float) and not accepts(kind, int):
             converted = _as_float(value)

@@ -30,6 +30,7 @@ def validate(recipe: Recipe) -> None:
     _check_layout(recipe)
     _check_gate(recipe)
     _check_cluster(recipe)
+    _check_healing(recipe)
     if not recipe.format:
         raise RecipeError("--format: give at least one format.")
 
@@ -186,6 +187,26 @@ def _check_gate(recipe: Recipe) -> None:
         raise RecipeError(f"--min-top1 {recipe.min_top1}: give a fraction between 0 and 1.")
     if not -1 <= recipe.min_cosine <= 1:
         raise RecipeError(f"--min-cosine {recipe.min_cosine}: give a number between -1 and 1.")
+
+
+_MOST_STEPS: Final = 100_000
+"""Of healing: more than anybody waits for."""
+
+
+def _check_healing(recipe: Recipe) -> None:
+    """Steps of healing, and formats that would round what it tunes."""
+    steps = recipe.heal
+    if steps in ("auto", "off"):
+        return
+    if not (steps.isascii() and steps.isdigit()) or not 0 < int(steps[:9]) <= _MOST_STEPS or len(steps) > 9:
+        raise RecipeError(
+            f"--heal {steps}: give auto, off, or a number of steps from 1 to {_MOST_STEPS:,}, 40 for example."
+        )
+    if recipe.rounds_again:
+        raise RecipeError(
+            f"--heal {steps} tunes the scales that are stored, and --gguf-type {recipe.gguf_type} rounds every weight "
+            "again: leave one of them out."
+        )
 
 
 def _check_cluster(recipe: Recipe) -> None:

@@ -36,6 +36,9 @@ def all_losses(report: Report) -> tuple[Step, ...]:
         Step("factorization", "factorization", "original → factors, not quantized", accuracy.factorization),
         Step("quantization", "quantization", "factors → quantized factors", accuracy.quantization),
     )
+    before = Step(
+        "unhealed", "before healing", "original → compressed, not healed, in torch", accuracy.unhealed
+    )
     meaning = "original → compressed otherwise, in torch"
     beside = tuple(
         Step(f"{ALTERNATIVES}.{number}", f"method, {other.name}", meaning, other.loss)
@@ -43,6 +46,7 @@ def all_losses(report: Report) -> tuple[Step, ...]:
     )
     return (
         *(split if accuracy.factorization is not None else ()),
+        *(() if accuracy.unhealed is None else (before,)),
         Step("method", "method", "original → compressed, in torch", accuracy.method),
         *beside,
         Step(
@@ -60,9 +64,11 @@ def all_losses(report: Report) -> tuple[Step, ...]:
 def steps(report: Report) -> dict[str, Loss]:
     """The losses on the way from the original to the file, in order, where they were measured.
 
-    Where the method loss is split, its parts stand for it.
+    Where the method loss is split, its parts stand for it; healing is no part of it, it makes it less.
     """
-    beside = {"noise"} | ({"method"} if report.accuracy.factorization is not None else set())
+    accuracy = report.accuracy
+    parts = accuracy.factorization is not None and accuracy.unhealed is None
+    beside = {"noise"} | ({"method"} if parts else set())
     return {
         step.name: step.loss
         for step in all_losses(report)

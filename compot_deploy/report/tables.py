@@ -117,6 +117,7 @@ def loss_table(report: Report) -> Table:
         notes.append(f"No method and total loss: {accuracy.reference_absent}.")
     elif accuracy.factorization is not None:
         notes.append("The method loss is split: factorization alone, then what quantization adds to it.")
+    notes += healing_notes(report)
     notes += [alternative_note(report, other) for other in report.alternatives]
     return Table("Accuracy", ("", *(step.name for step in columns)), rows, tuple(notes))
 
@@ -144,6 +145,23 @@ def _recovered(share: Estimate | None) -> str:
         return ABSENT
     error = f" ± {share.standard_error:.1%}" if math.isfinite(share.standard_error) else ""
     return f"{share.value:.1%}{error}"
+
+
+def healing_notes(report: Report) -> list[str]:
+    """What healing gained on the evaluation text; nothing where nothing was healed."""
+    method, unhealed = report.accuracy.method, report.accuracy.unhealed
+    if method is None or unhealed is None:
+        return []
+    before, after = unhealed.comparison, method.comparison
+    if before.divergence is not None and after.divergence is not None:
+        first, second = before.divergence.mean.value, after.divergence.mean.value
+        return [
+            f"Healing took the method loss from {figure(first)} to {figure(second)} nats"
+            + (f", {1 - second / first:+.0%} of it gained." if first > 0 else ".")
+        ]
+    if before.cosine is not None and after.cosine is not None:
+        return [f"Healing took the cosine from {estimate(before.cosine)} to {estimate(after.cosine)}."]
+    return []
 
 
 def alternative_note(report: Report, other: Alternative) -> str:

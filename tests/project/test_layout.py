@@ -32,6 +32,7 @@ FLOORS = (
     ("llama",),
     ("accuracy",),
     ("planning",),
+    ("healing",),
     ("report",),
     ("pipeline", "serving"),
     ("cli",),

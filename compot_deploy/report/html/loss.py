@@ -21,7 +21,7 @@ from compot_deploy.report.html.elements import (
     plot_figure,
 )
 from compot_deploy.report.steps import ALTERNATIVES, Step, all_losses, steps
-from compot_deploy.report.tables import alternative_note, greedy_matches
+from compot_deploy.report.tables import alternative_note, greedy_matches, healing_notes
 
 _Measured: TypeAlias = Sequence[tuple[Step, Loss]]
 _Cell: TypeAlias = Callable[[str, Loss], str]
@@ -140,6 +140,7 @@ def _notes(report: Report, measured: _Measured) -> list[str]:
         notes.append(
             f"The method loss is not split into factorization and quantization: {accuracy.split_absent}."
         )
+    notes += healing_notes(report)
     notes += [alternative_note(report, other) for other in report.alternatives]
     bad = sum(
         loss.comparison.nonfinite_reference + loss.comparison.nonfinite_candidate for _, loss in measured
