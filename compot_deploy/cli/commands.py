@@ -25,6 +25,7 @@ from compot_deploy.pipeline.check import check, write_check, write_report_again
 from compot_deploy.pipeline.deploy import plan_only, run
 from compot_deploy.pipeline.evaluation import HTML
 from compot_deploy.pipeline.generate import generate
+from compot_deploy.pipeline.healing import expected
 from compot_deploy.pipeline.limits import FEWEST_POSITIONS
 from compot_deploy.pipeline.supported import as_data, overview_of, supported
 from compot_deploy.recipe import Recipe, separated
@@ -77,7 +78,9 @@ def _plan(arguments: list[str], out: Console, err: Console) -> int:
         plan_report.check_plot(picture)
     _advise(recipe, err)
     with progress_on(err) as progress:
-        planned = plan_report.Planned(recipe.model or "the model that ships", plan_only(recipe, progress))
+        draft = plan_only(recipe, progress)
+    model = recipe.model or "the model that ships"
+    planned = plan_report.Planned(model, draft, expected(recipe, draft.context))
     if picture is not None:
         plan_report.plot(planned, picture)
     if as_json:

@@ -9,10 +9,14 @@ from pathlib import Path
 from compot_deploy.core.store import Instead, StoredMatrices
 from compot_deploy.errors import InputError, UnsupportedModelError
 from compot_deploy.healing import Course, Patient, affordable_steps, heal, objection, split_texts
+from compot_deploy.healing.texts import TOKENS_PER_STEP
 from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.source import ModelSource
 from compot_deploy.models.tokens import TokenWindows
+from compot_deploy.planning.context import PlanningContext
 from compot_deploy.planning.settings import Settings
 from compot_deploy.progress import Progress
+from compot_deploy.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -70,21 +74,14 @@ def treat(
     recipe, source = settings.recipe, settings.source
     if recipe.heal == "off":
         return Treated(model)
-    steps = recipe.heal_steps
-    if steps is None:
-        reason = objection(source) or objection(source, windows)
-        if recipe.rounds_again:
-            reason = f"--gguf-type {recipe.gguf_type} rounds every weight again"
-        if reason is not None:
-            return Treated(model, notes=(f"not healed: {reason}",))
-        steps = affordable_steps(source, split_texts(source, windows.inputs), recipe.planned)
-        if steps == 0:
-            return Treated(model, notes=("not healed: that would take longer than the rest of the run",))
+    decided = _decide(recipe, source, windows)
+    if decided.steps == 0:
+        return Treated(model, notes=(f"not healed: {decided.reason}",))
     blocks = {name: path for name, path in files.items() if name in source.sites}
     others = {name: path for name, path in files.items() if name not in source.sites}
     patient = Patient(source, windows, blocks, others, work, settings.device)
     try:
-        healed = heal(patient, steps, recipe.seed, progress)
+        healed = heal(patient, decided.steps, recipe.seed, progress)
     except UnsupportedModelError as error:
         if recipe.heal_steps is not None:
             raise UnsupportedModelError(f"--heal {recipe.heal}: {error} Leave it out.") from None
@@ -98,6 +95,39 @@ def treat(
         tensors=Instead(model.tensors, healed.vectors),
     )
     return Treated(changed, model, (note,))
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """How many steps are made; for none the reason."""
+
+    steps: int
+    reason: str = ""
+
+
+def _decide(recipe: Recipe, source: ModelSource, windows: TokenWindows) -> _Decided:
+    if recipe.heal_steps is not None:
+        return _Decided(recipe.heal_steps)
+    reason = objection(source) or objection(source, windows)
+    if recipe.rounds_again:
+        reason = f"--gguf-type {recipe.gguf_type} rounds every weight again"
+    if reason is not None:
+        return _Decided(0, reason)
+    steps = affordable_steps(source, split_texts(source, windows.inputs), recipe.planned)
+    return _Decided(steps, "as many steps as are of use would take longer than the rest of the run")
+
+
+def expected(recipe: Recipe, context: PlanningContext) -> tuple[str, ...]:
+    """What healing a plan's model is going to take, as a note; nothing where it is off."""
+    if recipe.heal == "off":
+        return ()
+    decided = _decide(recipe, context.source, context.windows)
+    if decided.steps == 0:
+        return (f"it will not be healed: {decided.reason}",)
+    return (
+        f"it will be healed by {decided.steps} steps of at least {TOKENS_PER_STEP:,} tokens of the calibration text, "
+        "scales and norms only: the same bytes",
+    )
 
 
 def told(course: Course, unit: str) -> str:

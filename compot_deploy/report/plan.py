@@ -34,10 +34,12 @@ class Planned:
     Attributes:
         model: what it is for, as the user called it.
         draft: rate–distortion points, sensitivities and plans.
+        further: what else is going to happen, as notes.
     """
 
     model: str
     draft: Draft
+    further: tuple[str, ...] = ()
 
     @property
     def plan(self) -> Plan:
@@ -110,13 +112,18 @@ def overview(planned: Planned) -> Overview:
             f"{name[0].upper()}{name[1:]} within the same budget takes {other.bytes:,} bytes and has a predicted "
             f"loss of {other.loss:.3g}; it is measured on the model beside the plan before one is exported."
         )
-    lines += [f"{note[0].upper()}{note[1:]}." for note in (*notes_on(draft.rate_points), *plan.notes)]
+    lines += [f"{note[0].upper()}{note[1:]}." for note in notes_of(planned)]
     return Overview(
         title=f"Plan for {planned.model}",
         columns=("linears", "choice", "error", "loss", "bytes", "plain int4"),
         rows=tuple(rows),
         lines=tuple(lines),
     )
+
+
+def notes_of(planned: Planned) -> tuple[str, ...]:
+    """What must be said of a plan besides its numbers."""
+    return (*notes_on(planned.draft.rate_points), *planned.plan.notes, *planned.further)
 
 
 def _table_row(planned: Planned, entry: Chosen) -> tuple[str, str, str, str, str, str]:
@@ -145,7 +152,7 @@ def as_json(planned: Planned) -> str:
         "predicted_artifact_bytes": planned.artifact_bytes,
         "tensor_memory_bytes": planned.tensor_memory_bytes,
         "predicted_loss": plan.loss,
-        "notes": [*notes_on(draft.rate_points), *plan.notes],
+        "notes": list(notes_of(planned)),
         "forms": dict(zip(("measured", "listed"), counted(draft.rate_points), strict=True)),
         "chosen": [
             {
