@@ -5,7 +5,7 @@ dictionaries and of codes, and vectors such as norm weights and biases in their 
 """
 
 from compot_deploy.healing.cost import affordable_steps
-from compot_deploy.healing.heal import Course, Healed, Patient, heal
+from compot_deploy.healing.run import Course, Healed, Patient, heal
 from compot_deploy.healing.texts import objection, split_texts
 
 __all__ = ["Course", "Healed", "Patient", "affordable_steps", "heal", "objection", "split_texts"]

@@ -22,15 +22,13 @@ def grids_of(name: str, matrix: Matrix) -> dict[str, Quantized]:
     return {key: leaf for key, leaf in _leaves(name, matrix).items() if isinstance(leaf, Quantized)}
 
 
-def weight_of(
-    name: str, matrix: Matrix, scales: Mapping[str, Float[Tensor, "groups outputs"]]
-) -> Float[Tensor, "inputs outputs"]:
+def weight_of(name: str, matrix: Matrix, scales: Mapping[str, Tensor]) -> Float[Tensor, "inputs outputs"]:
     """Values of a matrix with other scales, in float32: what `Matrix.dequantize` gives, and gradients reach the scales.
 
     Args:
         name: of the matrix.
         matrix: its integers.
-        scales: by key, float32; the matrix's own stand where there are none.
+        scales: by key, (groups, outputs) of each leaf, float32; the matrix's own stand where there are none.
     """
     match matrix:
         case Dense() | Quantized():

@@ -223,6 +223,8 @@ class BlockStream:
             use: what to do with the output of a batch, with what the last block gave, and with what the output head
                 multiplied and gave, where the model has a head.
         """
+        if not self._passes:
+            self._start()
         path = self._source.layout.blocks[self._next]
         self._source.load(self._model, path, device=self._device, dtype=self._dtype)
         products: list[tuple[Tensor, Tensor]] = []

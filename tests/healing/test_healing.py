@@ -18,7 +18,7 @@ from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Matrix, Qua
 from compot_deploy.core.store import load_matrices, save_matrices
 from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.healing import Healed, Patient, heal, objection, split_texts
-from compot_deploy.healing import heal as healing
+from compot_deploy.healing import run as healing
 from compot_deploy.healing import steps as sizes
 from compot_deploy.healing.distance import distance
 from compot_deploy.healing.parameters import grids_of, weight_of, with_scales
@@ -75,7 +75,7 @@ def test_every_kind_of_matrix_has_its_values_and_their_gradients_from_its_scales
     # Along the scales themselves a plain matrix grows by itself, a product of two by twice itself.
     if scales:
         gradients = torch.autograd.grad(weight, list(scales.values()), matrix.dequantize())
-        slope = sum(float((g * s).sum()) for g, s in zip(gradients, scales.values(), strict=True))
+        slope = sum(float((g * s.detach()).sum()) for g, s in zip(gradients, scales.values(), strict=True))
         times = max(1, len(scales) // len(getattr(matrix, "pairs", (0,))))
         assert slope == pytest.approx(times * float(matrix.dequantize().square().sum()), rel=1e-4)
 
