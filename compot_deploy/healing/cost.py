@@ -41,7 +41,8 @@ def affordable_steps(source: ModelSource, texts: Texts, planned: bool) -> int:
     grams = sum(group.sites[0].inputs ** 2 for group in source.layout.groups)
     calibration = tokens * (2 * weights + grams)
     rest = calibration * (PLANNED if planned else UNPLANNED)
-    asked = tokens * 2 * weights
+    # What a head reads is known from calibration; outputs of a model without one are asked for.
+    asked = tokens * 2 * weights if source.layout.head is None else 0
     per_token = _PER_WEIGHT * weights + _PER_TABLE_WEIGHT * head
     held_out = _tokens(texts.batches[texts.learned :]) * (2 * weights + 4 * head) / EVERY
     steps = int((rest - asked) / (TOKENS_PER_STEP * per_token + held_out))

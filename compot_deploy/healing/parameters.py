@@ -30,13 +30,14 @@ def weight_of(name: str, matrix: Matrix, scales: Mapping[str, Tensor]) -> Float[
         matrix: its integers.
         scales: by key, (groups, outputs) of each leaf, float32; the matrix's own stand where there are none.
     """
+    device = next((values.device for values in scales.values()), torch.device("cpu"))
     match matrix:
         case Dense() | Quantized():
-            return _values(matrix, scales.get(name))
+            return _values(matrix, scales.get(name), device)
         case Factorized():
             products = [
-                _values(pair.dictionary, scales.get(_dictionary_key(pair, position)))
-                @ _values(pair.codes, scales.get(_codes_key(name, position)))
+                _values(pair.dictionary, scales.get(_dictionary_key(pair, position)), device)
+                @ _values(pair.codes, scales.get(_codes_key(name, position)), device)
                 for position, pair in enumerate(matrix.pairs)
             ]
             total = products[0]
@@ -85,11 +86,11 @@ def _codes_key(name: str, position: int) -> str:
     return f"{name}|codes{position}"
 
 
-def _values(leaf: Leaf, scales: Float[Tensor, "groups outputs"] | None) -> Float[Tensor, "inputs outputs"]:
+def _values(leaf: Leaf, scales: Tensor | None, device: torch.device) -> Tensor:
     if isinstance(leaf, Dense) or scales is None:
-        return leaf.dequantize()
+        return leaf.dequantize().to(device)
     table, grid = leaf.grid.table, leaf.grid
-    integers = leaf.integers.to(scales.device)
+    integers = leaf.integers.to(device)
     units = integers.float() if table is None else scales.new_tensor(table)[integers.long() - grid.lowest]
     return units * scales.repeat_interleave(grid.group, dim=0)[: leaf.shape[0]]
 

@@ -32,6 +32,7 @@ from compot_deploy.healing.steps import NotFiniteError, part_of_rate
 from compot_deploy.healing.student import Student, tuning_of
 from compot_deploy.healing.teacher import Both, Teacher
 from compot_deploy.healing.texts import Texts, schedule, split_texts, tokens_of
+from compot_deploy.models.answers import Answers
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.streaming import BlockStream
 from compot_deploy.models.tasks import LossSum
@@ -149,7 +150,7 @@ class _Healing:
         source, device = patient.source, patient.device
         matrices = StoredMatrices({**patient.blocks, **patient.others})
         self._texts: Texts = split_texts(source, patient.windows.inputs)
-        self._teacher = Teacher(source, patient.work, device)
+        self._teacher = Teacher(source, Answers(patient.work), self._texts, device)
         self._tuning = tuning_of(source, matrices, device)
         self._student = Student(source, matrices, self._tuning, device)
         self._losses: dict[int, float] = {}
@@ -158,7 +159,7 @@ class _Healing:
 
     def run(self, course_file: Path) -> None:
         """All steps, and the files of what is kept."""
-        self._teacher.ask(self._texts.batches, self._progress)
+        self._teacher.ask(self._patient.windows, self._progress)
         both = Both(self._teacher, self._student.model)
         done = self._go_on()
         if not self._losses:
@@ -184,7 +185,8 @@ class _Healing:
 
     def _step(self, number: int, numbers: Sequence[int], both: Both) -> None:
         student, task = self._student, self._patient.source.task
-        batches = [self._texts.batches[one] for one in numbers]
+        device = torch.device(self._patient.device)
+        batches = [self._texts.batches[one].to(device) for one in numbers]
         total = sum(len(batch.real) if task.pools else int(batch.compared.sum()) for batch in batches)
 
         def judge(output: Tensor, place: int) -> Tensor:
@@ -200,7 +202,7 @@ class _Healing:
             gradients = gradients_backwards(
                 student.source,
                 student.model,
-                [batch.to(torch.device(self._patient.device)) for batch in batches],
+                batches,
                 judge,
                 student.wanted,
                 device=self._patient.device,

@@ -1,9 +1,8 @@
-"""What the original says to every batch, kept in the work folder in little room: what its output head reads.
+"""The original beside the tuned model: what it says to every window is asked once, and given where it is needed.
 
-Logits of a long text take more room than the model. So what stands behind the head is computed when it is needed:
-while the tuned model runs, its head multiplies what the original's head read with the original's weights as well, and
-whatever the model does behind its head, it does to both. A model without a head, or one of few classes, gives its
-outputs themselves.
+What is kept is what its output head reads, see `compot_deploy.models.answers`. What stands behind the head is computed
+when it is needed: while the tuned model runs, its head multiplies what the original's head read with the original's
+weights as well, and whatever the model does behind its head, it does to both.
 """
 
 from __future__ import annotations
@@ -11,17 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compot_deploy.core.memory import give_back_freed_memory
-from compot_deploy.core.work_files import is_sound, read_tensors, write_tensors
+from compot_deploy.healing.texts import Texts
+from compot_deploy.models.answers import Answers
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.streaming import BlockStream
 from compot_deploy.models.tasks import Batch
+from compot_deploy.models.tokens import TokenWindows
 from compot_deploy.progress import Progress
 
 _LABEL = "Ask the original"
@@ -29,33 +29,39 @@ _LABEL = "Ask the original"
 
 @dataclass(frozen=True)
 class Teacher:
-    """The original's answers to some batches.
+    """The original's answers.
 
     Attributes:
         source: the original.
-        work: folder that has them.
+        answers: to every window of the calibration text.
+        texts: how healing reads these windows.
         device: where to compute.
     """
 
     source: ModelSource
-    work: Path
+    answers: Answers
+    texts: Texts
     device: str
 
-    def ask(self, batches: Sequence[Batch], progress: Progress) -> None:
-        """Run the original over the batches, block by block, and keep what it says, where that is not there yet."""
-        path = self.source.layout.head
-        blocks = self.source.layout.blocks
-        if all(is_sound(self._file(number)) for number in range(len(batches))):
+    def ask(self, windows: TokenWindows, progress: Progress) -> None:
+        """Run the original over the calibration text, block by block; not where calibration has kept its answers.
+
+        It reads the same batches as calibration does, so the answers are the same to the last bit.
+        """
+        if self.answers.complete(len(windows.inputs)):
             return
+        path, blocks = self.source.layout.head, self.source.layout.blocks
+        batches = self.source.task.batches(windows.inputs)
         with BlockStream(self.source, batches, device=self.device, finish=True) as stream:
             for number in range(len(blocks) - 1):
                 progress(number, len(blocks), _LABEL)
                 stream.advance(capture=False)
-            numbers = iter(range(len(batches)))
+            first = 0
 
             def keep(output: Tensor, batch: Batch, left: Any, head: tuple[Tensor, Tensor] | None) -> None:
-                values = output if head is None else head[0]
-                write_tensors(self._file(next(numbers)), {"values": values.detach().float().cpu()}, {})
+                nonlocal first
+                self.answers.keep(first, batch, output if head is None else head[0])
+                first += len(batch.real)
 
             if path is not None:
                 # One number in the place of a whole vocabulary: nothing behind the head is asked for here.
@@ -76,10 +82,7 @@ class Teacher:
 
     def answer(self, number: int) -> Tensor:
         """What it said to a batch."""
-        return read_tensors(self._file(number))["values"].to(self.device)
-
-    def _file(self, number: int) -> Path:
-        return self.work / f"original-{number:05d}.safetensors"
+        return self.answers.read(self.texts.windows[number]).to(self.device)
 
 
 class Both:

@@ -34,10 +34,12 @@ class Texts:
 
     Attributes:
         batches: all of them.
+        windows: numbers of the windows of each batch, in the calibration text.
         learned: how many of the batches are learned from; the others are held out.
     """
 
     batches: Sequence[Batch]
+    windows: Sequence[tuple[int, ...]]
     learned: int
 
     @property
@@ -77,29 +79,37 @@ def split_texts(source: ModelSource, windows: Sequence[Window]) -> Texts:
     every = _HELD_OUT // 2 if source.task.pools else _HELD_OUT
     count = max(_FEWEST_HELD_OUT, len(windows) // every)
     chosen = {len(windows) * (2 * number + 1) // (2 * count) for number in range(count)}
-    parts = [
-        [window for number, window in enumerate(windows) if (number in chosen) == held]
-        for held in (False, True)
-    ]
-    learned, held_out = (_batches(source, part) for part in parts)
-    return Texts([*learned, *held_out], len(learned))
+    numbers = range(len(windows))
+    learned = _batches(source, windows, [number for number in numbers if number not in chosen])
+    held_out = _batches(source, windows, [number for number in numbers if number in chosen])
+    both = [*learned, *held_out]
+    return Texts([batch for batch, _ in both], [own for _, own in both], len(learned))
 
 
-def _batches(source: ModelSource, windows: Sequence[Window]) -> list[Batch]:
-    """Batches of few enough tokens that what a model says to one fits into memory several times."""
+def _batches(
+    source: ModelSource, windows: Sequence[Window], numbers: Sequence[int]
+) -> list[tuple[Batch, tuple[int, ...]]]:
+    """Batches of few enough tokens that what a model says to one fits into memory several times, and their windows."""
     task = source.task
     most = TOKENS_PER_BATCH
     if task.kind in ("generation", "masked"):
         most = min(most, max(1, _LOGITS // source.vocabulary))
-    found: list[Batch] = []
-    rows: list[Window] = []
-    for window in windows:
-        longest = max(len(window), *(len(row) for row in rows), 0)
+    found: list[tuple[Batch, tuple[int, ...]]] = []
+    rows: list[int] = []
+
+    def close() -> None:
+        for batch in task.batches([windows[number] for number in rows]):
+            own = tuple(rows[: len(batch.real)])
+            del rows[: len(batch.real)]
+            found.append((batch, own))
+
+    for number in numbers:
+        longest = max(len(windows[one]) for one in (*rows, number))
         if rows and longest * (len(rows) + 1) > most:
-            found += task.batches(rows)
-            rows = []
-        rows.append(window)
-    return [*found, *task.batches(rows)]
+            close()
+        rows.append(number)
+    close()
+    return found
 
 
 def schedule(texts: Texts, seed: int) -> Iterator[list[int]]:

@@ -80,6 +80,7 @@ class BlockStream:
         at_head: given the Gram of what the output head reads, as soon as all batches have come there; None where the
             model has not asked its head. The head itself is not run. Not for a stream that finishes.
         differentiates: keep what gradients need of everything that the model does between its blocks; see `left`.
+        heard: given the number of each batch and what the output head reads of it, where `at_head` is given.
         workers: who runs the blocks, where the stream does not finish.
         model: skeleton to run, of this source, device and type; None makes one.
     """
@@ -93,6 +94,7 @@ class BlockStream:
         dtype: str = "float32",
         finish: bool = False,
         at_head: Callable[[Gram | None], None] | None = None,
+        heard: Callable[[int, Tensor], None] | None = None,
         differentiates: bool = False,
         workers: Workers = ALONE,
         model: Any = None,
@@ -101,6 +103,7 @@ class BlockStream:
         self._source, self._finish, self._differentiates = source, finish, differentiates
         self._at_head = None if finish or source.layout.head is None else at_head
         self._head: dict[str, Gram] = {}
+        self._heard = heard
         self._device, self._dtype = torch.device(device), getattr(torch, dtype)
         self._model = model
         if model is None:
@@ -288,8 +291,10 @@ class BlockStream:
         """What runs in the place of the head: nothing behind its input matters."""
 
         def forward(values: Tensor, *_: Any, **__: Any) -> Any:
-            real = by_thread[threading.get_ident()].real
-            add_gram(self._head, _HEAD, real_rows(values, real))
+            one = by_thread[threading.get_ident()]
+            add_gram(self._head, _HEAD, real_rows(values, one.real))
+            if self._heard is not None:
+                self._heard(self._passes.index(one), values)
             raise _Ended
 
         return forward

@@ -14,10 +14,11 @@ from compot_deploy.core.matrix import Dense, Matrix
 from compot_deploy.core.store import StoredMatrices, Without, save_matrices
 from compot_deploy.core.work_files import is_sound
 from compot_deploy.errors import RecipeError
+from compot_deploy.models.answers import Answers
 from compot_deploy.models.compressed import CompressedModel, Tables
 from compot_deploy.models.refusals import note_on
 from compot_deploy.models.tokens import TokenWindows
-from compot_deploy.pipeline.healing import check_healing, treat
+from compot_deploy.pipeline.healing import check_healing, listens, treat
 from compot_deploy.pipeline.size import fit_size, other_bytes
 from compot_deploy.pipeline.tables import make_tables
 from compot_deploy.pipeline.texts import calibration_windows
@@ -170,6 +171,7 @@ def _other(settings: Settings, method: str, plan: Plan) -> Settings:
         allocation="auto",
         quantizer="gptq",
         compare=(),
+        heal="off",
         **plain,
     )
     return resolve(recipe, settings.source)
@@ -180,9 +182,10 @@ def context_of(
 ) -> PlanningContext:
     """What planning needs to know."""
     recipe, source = settings.recipe, settings.source
+    windows = calibration_windows(recipe, source, work, progress)
     return PlanningContext(
         source=source,
-        windows=calibration_windows(recipe, source, work, progress),
+        windows=windows,
         work=work,
         storage=settings.storage,
         search=settings.search,
@@ -192,6 +195,7 @@ def context_of(
         sequential=recipe.sequential,
         progress=progress,
         workers=workers,
+        answers=Answers(work) if listens(settings, windows) else None,
     )
 
 

@@ -117,6 +117,14 @@ def _decide(recipe: Recipe, source: ModelSource, windows: TokenWindows) -> _Deci
     return _Decided(steps, "as many steps as are of use would take longer than the rest of the run")
 
 
+def listens(settings: Settings, windows: TokenWindows) -> bool:
+    """Whether calibration keeps what the original says: where it comes to the head, and healing asks for it."""
+    recipe, source = settings.recipe, settings.source
+    if recipe.heal == "off" or source.layout.head is None or recipe.dtype != "float32":
+        return False
+    return objection(source, windows) is None and _decide(recipe, source, windows).steps > 0
+
+
 def expected(recipe: Recipe, context: PlanningContext) -> tuple[str, ...]:
     """What healing a plan's model is going to take, as a note; nothing where it is off."""
     if recipe.heal == "off":

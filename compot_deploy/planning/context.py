@@ -15,6 +15,7 @@ from torch import Tensor
 from compot_deploy.cluster import ALONE, Workers
 from compot_deploy.core.storage import Storage
 from compot_deploy.core.work_files import digest_of, is_sound, read_tensors, write_tensors
+from compot_deploy.models.answers import Answers
 from compot_deploy.models.sites import Gram, InputGroup, importance
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.streaming import BlockStream
@@ -72,6 +73,7 @@ class PlanningContext:
         sequential: make the matrices of a block for what the compressed blocks before it give.
         progress: told how far the work is.
         workers: who computes what can be divided.
+        answers: what the original says is kept there on the way, for healing; None where nobody asks.
     """
 
     source: ModelSource
@@ -85,6 +87,7 @@ class PlanningContext:
     sequential: bool = False
     progress: Progress = silent
     workers: Workers = ALONE
+    answers: Answers | None = None
 
     @property
     def conditions(self) -> Conditions:
@@ -151,8 +154,19 @@ class PlanningContext:
             dtype=self.dtype,
             # What reaches the head behind compressed blocks is known only after they are kept.
             at_head=self._keep_head_gram if original or not self.sequential else None,
+            heard=None if self.answers is None else self._keep_answer,
             workers=self.workers,
         )
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether everything that was asked for is in the work folder."""
+        return self.answers is None or self.answers.complete(len(self.windows.inputs))
+
+    def _keep_answer(self, number: int, values: Tensor) -> None:
+        assert self.answers is not None
+        first = sum(len(batch.real) for batch in self.batches[:number])
+        self.answers.keep(first, self.batches[number], values)
 
     # -- Grams in the work folder --------------------------------------------------------------------
 
@@ -229,7 +243,7 @@ def collect_grams(context: PlanningContext) -> None:
     label = "Calibrate"
     blocks = context.blocks
     missing = [number for number, block in enumerate(blocks) if not context.has_grams(block)]
-    if not context.has_head_gram:
+    if not (context.has_head_gram and context.has_answers):
         missing = sorted({*missing, len(blocks) - 1})
     if missing:
         with context.stream(original=True) as stream:

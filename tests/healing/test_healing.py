@@ -17,16 +17,22 @@ from compot_deploy.core.grid import Grid, Pattern
 from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Matrix, Quantized, leaves
 from compot_deploy.core.store import load_matrices, save_matrices
 from compot_deploy.errors import UnsupportedModelError
+from compot_deploy.exporters import EXPORTERS
 from compot_deploy.healing import Healed, Patient, heal, objection, split_texts
 from compot_deploy.healing import run as healing
 from compot_deploy.healing import steps as sizes
 from compot_deploy.healing.distance import distance
 from compot_deploy.healing.parameters import grids_of, weight_of, with_scales
 from compot_deploy.healing.student import tuning_of
+from compot_deploy.healing.teacher import Teacher
+from compot_deploy.models.answers import Answers
 from compot_deploy.models.source import ModelSource, open_source
 from compot_deploy.models.tokens import make_windows
 from compot_deploy.models.weight_gradients import OUTSIDE, gradients_backwards
 from compot_deploy.models.whole import put_in, whole_model
+from compot_deploy.planning.candidates import Search
+from compot_deploy.planning.context import PlanningContext, collect_grams
+from compot_deploy.planning.schemes import GridChoice
 from compot_deploy.progress import silent
 from compot_deploy.quant import rtn
 
@@ -281,3 +287,31 @@ def test_a_model_that_gradients_do_not_go_through_is_refused(
     monkeypatch.setattr(healing, "gradients_backwards", lambda *_, **__: iter([(OUTSIDE, {})]))
     with pytest.raises(UnsupportedModelError, match="No gradient"):
         heal(patient_of(decoder, tmp_path / "work"), STEPS, 0, silent)
+
+
+def test_what_calibration_keeps_on_its_way_is_what_the_original_says_when_it_is_asked(
+    source: ModelSource, tmp_path: Path
+) -> None:
+    asked, heard = (patient_of(source, tmp_path / name / "work") for name in ("asked", "heard"))
+    texts = split_texts(source, asked.windows.inputs)
+    Teacher(source, Answers(asked.work), texts, "cpu").ask(asked.windows, silent)
+    exporter = EXPORTERS["onnx"]
+    storage, search = exporter.storage(exporter.options({})), Search(GridChoice({2: (32,)}))
+    collect_grams(
+        PlanningContext(source, heard.windows, heard.work, storage, search, answers=Answers(heard.work))
+    )
+    count = len(asked.windows.windows)
+    assert Answers(asked.work).complete(count) and not Answers(asked.work).complete(count + 1)
+    # A model without a head never comes to one, so it is asked.
+    assert Answers(heard.work).complete(count) == (source.layout.head is not None)
+    for number in range(count if source.layout.head is not None else 0):
+        assert torch.equal(Answers(asked.work).read([number]), Answers(heard.work).read([number]))
+    # Batches of healing are others: each finds the answers to its own windows.
+    original = whole_model(source)
+    head = None if source.layout.head is None else original.get_submodule(source.layout.head)
+    for number in (0, len(texts.batches) - 1):
+        batch, found = texts.batches[number], Answers(asked.work).read(texts.windows[number])
+        said = found if head is None else head(found)
+        wanted = source.task.output(original(**batch.arguments))
+        where = slice(None) if source.task.pools and wanted.dim() == 2 else batch.real
+        torch.testing.assert_close(said[where], wanted[where], rtol=1e-3, atol=1e-3)
