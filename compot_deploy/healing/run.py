@@ -161,11 +161,11 @@ class _Healing:
         """All steps, and the files of what is kept."""
         self._teacher.ask(self._patient.windows, self._progress)
         both = Both(self._teacher, self._student.model)
-        done = self._go_on()
+        done, stopped = self._go_on(), ""
         if not self._losses:
-            self._look(0, both)
-        stopped = ""
-        for number, numbers in enumerate(islice(schedule(self._texts, self._seed), self._steps), start=1):
+            stopped = self._begin(both)
+        steps = 0 if stopped else self._steps
+        for number, numbers in enumerate(islice(schedule(self._texts, self._seed), steps), start=1):
             if number <= done:
                 continue
             try:
@@ -182,6 +182,15 @@ class _Healing:
         self._progress(self._steps, self._steps, _LABEL)
         self._write(course_file, done, stopped)
         give_back_freed_memory()
+
+    def _begin(self, both: Both) -> str:
+        """Measure what is to be healed; says why it cannot be."""
+        try:
+            self._look(0, both)
+        except NotFiniteError:
+            self._losses[0] = math.nan
+            return "the model as it was made gives numbers that are not finite"
+        return ""
 
     def _step(self, number: int, numbers: Sequence[int], both: Both) -> None:
         student, task = self._student, self._patient.source.task
@@ -220,7 +229,7 @@ class _Healing:
         if not math.isfinite(loss):
             raise NotFiniteError
         self._losses[number] = loss
-        if loss < self._losses[self._kept]:
+        if number > 0 and loss < self._losses[self._kept]:
             self._kept = number
             self._tuning.keep()
         told = {"done": number, "kept": self._kept, "tokens": self._tokens, "losses": self._losses}

@@ -21,6 +21,7 @@ from compot_deploy.exporters import EXPORTERS
 from compot_deploy.healing import Healed, Patient, heal, objection, split_texts
 from compot_deploy.healing import run as healing
 from compot_deploy.healing import steps as sizes
+from compot_deploy.healing import texts as reading
 from compot_deploy.healing.distance import distance
 from compot_deploy.healing.parameters import grids_of, weight_of, with_scales
 from compot_deploy.healing.student import tuning_of
@@ -84,6 +85,13 @@ def test_every_kind_of_matrix_has_its_values_and_their_gradients_from_its_scales
         slope = sum(float((g * s.detach()).sum()) for g, s in zip(gradients, scales.values(), strict=True))
         times = max(1, len(scales) // len(getattr(matrix, "pairs", (0,))))
         assert slope == pytest.approx(times * float(matrix.dequantize().square().sum()), rel=1e-4)
+
+
+@pytest.fixture(autouse=True)
+def _few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps read some of the windows, in several batches."""
+    monkeypatch.setattr(reading, "TOKENS_PER_BATCH", 64)
+    monkeypatch.setattr(reading, "TOKENS_PER_STEP", 200)
 
 
 @pytest.fixture(scope="module", params=KINDS)
