@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,15 @@ from compot_deploy.cli import main
 from compot_deploy.core.matrix import Quantized
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.manifest import read_manifest
+from compot_deploy.healing import objection
+from compot_deploy.models.source import open_source
+from compot_deploy.models.tasks import SPEECH
+from compot_deploy.pipeline import healing
 from compot_deploy.pipeline.check import Deployment
+from compot_deploy.pipeline.compress import compress, context_of
 from compot_deploy.pipeline.deploy import deploy
+from compot_deploy.pipeline.healing import expected
+from compot_deploy.planning.settings import resolve
 from compot_deploy.recipe import Recipe, recipe_from_mapping, recipe_to_toml
 from compot_deploy.report.html.page import to_html
 from compot_deploy.report.json import from_json, to_json
@@ -118,15 +126,24 @@ def test_steps_are_written_as_they_were_given() -> None:
         assert f'heal = "{kept}"' in recipe_to_toml(recipe)
 
 
-def test_little_text_is_not_worth_healing_and_the_report_says_so(place: Path, tmp_path: Path) -> None:
-    from compot_deploy.models.source import open_source
-    from compot_deploy.pipeline.compress import compress
-    from compot_deploy.planning.settings import resolve
-
+def test_little_text_is_not_worth_healing_and_plan_and_report_say_so(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = open_source(place / "model")
     options = {**COMMON, "calibration": str(place / "text.txt"), "heal": "auto"}
     for samples, said in ((8, "needs 16 windows"), (24, "longer than the rest of the run")):
-        made = compress(
-            resolve(Recipe(str(place / "model"), **{**options, "samples": samples}), source), tmp_path
-        )
+        settings = resolve(Recipe(str(place / "model"), **{**options, "samples": samples}), source)
+        made = compress(settings, tmp_path)
         assert made.unhealed is None and any("not healed" in note and said in note for note in made.notes)
+        context = context_of(settings, tmp_path)
+        assert said in expected(settings.recipe, context)[0] and context.answers is None
+    monkeypatch.setattr(healing, "affordable_steps", lambda *_: 12)
+    context = context_of(settings, tmp_path)
+    assert "by 12 steps" in expected(settings.recipe, context)[0] and context.answers is not None
+    assert expected(Recipe(), context) == ()
+
+
+def test_what_is_not_healed_says_why(place: Path) -> None:
+    source = open_source(place / "model")
+    assert objection(source) is None
+    assert "speech model" in str(objection(replace(source, task=SPEECH)))
