@@ -20,15 +20,18 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from compot_deploy.core.matrix import Quantized
+
 _B1: Final = 0.9
 _B2: Final = 0.95
 _E: Final = 1e-8
 
-SCALE_RATE: Final = 0.04
-"""Size of a step of a scale of integers of 0 bits, as a part of it; every bit halves it. So the largest integer of a
-grid, whatever its bits, moves by a fiftieth of the distance of two integers."""
+SCALE_RATE: Final = 10.0
+"""Size of a step of a scale, as a part of it, for integers of 0 bits and one input; every bit halves it, and it is
+divided by the inputs. So the largest integer of a grid moves by the same part of the distance of two integers, whatever
+its bits, and what steps of one sign add to an output does not grow with the width of the matrix."""
 
-VECTOR_RATE: Final = 3e-3
+VECTOR_RATE: Final = 1e-3
 """Size of a step of a number of a vector, as a part of the vector's unit."""
 
 
@@ -87,10 +90,10 @@ class Tuned:
         self.change.sub_(part * self.rate * m / (v.sqrt() + _E))
 
 
-def tuned_scales(scales: Tensor, bits: int, device: str) -> Tuned:
-    """Scales of a leaf of integers of so many bits."""
-    base = scales.to(device, torch.float32)
-    return Tuned(base, base, scales.dtype, SCALE_RATE * 2.0**-bits)
+def tuned_scales(leaf: Quantized, device: str) -> Tuned:
+    """Scales of a leaf."""
+    base = leaf.scales.to(device, torch.float32)
+    return Tuned(base, base, leaf.scales.dtype, SCALE_RATE * 2.0**-leaf.grid.bits / leaf.shape[0])
 
 
 def tuned_vector(values: Tensor, device: str) -> Tuned:

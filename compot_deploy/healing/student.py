@@ -119,7 +119,7 @@ class _Tensors(Mapping[str, Tensor]):
         if name in self._sites:
             return self._weight(self._sites[name], self._blocks[name])
         if name in self._others:
-            return student.matrices[self._others[name]].dequantize().T
+            return student.matrices[self._others[name]].dequantize().T.contiguous()
         return self._vectors[name].value if name in self._vectors else student.original.tensors[name]
 
     def _weight(self, site: Site, block: str) -> Tensor:
@@ -144,7 +144,7 @@ def tuning_of(source: ModelSource, matrices: Mapping[str, Matrix], device: str) 
         for name in group.names:
             for key, leaf in grids_of(name, matrices[name]).items():
                 if key not in parts[group.block]:
-                    parts[group.block][key] = tuned_scales(leaf.scales, leaf.grid.bits, device)
+                    parts[group.block][key] = tuned_scales(leaf, device)
     for name in vectors_of(source):
         owner = next((block for block in layout.blocks if name.startswith(f"{block}.")), OUTSIDE)
         parts[owner][name] = tuned_vector(source.tensors[name], device)
