@@ -161,6 +161,7 @@ class _Healing:
         """All steps, and the files of what is kept."""
         self._teacher.ask(self._patient.windows, self._progress)
         both = Both(self._teacher, self._student.model)
+        give_back_freed_memory()
         done, stopped = self._go_on(), ""
         if not self._losses:
             stopped = self._begin(both)

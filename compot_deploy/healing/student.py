@@ -119,7 +119,7 @@ class _Tensors(Mapping[str, Tensor]):
         if name in self._sites:
             return self._weight(self._sites[name], self._blocks[name])
         if name in self._others:
-            return student.matrices[self._others[name]].dequantize().T.contiguous()
+            return student.matrices[self._others[name]].dequantize().T
         return self._vectors[name].value if name in self._vectors else student.original.tensors[name]
 
     def _weight(self, site: Site, block: str) -> Tensor:
