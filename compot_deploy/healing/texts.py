@@ -103,7 +103,8 @@ def _batches(
             del rows[: len(batch.real)]
             found.append((batch, own))
 
-    for number in numbers:
+    # Windows of like lengths together: padding takes as long as text.
+    for number in sorted(numbers, key=lambda number: len(windows[number])):
         longest = max(len(windows[one]) for one in (*rows, number))
         if rows and longest * (len(rows) + 1) > most:
             close()
