@@ -26,10 +26,13 @@ _B1: Final = 0.9
 _B2: Final = 0.95
 _E: Final = 1e-8
 
-SCALE_RATE: Final = 10.0
-"""Size of a step of a scale, as a part of it, for integers of 0 bits and one input; every bit halves it, and it is
-divided by the inputs. So the largest integer of a grid moves by the same part of the distance of two integers, whatever
-its bits, and what steps of one sign add to an output does not grow with the width of the matrix."""
+SCALE_RATE: Final = 0.04
+"""Size of a step of a scale, as a part of it, for integers of 0 bits; every bit halves it. So the largest integer of a
+grid moves by the same part of the distance of two integers, whatever its bits."""
+
+NARROW: Final = 256
+"""Inputs up to which a step has its full size; it is smaller the more there are, so that what steps of one sign add to
+an output does not grow with the width of the matrix."""
 
 VECTOR_RATE: Final = 1e-3
 """Size of a step of a number of a vector, as a part of the vector's unit."""
@@ -92,8 +95,8 @@ class Tuned:
 
 def tuned_scales(leaf: Quantized, device: str) -> Tuned:
     """Scales of a leaf."""
-    base = leaf.scales.to(device, torch.float32)
-    return Tuned(base, base, leaf.scales.dtype, SCALE_RATE * 2.0**-leaf.grid.bits / leaf.shape[0])
+    base, part = leaf.scales.to(device, torch.float32), NARROW / max(NARROW, leaf.shape[0])
+    return Tuned(base, base, leaf.scales.dtype, SCALE_RATE * 2.0**-leaf.grid.bits * part)
 
 
 def tuned_vector(values: Tensor, device: str) -> Tuned:

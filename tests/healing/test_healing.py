@@ -275,7 +275,7 @@ def test_numbers_that_are_not_finite_stop_and_the_best_is_kept(
 def test_what_gains_nothing_is_left_out(
     decoder: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sizes, "SCALE_RATE", 256.0)
+    monkeypatch.setattr(sizes, "SCALE_RATE", 4.0)
     patient = patient_of(decoder, tmp_path / "work")
     healed = heal(patient, 60, 0, silent)
     assert healed.course.kept == 0 and healed.course.after == healed.course.before
