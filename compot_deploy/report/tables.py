@@ -157,7 +157,7 @@ def healing_notes(report: Report) -> list[str]:
         first, second = before.divergence.mean.value, after.divergence.mean.value
         return [
             f"Healing took the method loss from {figure(first)} to {figure(second)} nats"
-            + (f", {1 - second / first:+.0%} of it gained." if first > 0 else ".")
+            + (f", {second / first - 1:+.0%}." if first > 0 else ".")
         ]
     if before.cosine is not None and after.cosine is not None:
         return [f"Healing took the cosine from {estimate(before.cosine)} to {estimate(after.cosine)}."]
