@@ -14,7 +14,7 @@ if sys.platform == "win32":
     pytest.skip("forks", allow_module_level=True)
 
 import mutations
-from readers import INPUTS, READERS, prepare, prepare_inputs
+from readers import GATE, INPUTS, READERS, prepare, prepare_inputs
 
 OF_USERS = [name for name, reader in READERS.items() if reader.folder in INPUTS]
 
@@ -42,7 +42,10 @@ def test_a_traceback_a_hang_and_a_death_are_noticed(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(folder: Path) -> None:
-        match len((folder / "gate.toml").read_bytes()) % 3:
+        data = (folder / "gate.toml").read_bytes()
+        if data == GATE.encode():
+            return
+        match len(data) % 3:
             case 0:
                 raise KeyError("x")
             case 1:
