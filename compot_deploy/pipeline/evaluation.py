@@ -311,7 +311,12 @@ def notes_of(manifest: Manifest) -> tuple[str, ...]:
     factorized = [record for record in linears if record.kind == "factorized"]
     notes = [f"{len(factorized)} of {len(linears)} linears are factorized."]
     notes += [f"{record.name} stays dense: {record.why_dense}." for record in linears if record.why_dense]
-    return (*notes, *(f"{note}." for note in manifest.metadata.get("notes", ())))
+    own = manifest.metadata.get("notes") or []
+    if not isinstance(own, list):
+        raise ArtifactError(
+            "The manifest is damaged: facts.notes is not a list of texts. Export the model again."
+        )
+    return (*notes, *(f"{note}." for note in own))
 
 
 def write_report(folder: Path, report: Report, manifest: Manifest) -> None:

@@ -24,6 +24,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -132,6 +133,8 @@ def _child(reader: str, root: Path, numbers: range, seed: int, place: Path, thei
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + _MEMORY, size + _MEMORY))
+        with suppress(Exception):  # what is imported when it is first needed counts for no input
+            READERS[reader].read(root / READERS[reader].folder)
         signal.signal(signal.SIGALRM, _too_long)
         for number in numbers:
             theirs.send((number, tried(reader, root, number, seed, place)))

@@ -14,7 +14,7 @@ if sys.platform == "win32":
     pytest.skip("forks", allow_module_level=True)
 
 import mutations
-from readers import INPUTS, READERS, prepare, prepare_inputs
+from readers import GATE, INPUTS, READERS, prepare, prepare_inputs
 
 OF_USERS = [name for name, reader in READERS.items() if reader.folder in INPUTS]
 
@@ -33,16 +33,19 @@ def test_every_reader_reads_what_is_sound(inputs: Path) -> None:
 
 
 def test_inputs_of_users_are_read_or_refused_in_a_sentence(inputs: Path, tmp_path: Path) -> None:
-    found = {name: mutations.attack(name, inputs, 16, 2, tmp_path) for name in OF_USERS}
+    found = {name: mutations.attack(name, inputs, 8, 2, tmp_path) for name in OF_USERS}
     assert {name: dict(outcome.wrong) for name, outcome in found.items() if outcome.wrong} == {}
-    assert sum(outcome.passed for outcome in found.values()) < 16 * len(found) / 2, "most of them are spoilt"
+    assert sum(outcome.passed for outcome in found.values()) < 8 * len(found) / 2, "most of them are spoilt"
 
 
 def test_a_traceback_a_hang_and_a_death_are_noticed(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(folder: Path) -> None:
-        match len((folder / "gate.toml").read_bytes()) % 3:
+        data = (folder / "gate.toml").read_bytes()
+        if data == GATE.encode():
+            return
+        match len(data) % 3:
             case 0:
                 raise KeyError("x")
             case 1:
