@@ -9,13 +9,14 @@ import any_models
 import pytest
 import tiny
 import torch
+from cases import some_by_day
 from whole_models import Recorded, loaded
 
 from compot_deploy.models.source import open_source
 from compot_deploy.models.whole import whole_model
 
 
-@pytest.mark.parametrize("kind", (*tiny.KINDS, *any_models.KINDS))
+@pytest.mark.parametrize("kind", some_by_day((*tiny.KINDS, *any_models.KINDS)))
 def test_every_matrix_of_the_blocks_is_found_and_turned_the_right_way(kind: str, tmp_path: Path) -> None:
     """`y = x W + b` for every module of the blocks that holds a matrix, and there are no others."""
     source = open_source((tiny.save if kind in tiny.KINDS else any_models.save)(tmp_path / "m", kind))
@@ -43,7 +44,7 @@ def test_every_matrix_of_the_blocks_is_found_and_turned_the_right_way(kind: str,
         assert head is None and not source.tied
 
 
-@pytest.mark.parametrize("kind", (*tiny.KINDS, *any_models.KINDS))
+@pytest.mark.parametrize("kind", some_by_day((*tiny.KINDS, *any_models.KINDS)))
 def test_a_model_says_what_it_is_without_a_weight_being_read(kind: str, tmp_path: Path) -> None:
     folder = (tiny.save if kind in tiny.KINDS else any_models.save)(tmp_path / "m", kind)
     source = open_source(folder)
@@ -73,7 +74,7 @@ def test_tasks_are_told_apart_by_the_class_that_the_configuration_names(tmp_path
     }
 
 
-@pytest.mark.parametrize("kind", (*tiny.KINDS, *any_models.KINDS))
+@pytest.mark.parametrize("kind", some_by_day((*tiny.KINDS, *any_models.KINDS)))
 def test_a_text_as_long_as_the_context_can_be_read(kind: str, tmp_path: Path) -> None:
     source = open_source((tiny.save if kind in tiny.KINDS else any_models.save)(tmp_path / "m", kind))
     assert 200 < source.context <= 256

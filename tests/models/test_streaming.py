@@ -12,6 +12,7 @@ import any_models
 import pytest
 import tiny
 import torch
+from cases import some_by_day
 from torch import Tensor
 from whole_models import Recorded, hooked_grams, loaded, outputs
 
@@ -61,7 +62,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", some_by_day(KINDS))
 def test_blockwise_grams_and_outputs_equal_those_of_the_whole_model(
     kind: str, folders: dict[str, Path]
 ) -> None:
@@ -89,7 +90,7 @@ def test_blockwise_grams_and_outputs_equal_those_of_the_whole_model(
         assert int(batch.real[row].sum()) == len(window)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", some_by_day(KINDS))
 def test_every_reader_of_an_input_shares_its_gram(kind: str, folders: dict[str, Path]) -> None:
     source = opened(folders, kind)
     windows = windows_of([12])

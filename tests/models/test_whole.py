@@ -9,6 +9,7 @@ import any_models
 import pytest
 import tiny
 import torch
+from cases import some_by_day
 from torch import Tensor
 from whole_models import loaded
 
@@ -25,7 +26,7 @@ KINDS = (*tiny.KINDS, *any_models.KINDS)
 TOKENS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=some_by_day(KINDS))
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> ModelSource:
     save = tiny.save if request.param in tiny.KINDS else any_models.save
     return open_source(save(tmp_path / "model", request.param))

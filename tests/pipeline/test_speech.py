@@ -46,7 +46,11 @@ class Made:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("speech")
-    found = Made(spoken.save(root / "model"), spoken.record(root / "recordings", 12), root / "out")
+    found = Made(
+        spoken.save(root / "model", encoder_layers=1),
+        spoken.record(root / "recordings", 12),
+        root / "out",
+    )
     formats = [flag for form in FORMATS for flag in ("--format", form)]
     flags = ["--bits", "3.5", "--method", "compot", "--min-top1", "0.01", "--max-wer-increase", "100"]
     command = [

@@ -191,7 +191,7 @@ def test_what_a_method_lets_be_chosen(method: str, scheme: Scheme, size: int, ta
     assert Search(GridChoice({}), method=method, plain=INT4).takes(scheme, size, 100) is taken
 
 
-@pytest.mark.parametrize("method", ["compot", *nightly("svd-llm")])
+@pytest.mark.parametrize("method", nightly("compot", "svd-llm"))
 def test_without_quantization_a_method_factorizes_too(place: Path, method: str) -> None:
     drafted = plan_only(recipe(place, method=method, quant="none", ratio=0.4))
     joint = [entry for entry in drafted.plans[0].chosen if isinstance(entry.candidate.scheme, Joint)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,3 +11,12 @@ import pytest
 def nightly(*values: Any) -> list[Any]:
     """Each value as a case of its own, marked."""
     return [pytest.param(value, marks=pytest.mark.nightly) for value in values]
+
+
+BY_DAY = ("llama", "qwen3", "mistral", "gpt2", "gemma3", "bert", "distilbert", "gpt2 classes")
+"""Of tiny models: one with each way to rotate, to normalize, to mask, to store matrices and to be read."""
+
+
+def some_by_day(kinds: Sequence[str]) -> list[Any]:
+    """Each kind as a case of its own; those that others stand for are nightly."""
+    return [kind if kind in BY_DAY else nightly(kind)[0] for kind in kinds]
