@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import onnx
 
 from compot_deploy.errors import ArtifactError, MissingDependencyError, first_line
-from compot_deploy.exporters.onnx.tensors import GRAPH
+from compot_deploy.exporters.onnx.tensors import GRAPH, read_graph
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,7 @@ def with_accuracy_level(path: Path, level: int) -> LeveledGraph:
     Raises:
         ArtifactError: the file is no ONNX graph.
     """
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf's DecodeError, or OSError
-        raise ArtifactError(f"{path} is not an ONNX file, or it is damaged: {first_line(error)}.") from error
+    model = read_graph(path)
     for graph_or_function in (model.graph, *model.functions):
         _set_accuracy_level(graph_or_function, level)
     return LeveledGraph(
@@ -92,6 +89,7 @@ def open_session(
     path = folder / graph
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist: {folder} is not an exported ONNX folder.")
+    _check_sizes(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -110,6 +108,29 @@ def open_session(
             f"{path} does not load in ONNX Runtime {onnxruntime.__version__}: {first_line(error)}. A file that "
             "onnxruntime cannot load is damaged, or needs a newer onnxruntime: export the model again."
         ) from error
+
+
+def _check_sizes(path: Path) -> None:
+    """Refuse sizes that end the process in ONNX Runtime, which cuts them to 32 bits and divides by them.
+
+    Raises:
+        ArtifactError: names the node; or the file is no graph, see `read_graph`.
+    """
+    model = read_graph(path)
+    nodes = [node for graph in (model.graph, *model.functions) for node in graph.node]
+    for node in nodes:
+        for attribute in node.attribute if node.domain == "com.microsoft" else ():
+            least = 1 if attribute.name in _DIVISORS else -_LARGEST
+            if attribute.type == onnx.AttributeProto.INT and not least <= attribute.i <= _LARGEST:
+                raise ArtifactError(
+                    f"{path}: {node.op_type} {node.name} has {attribute.name} = {attribute.i}, which no runtime can "
+                    "compute with. Export the model again."
+                )
+
+
+_LARGEST: Final = 2**31 - 1
+_DIVISORS: Final = ("num_heads", "kv_num_heads", "block_size", "bits", "K", "N")
+"""Attributes of ONNX Runtime's own operators that something is divided by."""
 
 
 def runtime_name(accuracy_level: int | None) -> str:

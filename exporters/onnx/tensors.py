@@ -58,6 +58,8 @@ def read_graph(path: Path) -> onnx.ModelProto:
     for node in graph.node:
         names += [node.name, node.op_type, node.domain, *node.input, *node.output]
         names += [text for entry in node.metadata_props for text in (entry.key, entry.value)]
+    for value in (*graph.input, *graph.output):
+        names += [value.name, *(size.dim_param for size in value.type.tensor_type.shape.dim)]
     # What is no UTF-8 protobuf gives as bytes.
     strange = next((name for name in names if not isinstance(name, str)), None)
     if strange is not None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import tiny
 import torch
@@ -270,6 +271,27 @@ def test_vocabulary_and_context_come_from_the_folder(toy: tuple[Path, ToyRunner]
     (folder / "config.json").write_text("{")
     with pytest.raises(ArtifactError, match=r"config.json cannot be read: it is not JSON"):
         OnnxRunner(folder)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2**31, 2**62])
+def test_sizes_that_the_runtime_would_divide_by_are_refused(toy: tuple[Path, ToyRunner], size: int) -> None:
+    path = toy[0] / "onnx" / "model.onnx"
+    graph = onnx.load(path, load_external_data=False)
+    node = next(node for node in graph.graph.node if node.op_type == "MatMulNBits")
+    next(one for one in node.attribute if one.name == "block_size").i = size
+    onnx.save(graph, path)
+    with pytest.raises(ArtifactError, match=rf"has block_size = {size}, which no runtime can compute with"):
+        onnx_runner(toy[0])
+
+
+@pytest.mark.parametrize("name", ["batch", "input_ids", "logits"])
+def test_names_that_are_no_text_are_refused(toy: tuple[Path, ToyRunner], name: str) -> None:
+    path = toy[0] / "onnx" / "model.onnx"
+    content = path.read_bytes()
+    assert name.encode() in content
+    path.write_bytes(content.replace(name.encode(), b"\xff" * len(name)))
+    with pytest.raises(ArtifactError, match=r"model.onnx .*(no text|not an ONNX graph)"):
+        onnx_runner(toy[0])
 
 
 @pytest.mark.parametrize("exact", [False, True])

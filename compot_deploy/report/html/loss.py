@@ -111,8 +111,8 @@ def _nested(path: str, formatter: Any) -> _Cell:
         value: Any = loss.comparison
         for part in path.split("."):
             value = getattr(value, part)
-        if value is None:  # no transcripts are written to measure the numerical noise
-            return ABSENT
+            if value is None:  # no transcripts are written to measure the numerical noise
+                return ABSENT
         return str(formatter(f"{place}.{path}", value))
 
     return cell

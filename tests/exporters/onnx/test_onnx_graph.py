@@ -314,11 +314,8 @@ def test_the_level_reaches_every_product_wherever_it_is(tmp_path: Path) -> None:
 def test_a_damaged_graph_is_one_error_at_any_level(tmp_path: Path) -> None:
     (tmp_path / "onnx").mkdir()
     (tmp_path / GRAPH).write_bytes(b"\xff" * 64)
-    for level, reason in (
-        (None, "does not load in ONNX Runtime"),
-        (0, "is not an ONNX file, or it is damaged"),
-    ):
-        with pytest.raises(ArtifactError, match=reason):
+    for level in (None, 0):
+        with pytest.raises(ArtifactError, match="is not an ONNX graph, or it is damaged"):
             open_session(tmp_path, level)
 
 
