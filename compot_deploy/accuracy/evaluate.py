@@ -281,17 +281,17 @@ def _continued(
     runner: Runner, evaluation: Evaluation, tick: Ticker, drafts: Sequence[tuple[int, ...]] | None
 ) -> Iterable[tuple[int, ...]]:
     """Greedy continuations of every prompt; a draft that the model would write itself is read, not written."""
-    prompts = evaluation.prompts
+    prompts, count = evaluation.prompts, evaluation.new_tokens
     if drafts is None:
-        drafts = texts_of(runner, prompts, evaluation.new_tokens)
+        texts = texts_of(runner, prompts, count)
     else:
-        drafts = [
-            draft if _would_write(runner, prompt, draft) else runner.generate(prompt, evaluation.new_tokens)
+        texts = (
+            draft if _would_write(runner, prompt, draft) else runner.generate(prompt, count)
             for prompt, draft in zip(prompts, drafts, strict=True)
-        ]
-    for draft in drafts:
+        )
+    for text in texts:
         tick(f"continuing {len(prompts)} prompts")
-        yield draft
+        yield text
 
 
 def _would_write(runner: Runner, prompt: Sequence[int], text: Sequence[int]) -> bool:

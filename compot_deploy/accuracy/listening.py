@@ -154,7 +154,7 @@ class Heard:
 
     def generate_all(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[tuple[int, ...]]:
         """See `SideBySide.generate_all`."""
-        return texts_of(self._runner, prompts, new_tokens)
+        return list(texts_of(self._runner, prompts, new_tokens))
 
 
 class HeardTexts:

@@ -9,7 +9,7 @@ broken cache shows up in every figure. The loops `stream` and `greedy` are share
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -68,11 +68,11 @@ class SideBySide(Protocol):
         ...
 
 
-def texts_of(runner: Runner, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[tuple[int, ...]]:
-    """Greedy texts of some prompts, side by side where the runner can do that."""
+def texts_of(runner: Runner, prompts: Sequence[Sequence[int]], new_tokens: int) -> Iterable[tuple[int, ...]]:
+    """Greedy texts of some prompts: side by side where the runner can do that, one by one otherwise."""
     if isinstance(runner, SideBySide):
         return runner.generate_all(prompts, new_tokens)
-    return [runner.generate(prompt, new_tokens) for prompt in prompts]
+    return (runner.generate(prompt, new_tokens) for prompt in prompts)
 
 
 @runtime_checkable
@@ -125,8 +125,7 @@ def continued(
     Raises:
         InputError: the prompt is empty.
     """
-    if not prompt:
-        raise InputError("A prompt without tokens cannot be continued: give at least one token.")
+    _check_prompt(prompt)
     state: State | None = None
     pieces = torch.tensor([list(prompt)]).split(chunk or len(prompt), dim=1)
     while True:
@@ -147,8 +146,8 @@ def greedy_all(
     advance: Advance[State], prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> list[tuple[int, ...]]:
     """`greedy` for several prompts, those of one length side by side."""
-    if not all(prompts):
-        raise InputError("A prompt without tokens cannot be continued: give at least one token.")
+    for prompt in prompts:
+        _check_prompt(prompt)
     found: dict[int, tuple[int, ...]] = {}
     for length in {len(prompt) for prompt in prompts}:
         numbers = [number for number, prompt in enumerate(prompts) if len(prompt) == length]
@@ -161,3 +160,8 @@ def greedy_all(
         rows = torch.cat(written, dim=1).tolist()
         found |= {number: tuple(row) for number, row in zip(numbers, rows, strict=True)}
     return [found[number] for number in range(len(prompts))]
+
+
+def _check_prompt(prompt: Sequence[int]) -> None:
+    if not prompt:
+        raise InputError("A prompt without tokens cannot be continued: give at least one token.")

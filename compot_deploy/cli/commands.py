@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from compot_deploy.accuracy.gate import LOSS_LIMITS
-from compot_deploy.cli.arguments import Parser, add_options, parse_recipe, recipe_of, recipe_parser
+from compot_deploy.cli.arguments import Parser, add_options, recipe_of, recipe_parser
 from compot_deploy.cli.demo import demo_command
 from compot_deploy.cli.output import progress_on
 from compot_deploy.cli.results import print_overview, show
@@ -42,9 +42,8 @@ from compot_deploy.report.gate import (
 from compot_deploy.report.summary import STEP_SUMMARY, to_summary, write_summary
 
 
-def deploy_command(arguments: list[str], out: Console, err: Console) -> int:
+def deploy_command(recipe: Recipe, out: Console, err: Console) -> int:
     """What runs without a command: compress, export, check."""
-    recipe = parse_recipe(arguments)
     if recipe.model is None:
         err.print(
             "No model given: using the small model that ships with compot-deploy (1.6M parameters, trained on "

@@ -24,8 +24,8 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FrameType
-from typing import TypeAlias
 
 from rich.console import Console
 from rich.text import Text
@@ -57,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         quiet_libraries(warnings_too=ours)
-        command, told = command_for(arguments)
-        return command(told, out, err)
+        return command_for(arguments)(out, err)
     except CompotDeployError as error:
         _tell(err, str(error))
         return error.exit_code
@@ -86,22 +85,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             settle()
 
 
-Command: TypeAlias = Callable[[list[str], Console, Console], int]
-
-
-def command_for(arguments: list[str]) -> tuple[Command, list[str]]:
-    """The command that is asked for, and what is told to it.
+def command_for(arguments: list[str]) -> Callable[[Console, Console], int]:
+    """The command that is asked for, with what is told to it.
 
     Commands load torch, which takes seconds; ``--help`` and what is wrong with an option are answered before.
     """
-    named = arguments[0] if arguments and arguments[0] in NAMES else None
-    if named is None:
-        parse_recipe(arguments)
+    named = bool(arguments) and arguments[0] in NAMES
+    recipe = None if named else parse_recipe(arguments)
     from compot_deploy.cli import commands
 
-    if named is None:
-        return commands.deploy_command, arguments
-    return commands.COMMANDS[named], arguments[1:]
+    if recipe is not None:
+        return partial(commands.deploy_command, recipe)
+    return partial(commands.COMMANDS[arguments[0]], arguments[1:])
 
 
 def _tell(err: Console, sentence: str) -> None:

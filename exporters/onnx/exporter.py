@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import onnx
 from onnx import TensorProto
 
 from compot_deploy.core.diagnostics import Diagnostic, errors
@@ -34,7 +33,7 @@ from compot_deploy.exporters.onnx.matrices import FolderMatrices
 from compot_deploy.exporters.onnx.options import OnnxOptions
 from compot_deploy.exporters.onnx.shape import check_supported
 from compot_deploy.exporters.onnx.storage import OnnxCodes, OnnxOps, OnnxStorage, unsupported_grid
-from compot_deploy.exporters.onnx.tensors import DATA, GRAPH, data_of, external_extent, graphs_of
+from compot_deploy.exporters.onnx.tensors import DATA, GRAPH, data_of, external_extent, graphs_of, read_graph
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.configuration import read_config
 from compot_deploy.models.decoder_shape import decoder_shape
@@ -169,7 +168,7 @@ class OnnxExporter:
         self.write(model, folder, options)
         missing = 0
         for name in graphs_of(folder):
-            graph = onnx.load(folder / name, load_external_data=False).graph
+            graph = read_graph(folder / name).graph
             extents = [
                 external_extent(tensor)[1]
                 for tensor in graph.initializer

@@ -38,9 +38,9 @@ def with_accuracy_level(path: Path, level: int) -> LeveledGraph:
         level: 0 to 4, as documented for MatMulNBits.
 
     Raises:
-        ArtifactError: the file is no ONNX graph.
+        ArtifactError: the file is no ONNX graph that a session can be made of.
     """
-    model = read_graph(path)
+    model = _read_sound(path)
     for graph_or_function in (model.graph, *model.functions):
         _set_accuracy_level(graph_or_function, level)
     return LeveledGraph(
@@ -89,14 +89,15 @@ def open_session(
     path = folder / graph
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist: {folder} is not an exported ONNX folder.")
-    _check_sizes(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     # Several sessions and torch take turns; a pool that spins while it waits steals the others' time.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     model: str | bytes = str(path)
-    if accuracy_level is not None:
+    if accuracy_level is None:
+        _read_sound(path)
+    else:
         leveled = with_accuracy_level(path, accuracy_level)
         for key, value in leveled.entries.items():
             options.add_session_config_entry(key, value)
@@ -110,11 +111,11 @@ def open_session(
         ) from error
 
 
-def _check_sizes(path: Path) -> None:
-    """Refuse sizes that end the process in ONNX Runtime, which cuts them to 32 bits and divides by them.
+def _read_sound(path: Path) -> onnx.ModelProto:
+    """A graph without sizes that end the process in ONNX Runtime, which cuts them to 32 bits and divides by them.
 
     Raises:
-        ArtifactError: names the node; or the file is no graph, see `read_graph`.
+        ArtifactError: names the node that has one; or the file is no graph, see `read_graph`.
     """
     model = read_graph(path)
     nodes = [node for graph in (model.graph, *model.functions) for node in graph.node]
@@ -126,6 +127,7 @@ def _check_sizes(path: Path) -> None:
                     f"{path}: {node.op_type} {node.name} has {attribute.name} = {attribute.i}, which no runtime can "
                     "compute with. Export the model again."
                 )
+    return model
 
 
 _LARGEST: Final = 2**31 - 1

@@ -327,6 +327,18 @@ def test_nothing_is_asked_of_the_network(
     assert "neither a local folder nor a model that the hub answers for" in _complaint(capsys)
 
 
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no files for what is open")
+def test_a_recipe_may_come_through_a_pipe_which_can_be_read_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as file:
+        file.write(f'model = "{tmp_path / "nowhere"}"')
+    assert cli.main(["--recipe", f"/dev/fd/{reader}"]) == EXIT_BAD_INPUT
+    os.close(reader)
+    assert "nowhere does not exist" in _complaint(capsys)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def _raises(error: BaseException) -> Any:
 
 
 def _only(monkeypatch: pytest.MonkeyPatch, commands: Any) -> None:
-    monkeypatch.setattr(cli, "command_for", lambda arguments: (commands[arguments[0]], arguments[1:]))
+    monkeypatch.setattr(cli, "command_for", lambda arguments: partial(commands[arguments[0]], arguments[1:]))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def verdict(arguments, out, err):
     recipe_parser("x", "\\u2500").print_help()
     return 1
 
-entry.command_for = lambda arguments: (verdict, arguments[1:])
+entry.command_for = lambda arguments: lambda out, err: verdict(arguments[1:], out, err)
 sys.argv = ["compot-deploy", "verdict"]
 sys.exit(entry.main())
 """

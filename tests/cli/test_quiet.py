@@ -24,7 +24,7 @@ def chatter(arguments, out, err):
     warnings.warn_explicit("deprecated", FutureWarning, "theirs.py", 1, module="transformers")
     return 0
 
-entry.command_for = lambda arguments: (chatter, arguments[1:])
+entry.command_for = lambda arguments: lambda out, err: chatter(arguments[1:], out, err)
 sys.argv = ["compot-deploy", "chatter"]
 sys.exit(entry.main())
 """
