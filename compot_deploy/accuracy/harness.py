@@ -64,7 +64,7 @@ class TaskFigures:
     Attributes:
         task: its name.
         metric: what is scored.
-        samples: questions.
+        samples: questions, or pairs.
         exported: of the file as deployed.
         original: of the original; None where it was not there.
         recovery: share of the original's score that the file keeps; what the error rate of both allows above 1 is

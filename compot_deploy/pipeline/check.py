@@ -184,7 +184,7 @@ def _check(folder: Path, terms: Terms, progress: Progress) -> Deployment:
     further += [] if readings is None else list(readings.criteria())
     report = with_criteria(report, further)
     if questions is not None:
-        report = questions.asked(report, folder, manifest.exporter, original, gate, progress)
+        report = questions.asked(report, folder, manifest.exporter, original, gate, context, progress)
     notes = (*report.notes, whose, *unasked, *(() if kept is None else (_ABOUT_KEPT,)))
     report = replace(report, notes=notes, diagnostics=(*report.diagnostics, *strange, *signature))
     return Deployment(folder, terms.requirements.apply(report))

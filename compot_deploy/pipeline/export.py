@@ -108,7 +108,7 @@ def export(
         else:
             report = _evaluated(settings, subject, evaluation, gate, progress)
         if questions is not None:
-            report = questions.asked(report, folder, kind, source, gate, progress)
+            report = questions.asked(report, folder, kind, source, gate, source.context, progress)
         write_report(folder, report, manifest)
         if key is not None:
             sign(folder, key)

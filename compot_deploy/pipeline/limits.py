@@ -16,7 +16,7 @@ _MEASURED: Final[Mapping[TaskKind, frozenset[str]]] = {
     "masked": frozenset(("max_kl", "min_top1")),
     "classification": frozenset(("max_kl", "min_top1")),
     "token-classification": frozenset(("max_kl", "min_top1")),
-    "embedding": frozenset(("min_cosine",)),
+    "embedding": frozenset(("min_cosine", "min_recovery")),
     "speech": frozenset(("max_kl", "min_top1", "max_wer_increase")),
 }
 """Limits on the total loss that a task has figures for."""

@@ -257,12 +257,13 @@ class Recipe:
     )
     tasks: tuple[str, ...] = _option(
         (),
-        "also score these tasks of lm-eval, beside the original: names, or YAML files of tasks and folders of such; "
-        "may be given several times, or separated by commas",
+        "also score these tasks, beside the original: names of lm-eval, or YAML files of tasks and folders of such; of "
+        "encoders files of scored pairs of sentences (.tsv, .csv, .jsonl); may be given several times, or separated by "
+        "commas",
         group="gate",
     )
     task_samples: int | None = _option(
-        None, "questions of each task, at most (default: all)", unit="questions", group="gate"
+        None, "questions or pairs of each task, at most (default: all)", unit="questions", group="gate"
     )
     min_recovery: float | None = _option(
         None,

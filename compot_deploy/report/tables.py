@@ -135,7 +135,7 @@ def task_table(report: Report) -> Table:
         )
         for one in report.tasks
     )
-    columns = ("task", "metric", "questions", "original", "deployed", "recovery")
+    columns = ("task", "metric", "samples", "original", "deployed", "recovery")
     notes = ("Recovery is the share of the original's score that the file keeps, ± one standard error.",)
     return Table("Tasks", columns, rows, notes if rows else ())
 

@@ -19,6 +19,7 @@ import tiny
 import torch
 
 from compot_deploy import deploy
+from compot_deploy.accuracy.pairs import read_pairs
 from compot_deploy.accuracy.runners import RUNNERS
 from compot_deploy.core.matrix import Dense
 from compot_deploy.core.store import load_matrices, save_matrices
@@ -110,6 +111,11 @@ def prepare_inputs(root: Path) -> None:
     (small / "gate.toml").write_text(GATE)
     (small / "records.jsonl").write_text(LINES)
     (small / "records.json").write_text(json.dumps([json.loads(line) for line in LINES.splitlines()]))
+    pairs = [{"sentence1": f'a "{n}', "sentence2": f"b, {n}", "score": n / 2} for n in range(12)]
+    (small / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    (small / "pairs.csv").write_text(
+        "sentence1,sentence2,score\n" + "".join(f'"a ""{n}",b,{n}\n' for n in range(12))
+    )
     (small / "request.json").write_text(json.dumps(REQUEST))
     text = {key: value for key, value in REQUEST.items() if key not in ("messages", "top_logprobs")}
     (small / "text.json").write_text(json.dumps({**text, "prompt": "the", "logprobs": 2, "best_of": 1}))
@@ -291,6 +297,10 @@ READERS: Final[Mapping[str, Reader]] = {
     "JSON lines": Reader(
         "small", "records.jsonl", mutants.json_lines, _within("records.jsonl", read_text_file), 2.0
     ),
+    "pairs, lines": Reader(
+        "small", "pairs.jsonl", mutants.json_lines, _within("pairs.jsonl", read_pairs), 0.5
+    ),
+    "pairs, table": Reader("small", "pairs.csv", mutants.some_bytes, _within("pairs.csv", read_pairs), 0.5),
     "records": Reader(
         "small", "records.json", mutants.some_json, _within("records.json", read_text_file), 1.0
     ),

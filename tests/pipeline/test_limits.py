@@ -26,7 +26,7 @@ FIGURES = {
     "masked": {"max_kl", "min_top1"},
     "classification": {"max_kl", "min_top1"},
     "token-classification": {"max_kl", "min_top1"},
-    "embedding": {"min_cosine"},
+    "embedding": {"min_cosine", "min_recovery"},
     "speech": {"max_kl", "min_top1", "max_wer_increase"},
 }
 
