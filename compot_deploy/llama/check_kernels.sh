@@ -12,8 +12,9 @@ failed=0
 
 native() {
     # Sanitizers make -O2 take two minutes to compile and -O1 half a minute; what they look for does not depend on it.
+    # A null pointer ends the process by itself; looking for it takes a fifth of the time.
     # shellcheck disable=SC2086
-    cc -O0 $flags -fsanitize=address,undefined -fno-sanitize-recover=all $sources -lm -o "$work/native"
+    cc -O0 $flags -fsanitize=address,undefined -fno-sanitize=null -fno-sanitize-recover=all $sources -lm -o "$work/native"
     "$work/native"
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import nightly
+from cases import nightly, pairs_by_day
 from consumer_environments import python_with
 from places import FORMATS, KINDS, Exported, Place
 
@@ -88,8 +88,10 @@ def test_a_model_becomes_evaluated_folders_of_both_formats(
     assert digests[0] == digests[1], "one compression, two files"
 
 
-@pytest.mark.parametrize("kind", CASES)
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    pairs_by_day(FORMATS, KINDS, [("onnx", "gpt2"), ("huggingface", "bert")]),
+)
 def test_a_folder_is_checked_again_file_by_file_and_loss_by_loss(
     kind: str, form: str, place: Place, exported: Exported, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,7 +47,7 @@ class Made:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("speech")
     found = Made(
-        spoken.save(root / "model", encoder_layers=1),
+        spoken.save(root / "model", encoder_layers=1, decoder_layers=1),
         spoken.record(root / "recordings", 12),
         root / "out",
     )
@@ -133,7 +133,7 @@ def test_the_graphs_are_those_that_optimum_and_transformers_js_look_for(made: Ma
     assert [value.name for value in encoder.output] == ["last_hidden_state"]
     caches = [
         f"{layer}.{side}.{kind}"
-        for layer in range(2)
+        for layer in range(open_source(made.model).settings.decoder_layers)
         for side in ("decoder", "encoder")
         for kind in ("key", "value")
     ]

@@ -6,6 +6,8 @@ import json
 import logging
 import sys
 from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +32,21 @@ from compot_deploy.exporters.huggingface.bnb import dequantized
 from compot_deploy.exporters.manifest import read_manifest
 from compot_deploy.exporters.onnx.layouts import pack_nbits
 from compot_deploy.models.source import open_source
+from compot_deploy.quant import QUANTIZERS, bnb
 from compot_deploy.recipe import Recipe
 from compot_deploy.report.json import from_json
 from compot_deploy.report.tables import loss_table
 
+if find_spec("bitsandbytes") is None:
+    pytest.skip("the extra bnb is not installed", allow_module_level=True)
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional kernel, aloud
-functional: Any = pytest.importorskip("bitsandbytes.functional")
 
-from compot_deploy.quant import QUANTIZERS, bnb  # noqa: E402 - after the skip
+
+@pytest.fixture
+def functional() -> Any:
+    """The library, which takes long to load, and where the tests are collected nobody needs it."""
+    return import_module("bitsandbytes.functional")
+
 
 TABLES: tuple[Codebook, ...] = ("nf4", "fp4")
 
@@ -52,7 +61,7 @@ def weight(rows: int = 128, columns: int = 12) -> torch.Tensor:
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("table", TABLES)
 def test_four_bits_dequantize_to_what_the_library_makes_of_the_same_codes(
-    table: Codebook, group: int
+    functional: Any, table: Codebook, group: int
 ) -> None:
     quantized = bnb(weight(), None, Grid(4, group, table))
     packed = pack_bnb4(quantized)
@@ -69,7 +78,7 @@ def test_four_bits_dequantize_to_what_the_library_makes_of_the_same_codes(
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_codes_are_the_librarys_own_where_its_scales_are_float16(table: Codebook) -> None:
+def test_codes_are_the_librarys_own_where_its_scales_are_float16(functional: Any, table: Codebook) -> None:
     values = weight()
     values[::32] = 0.5  # the largest of every block, and a float16
     codes, state = functional.quantize_4bit(values.T.contiguous(), blocksize=32, quant_type=table)
@@ -93,7 +102,7 @@ def test_zeros_survive_and_nothing_stands_outside_the_support(grid: Grid) -> Non
     assert not quantized.integers[~support].any()
 
 
-def test_int8_is_vector_wise_and_within_half_a_step() -> None:
+def test_int8_is_vector_wise_and_within_half_a_step(functional: Any) -> None:
     values = weight(100, 7)
     quantized = bnb(values, None, Grid(8, 32))
     assert torch.equal(quantized.scales, quantized.scales[:1].expand(4, 7)), "one scale per output"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 from servers import Served, ToyEngine, serving
 
-openai: Any = pytest.importorskip("openai", reason="the package openai is not installed")
+if find_spec("openai") is None:
+    pytest.skip("the package openai is not installed", allow_module_level=True)
 
 TEXT = "the \u20ac brown fox "
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -23,6 +25,8 @@ def toy() -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def client(toy: Served) -> Iterator[Any]:
+    import openai  # takes long, and where the tests are collected nobody needs it
+
     with openai.OpenAI(base_url=toy.url + "/v1", api_key="none", max_retries=0) as made:
         yield made
 
@@ -95,6 +99,8 @@ def test_a_completion_in_pieces(client: Any) -> None:
 
 
 def test_errors_are_the_clients_own(client: Any, toy: Served) -> None:
+    import openai
+
     with pytest.raises(openai.BadRequestError) as bad:
         client.completions.create(prompt="a" * 2000, **GREEDY)
     assert (bad.value.code, bad.value.param) == ("context_length_exceeded", "prompt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,12 @@ import pytest
 def nightly(*values: Any) -> list[Any]:
     """Each value as a case of its own, marked."""
     return [pytest.param(value, marks=pytest.mark.nightly) for value in values]
+
+
+def pairs_by_day(first: Sequence[str], second: Sequence[str], by_day: Sequence[tuple[str, str]]) -> list[Any]:
+    """Each pair of values as a case of its own; all but some are nightly."""
+    pairs = itertools.product(first, second)
+    return [pair if pair in by_day else pytest.param(*pair, marks=pytest.mark.nightly) for pair in pairs]
 
 
 BY_DAY = ("llama", "qwen3", "mistral", "gpt2", "gemma3", "bert", "distilbert", "gpt2 classes")

@@ -58,7 +58,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case("gpt2 narrow", tmp_path_factory.mktemp("decoder"))
+    return Case("gpt2", tmp_path_factory.mktemp("decoder"))
 
 
 @pytest.fixture(params=["encoder", "decoder"])
