@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -93,51 +93,88 @@ def model_of(model: CompressedModel, *, matrices: bool = True, dtype: torch.dtyp
         InputError: a weight is missing, unknown, or has another shape than the configuration says.
         UnsupportedModelError: a configuration that transformers has no model for.
     """
+    made = unfilled(model, dtype=dtype)
+    fill(made, model, matrices=matrices)
+    return made
+
+
+def unfilled(model: CompressedModel, *, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of transformers that a compressed model fills; its parameters are on the device ``meta``.
+
+    Raises:
+        InputError: a weight is missing, unknown, or belongs to two matrices.
+        UnsupportedModelError: a configuration that transformers has no model for.
+    """
     import transformers
 
     settings = transformers.AutoConfig.for_model(**model.stored_config)
     made = without_parameters(settings, model.task, dtype)
-    state = {
-        f"{name}": tensor
-        for name, tensor in model.tensors.items()
-        if not name.endswith("rotary_emb.inv_freq")
-    }
     known = made.state_dict(keep_vars=True)
-    unknown = sorted(set(state) - set(known))
+    names = [name for name in model.tensors if not name.endswith(_COMPUTED)]
+    unknown = sorted(set(names) - set(known))
     if unknown:
         raise InputError(f"The model has no tensor {unknown[0]} to fill.")
-    placed: set[int] = set()
-    for name, tensor in state.items():
-        _put(made, name, tensor, dtype)
     owners: dict[int, str] = {}
-    for name, matrix in model.matrices.items():
-        parameter, turned = _matrix_place(made, name, known)
+    for name in model.matrices:
+        parameter, _ = _matrix_place(made, name, known)
         if id(known[parameter]) in owners:
             raise InputError(
                 f"{name} and {owners[id(known[parameter])]} are tied in this model: replace one of them only."
             )
         owners[id(known[parameter])] = name
-        placed.add(id(known[parameter]))
-        if matrices:
-            weight = matrix.dequantize()
-            _put(made, parameter, weight.T if turned else weight, dtype)
-    made.tie_weights()
-    filled = placed | {id(known[name]) for name in state}
+    filled = set(owners) | {id(known[name]) for name in names}
     missing = sorted(
         name for name, value in known.items() if id(value) not in filled and isinstance(value, nn.Parameter)
     )
     missing = [name for name in missing if not may_be_absent(name)]
     if missing:
         raise InputError(f"The compressed model lacks {missing[0]}. Compress the model again.")
-    for module in made.modules():
+    return made
+
+
+_COMPUTED: Final = "rotary_emb.inv_freq"
+"""Ends the names of tensors that old checkpoints store and every model computes."""
+
+
+def fill(
+    made: Any,
+    model: CompressedModel,
+    wanted: Callable[[str], bool] = lambda _: True,
+    *,
+    matrices: bool = True,
+) -> None:
+    """Put the weights of a compressed model into its model of transformers, all or some.
+
+    Parameters that a checkpoint may lack and nothing reads are zero.
+
+    Args:
+        made: of `unfilled`.
+        model: the compressed model.
+        wanted: whether a tensor or matrix of this name is put in its place now.
+        matrices: False leaves the matrices where they are.
+
+    Raises:
+        InputError: a weight has another shape than the configuration says.
+    """
+    dtype, known = made.dtype, made.state_dict(keep_vars=True)
+    for name in model.tensors:
+        if wanted(name) and not name.endswith(_COMPUTED):
+            _put(made, name, model.tensors[name], dtype)
+    for name in model.matrices:
+        if matrices and wanted(f"{name}.weight"):
+            parameter, turned = _matrix_place(made, name, known)
+            weight = model.matrices[name].dequantize()
+            _put(made, parameter, weight.T if turned else weight, dtype)
+    if model.embedding is None or wanted(f"{model.embedding}.weight"):
+        made.tie_weights()
+    for path, module in made.named_modules():
         for name, value in module.named_parameters(recurse=False):
-            if value.is_meta and (matrices or not isinstance(module, nn.Linear | nn.Embedding)):
-                setattr(
-                    module, name, nn.Parameter(torch.zeros(value.shape, dtype=dtype), requires_grad=False)
-                )
+            here = wanted(f"{path}.{name}") and (matrices or not isinstance(module, nn.Linear | nn.Embedding))
+            if value.is_meta and here:
+                zeros = torch.zeros(value.shape, dtype=dtype)
+                setattr(module, name, nn.Parameter(zeros, requires_grad=False))
     for value in made.parameters():
         value.requires_grad_(False)
-    return made
 
 
 def _matrix_place(made: Any, name: str, known: Mapping[str, Tensor]) -> tuple[str, bool]:

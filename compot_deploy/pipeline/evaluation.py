@@ -32,9 +32,9 @@ from compot_deploy.exporters.archive import transport_bytes
 from compot_deploy.exporters.artifact import library_versions, seal
 from compot_deploy.exporters.manifest import MANIFEST, SIGNATURE, Manifest
 from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.paged import compressed_to_run, original_to_run
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.tasks import Task, task_of
-from compot_deploy.models.whole import model_of, put_in, whole_model
 from compot_deploy.pipeline.recordings import RECORDINGS
 from compot_deploy.progress import Progress, silent
 from compot_deploy.recipe import DEFAULT_GROUP
@@ -169,18 +169,18 @@ def measure_losses(
 
     def open_original() -> Any:
         assert original is not None
-        return whole_model(original)
+        return original_to_run(original)
 
     def open_factored() -> Any:
         assert original is not None and subject.factors is not None
-        return put_in(whole_model(original), original.sites, subject.factors)
+        return original_to_run(original, subject.factors)
 
     def open_unhealed() -> Any:
         assert subject.unhealed is not None
-        return model_of(subject.unhealed)
+        return compressed_to_run(subject.unhealed)
 
     def open_compressed() -> Any:
-        return model_of(subject.model)
+        return compressed_to_run(subject.model)
 
     def watched(role: str, opening: Callable[[], Any]) -> Callable[[], Any]:
         listener = watchers.listeners.get(role)
@@ -264,8 +264,9 @@ def _beside(
     model = subject.unhealed or subject.model  # nobody healed what stands beside it
     exporter = EXPORTERS[manifest.exporter]
     sizes = matrix_bytes(matrices, exporter.storage(exporter.options(manifest.recipe)))
-    first = _opening(subject, evaluation, lambda: whole_model(original), "original")
-    second = _opening(subject, evaluation, lambda: model_of(replace(model, matrices=matrices)), name)
+    first = _opening(subject, evaluation, lambda: original_to_run(original), "original")
+    other = replace(model, matrices=matrices)
+    second = _opening(subject, evaluation, lambda: compressed_to_run(other), name)
     if task.generates:
         loss = measure(first, second, evaluation, scratch=subject.scratch)
     else:

@@ -19,6 +19,7 @@ from compot_deploy.errors import ArtifactError, InputError
 from compot_deploy.models.configuration import CONFIG, context_of, settings_of
 from compot_deploy.models.generation import end_tokens, read_generation
 from compot_deploy.models.listening import Listener, load_listener
+from compot_deploy.models.paged import original_to_run
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.text_files import ENDINGS, read_text, read_text_file
 from compot_deploy.models.tokens import (
@@ -34,7 +35,6 @@ from compot_deploy.models.tokens import (
     windows_of_records,
     windows_of_text,
 )
-from compot_deploy.models.whole import whole_model
 from compot_deploy.pipeline.recordings import (
     calibration_recordings,
     evaluation_recordings,
@@ -159,7 +159,7 @@ class _Reader:
         if is_sound(path):
             return make_windows(list(read_tensors(path)["windows"]), origin, self._source.vocabulary)
         self._progress(0, 1, "Sample text from the model")
-        model = whole_model(self._source, device=device_of(self._recipe))
+        model = original_to_run(self._source, device=device_of(self._recipe))
         windows = sample_from_model(model, self._tokenizer, **self._common)
         write_tensors(path, {"windows": torch.stack(windows.windows)}, {})
         self._progress(1, 1, "Sample text from the model")
