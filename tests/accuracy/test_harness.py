@@ -76,7 +76,7 @@ def test_options_that_cannot_be_are_refused_before_work() -> None:
         Gate(min_recovery=math.inf)
     with pytest.raises(RecipeError, match="give --tasks"):
         check("nowhere", limits={"min_recovery": 0.9})
-    with pytest.raises(RecipeError, match="writes none"):
+    with pytest.raises(RecipeError, match="writes no text"):
         questions_of(("hellaswag",), None, EMBEDDING)
     assert questions_of((), None, EMBEDDING) is None
 
