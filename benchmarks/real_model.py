@@ -157,14 +157,28 @@ def run_peers(options: Mapping[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds, "bits": {name: 8 * value / weights for name, value in size.items()}}
 
 
-def in_a_process(what: str, options: Mapping[str, Any], threads: int) -> dict[str, Any]:
-    """Run one part in a process of its own; what it took is counted by the system."""
+def in_a_process(
+    what: str, options: Mapping[str, Any], threads: int, limit: int | None = None
+) -> dict[str, Any]:
+    """Run one part in a process of its own; what it took is counted by the system.
+
+    Args:
+        what: the part.
+        options: of the main command.
+        threads: of torch.
+        limit: megabytes that the process may allocate; None sets no limit.
+    """
+
+    def limited() -> None:
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (limit * 2**20, limit * 2**20))
+
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         command = [sys.executable, __file__, "--part", what, json.dumps([dict(options), str(answer)])]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        if subprocess.run(command, env=environment).returncode:
+        if subprocess.run(command, env=environment, preexec_fn=limited).returncode:
             raise SystemExit(f"The part {what!r} failed.")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         found: dict[str, Any] = json.loads(answer.read_text())

@@ -3,8 +3,8 @@
     python docs/run_blocks.py [--list] [PAGE …]
 
 ``console`` and ``python`` blocks of README.md and docs/*.md are run in order, each page in a temporary folder of
-its own. ``MODEL`` stands for the model that ships, ``ENCODER`` for a small random encoder, ``DIR`` for a folder,
-``text.txt`` for a text. Every block stands by itself, but for the files that earlier blocks of its page wrote.
+its own. ``MODEL`` stands for the model that ships, ``ENCODER`` and ``WHISPER`` for small random ones, ``DIR`` for a
+folder, ``text.txt`` for a text. Every block stands by itself, but for the files that earlier blocks of its page wrote.
 ``make demo`` runs with this environment in place of one of its own. A block that cannot be run has a comment in the
 line before it, which says why, and which test or make target does what it says::
 
@@ -50,8 +50,9 @@ _FENCE = re.compile(
 _WRAPPER = """\
 import sys
 from compot_deploy.cli import main
+from compot_deploy.cli.arguments import NAMES
 arguments = sys.argv[1:]
-known = ("check", "inspect", "run", "serve", "report", "keygen", "-h", "--help", "--version", "--recipe")
+known = (*NAMES, "-h", "--help", "--version", "--recipe")
 if arguments[:1] == ["plan"] or not arguments or arguments[0] not in known:
     for option, value in {small}.items():
         flag = "--" + option.replace("_", "-")
@@ -123,6 +124,9 @@ def run(block: Block, folder: Path, tools: Path) -> str:
     if re.search(r"\bENCODER\b", text):
         text = re.sub(r"\bENCODER\b", "encoder", text)
         _write_encoder(folder / "encoder", MODEL)
+    if re.search(r"\bWHISPER\b", text):
+        text = re.sub(r"\bWHISPER\b", "whisper", text)
+        _write_speech(folder)
     if block.before:
         made = run(Block(block.page, block.line, "console", block.before), folder, tools)
         if made:
@@ -165,6 +169,15 @@ def _write_encoder(target: Path, model: Path) -> None:
             parameter.data *= 0.95 ** torch.arange(parameter.shape[1])
     encoder.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _write_speech(folder: Path) -> None:
+    """A tiny speech model of random weights, and recordings of tones, as the tests have them."""
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    import spoken
+
+    spoken.save(folder / "whisper")
+    spoken.record(folder / "recordings", 8)
 
 
 def wrapper(folder: Path) -> Path:

@@ -22,6 +22,7 @@ from compot_deploy.models.cache import cache_argument, cache_of
 from compot_deploy.models.tasks import Utterance, Window
 from compot_deploy.models.templates import TemplateError, TemplateProcess
 from compot_deploy.models.text_files import Record
+from compot_deploy.progress import Progress, silent
 
 SELF: Final = "self"
 HELD_OUT_SHARE: Final = 0.1
@@ -315,6 +316,9 @@ def text_of_dataset(name: str) -> str:
         ) from None
 
 
+SAMPLING: Final = "Sample text from the model"
+
+
 def sample_from_model(
     model: Any,
     tokenizer: Tokenizer,
@@ -324,6 +328,7 @@ def sample_from_model(
     seed: int,
     vocabulary: int,
     batch: int = 16,
+    progress: Progress = silent,
 ) -> TokenWindows:
     """Windows that the model writes itself, by sampling at temperature 1 from its own distribution.
 
@@ -335,6 +340,7 @@ def sample_from_model(
         seed: of every draw; the global generator is left as it was.
         vocabulary: number of ids.
         batch: windows sampled at once.
+        progress: told after every token of a batch.
     """
     generator = torch.Generator().manual_seed(seed)
     windows: list[Tensor] = []
@@ -353,5 +359,7 @@ def sample_from_model(
                 probabilities = torch.softmax(out.logits[:, -1].double().cpu(), dim=-1)
                 step = torch.multinomial(probabilities, 1, generator=generator).to(model.device)
                 ids = torch.cat([ids, step], dim=1)
+                written = len(windows) // batch * length + ids.shape[1]
+                progress(written, -(-samples // batch) * length, SAMPLING)
             windows += list(ids[:, :length].cpu())
     return make_windows(windows, "text sampled from the model itself", vocabulary)

@@ -158,11 +158,9 @@ class _Reader:
         origin = "text sampled from the model itself"
         if is_sound(path):
             return make_windows(list(read_tensors(path)["windows"]), origin, self._source.vocabulary)
-        self._progress(0, 1, "Sample text from the model")
         model = original_to_run(self._source, device=device_of(self._recipe))
-        windows = sample_from_model(model, self._tokenizer, **self._common)
+        windows = sample_from_model(model, self._tokenizer, progress=self._progress, **self._common)
         write_tensors(path, {"windows": torch.stack(windows.windows)}, {})
-        self._progress(1, 1, "Sample text from the model")
         return windows
 
 
