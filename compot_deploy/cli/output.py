@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, Any, Final, Protocol, cast
 
@@ -65,7 +66,26 @@ class _Bars:
     def __call__(self, done: int, total: int, label: str) -> None:
         if label not in self._tasks:
             self._tasks[label] = self._bars.add_task(label, total=total)
+        elif done < self._bars.tasks[self._tasks[label]].completed:  # the same for another model or format
+            self._bars.reset(self._tasks[label])
         self._bars.update(self._tasks[label], completed=done, total=total)
+
+
+@dataclass
+class _Stage:
+    """What is known of the work of one label.
+
+    Attributes:
+        began: when it was first heard of.
+        first: units that were done then.
+        told: when a line was printed.
+        done: units that were done when it was last heard of.
+    """
+
+    began: float
+    first: int
+    told: float
+    done: int
 
 
 class _Lines:
@@ -73,8 +93,7 @@ class _Lines:
 
     def __init__(self, stream: Console) -> None:
         self._stream = stream
-        self._began: dict[str, float] = {}
-        self._told: dict[str, float] = {}
+        self._stages: dict[str, _Stage] = {}
 
     def __enter__(self) -> _Lines:
         return self
@@ -83,14 +102,15 @@ class _Lines:
         pass
 
     def __call__(self, done: int, total: int, label: str) -> None:
-        now = time.monotonic()
-        began = self._began.setdefault(label, now)
-        if label not in self._told:
-            self._told[label] = now
+        now, stage = time.monotonic(), self._stages.get(label)
+        if stage is None or done < stage.done:  # fewer than before: the same for another model or format
+            self._stages[label] = _Stage(now, done, now, done)
             self._stream.print(Text(f"{label}: {done} of {total}"))
-        elif now - self._told[label] >= _SECONDS_BETWEEN_LINES and done:
-            self._told[label] = now
-            left = (now - began) / done * (total - done)
+            return
+        stage.done = done
+        if now - stage.told >= _SECONDS_BETWEEN_LINES and done > stage.first:
+            stage.told = now
+            left = (now - stage.began) / (done - stage.first) * (total - done)
             self._stream.print(Text(f"{label}: {done} of {total}, about {_minutes(left)} left"))
 
 
