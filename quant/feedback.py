@@ -72,19 +72,34 @@ def feedback_of(gram: Inputs, damping: float = DAMPING) -> Feedback:
             f"GPTQ needs a Gram matrix with energy; the mean of its diagonal is {mean:g}. "
             "Calibrate with more text, or use the quantizer rtn."
         )
-    scaled = gram.double() / mean
     while damping <= _LARGEST_DAMPING:
-        turned = scaled.flip(0, 1)
+        turned = gram.flip(0, 1).double()
+        turned /= mean
         turned.diagonal().add_(damping)
         with one_thread():
             lower, failed = torch.linalg.cholesky_ex(turned)
+        del turned  # of a wide input a quarter of a gigabyte, like each that follows
         if int(failed) == 0:
             # Turned back it is upper triangular, R with H = R Rᵀ; T = R / diag(R).
-            pivots = lower.diagonal()
-            onward = (lower.float().T / pivots.float()[:, None]).flip(0, 1)
-            return Feedback(scaled.float(), onward, pivots.flip(0).square(), damping, mean)
+            pivots = lower.diagonal().clone()
+            upper = lower.float().T
+            del lower
+            onward = (upper / pivots.float()[:, None]).flip(0, 1)
+            del upper
+            return Feedback(_scaled(gram, mean), onward, pivots.flip(0).square(), damping, mean)
         damping = max(damping * 10, 1e-6)
     raise InputError(
         f"The matrix of {gram.shape[0]} inputs is no Gram matrix: it is not positive definite even with "
         f"{_LARGEST_DAMPING:g} times the mean of its diagonal added. Collect it as XᵀX."
     )
+
+
+def _scaled(gram: Float[Tensor, "inputs inputs"], mean: float) -> Float32[Tensor, "inputs inputs"]:
+    """A Gram over the mean of its diagonal, divided in float64, some rows at a time."""
+    found = torch.empty_like(gram, dtype=torch.float32)
+    for rows, into in zip(gram.split(_ROWS), found.split(_ROWS), strict=True):
+        into.copy_(rows.double() / mean)
+    return found
+
+
+_ROWS: Final = 512

@@ -109,9 +109,12 @@ def whiten(gram: Float[Tensor, "inputs inputs"], *, ridge: float = FIRST_RIDGE) 
             f"The Gram matrix of {inputs} inputs has NaN or infinite entries: the activations overflowed. "
             "Calibrate in float32 or bfloat16, or check the model's weights."
         )
-    symmetric = (gram.double() + gram.double().T) / 2
-    mean = float(symmetric.diagonal().mean())
-    if not bool(symmetric.any()):
+    # One copy of it, which the ridge goes into: at 5632 inputs each takes a quarter of a gigabyte.
+    damped = gram.double() + gram.double().T
+    damped /= 2
+    diagonal = damped.diagonal().clone()
+    mean = float(diagonal.mean())
+    if not bool(damped.any()):
         identity = torch.eye(inputs, dtype=torch.float64, device=gram.device)
         return Whitening(identity * _NOTHING, ridge, 0, identity * _NOTHING**2)
     if mean <= 0.0:
@@ -121,8 +124,7 @@ def whiten(gram: Float[Tensor, "inputs inputs"], *, ridge: float = FIRST_RIDGE) 
     attempts = 0
     while True:
         attempts += 1
-        damped = symmetric.clone()
-        damped.diagonal().add_(ridge * mean)
+        damped.diagonal().copy_(diagonal + ridge * mean)
         factor, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
             return Whitening(factor, ridge, attempts, damped)
