@@ -133,7 +133,7 @@ def test_a_zip_of_the_folder_is_written_beside_it(kind: str, place: Place, tmp_p
     assert verify(tmp_path / "again").matrices == verify(tmp_path / "out").matrices
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("kind", ["bert", *nightly("gpt2")])
 def test_a_folder_is_held_against_a_baseline_and_a_gate_file(
     kind: str, place: Place, exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -434,7 +434,11 @@ def test_impossible_budgets_say_what_is_possible(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "recipe_options", [{}, {"format": ("gguf",), "gguf_layout": "sparse"}], ids=["onnx", "gguf"]
+    "recipe_options",
+    [
+        pytest.param({}, id="onnx"),
+        pytest.param({"format": ("gguf",), "gguf_layout": "sparse"}, id="gguf", marks=pytest.mark.nightly),
+    ],
 )
 def test_the_model_s_files_have_the_size_that_was_asked_for_and_predicted(
     model: Path, text: Path, tmp_path: Path, recipe_options: dict[str, Any]
