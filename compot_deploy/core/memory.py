@@ -8,9 +8,11 @@ line has one heap, and where something large has ended (a model, a stage) all fr
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import platform
 from functools import cache
+from pathlib import Path
 from typing import Any, Final
 
 COMPARED_AT_ONCE: Final = 2**17
@@ -41,6 +43,31 @@ def give_back_freed_memory() -> None:
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
+
+
+def free_memory(system: Path = Path("/")) -> int | None:
+    """Bytes that this process may still take before the system ends it; None where the system does not say.
+
+    That is what Linux calls available, swap included, and no more than a container or ``ulimit`` allows.
+
+    Args:
+        system: folder that holds ``proc`` and ``sys``.
+    """
+    try:
+        lines = (system / "proc/meminfo").read_text().splitlines()
+        kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+        found = [1024 * (kilobytes["MemAvailable"] + kilobytes.get("SwapFree", 0))]
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # ``max``, where nothing is limited
+            found.append(int((system / "sys/fs/cgroup" / name).read_text()))
+    import resource  # of Unix, and here is Linux
+
+    for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
+        limit = resource.getrlimit(kind)[0]
+        found += [] if limit == resource.RLIM_INFINITY else [limit]
+    return min(found)
 
 
 @cache

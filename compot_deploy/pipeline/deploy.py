@@ -21,6 +21,7 @@ from compot_deploy.pipeline.check import Deployment
 from compot_deploy.pipeline.compress import compress, context_of, draft_of
 from compot_deploy.pipeline.export import export, finished
 from compot_deploy.pipeline.limits import gate_of
+from compot_deploy.pipeline.memory import check_memory
 from compot_deploy.pipeline.task_accuracy import questions_of
 from compot_deploy.pipeline.texts import evaluation_of
 from compot_deploy.pipeline.workspace import (
@@ -95,6 +96,7 @@ def run(recipe: Recipe, progress: Progress = silent, work: Path | None = None) -
         gate = gate_of(recipe, source.task)
         questions = questions_of(recipe.tasks, recipe.task_samples, source.task)
         settings = resolve(recipe, source)
+        check_memory(settings)
         with kept_when_interrupted(own), workers_of(recipe.cluster) as workers:
             compression = compress(settings, own, progress, workers)
             evaluation = evaluation_of(recipe, source, own, progress)
@@ -134,6 +136,7 @@ def plan_only(recipe: Recipe, progress: Progress = silent) -> Draft:
     with reserved(recipe):
         source = open_source(recipe.model or MODEL, allow_pickle=recipe.allow_pickle)
         settings = resolve(recipe, source)
+        check_memory(settings)
         work = work_folder(recipe, source)
         with kept_when_interrupted(work), workers_of(recipe.cluster) as workers:
             return draft_of(settings, context_of(settings, work, progress, workers))
