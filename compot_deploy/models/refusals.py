@@ -8,6 +8,7 @@ from typing import Any, Final
 from torch import nn
 
 from compot_deploy.errors import a_few, first_line
+from compot_deploy.models.experts import routers
 from compot_deploy.models.sites import Layout, blocks_of
 
 INSTEAD: Final = (
@@ -60,6 +61,7 @@ def of_no_sites(model: Any) -> str:
 def unseen(model: Any, layout: Layout | None) -> tuple[str, ...]:
     """Modules of the blocks with a matrix that no product was seen of: they stay as they are. Tables are not meant."""
     seen = set() if layout is None else {site.parameter for site in layout.sites}
+    seen |= {f"{path}.weight" for path in routers(model)}
     found = []
     for block in blocks_of(model) or ("",):
         for path, module in model.get_submodule(block).named_modules(prefix=block):
