@@ -227,6 +227,11 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
         "olmoe": Kind(
             "olmoe",
             keys=_expert_keys("num_experts", "intermediate_size"),
+            further=lambda s: (
+                "fewer heads of keys than of queries"
+                if s.num_key_value_heads not in (None, s.num_attention_heads)
+                else None
+            ),
             fixed={"norm_topk_prob": (False,), "clip_qkv": (None,), **_NO_BIAS},
             factorized=False,
         ),

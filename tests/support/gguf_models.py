@@ -146,10 +146,16 @@ CASES: Final[Mapping[str, Case]] = {
         },
     ),
     "mixtral": Case("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "olmoe": Case("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": Case("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
     "gpt_oss": Case(
         "GptOssConfig",
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": _WINDOW},
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 32,
+            "sliding_window": _WINDOW,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
     ),
     "gpt_neox": Case("GPTNeoXConfig", {"hidden_act": "gelu_new"}, ("num_key_value_heads",)),
 }
