@@ -8,8 +8,10 @@ import any_models
 import pytest
 import torch
 import transformers
+from cases import nightly
 from exported_models import compressed, some_of_everything
 
+from compot_deploy.accuracy.onnx_runner import OnnxRunner
 from compot_deploy.core.matrix import Dense, Leaf, Matrix, leaves
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.models.compressed import CompressedModel
@@ -54,3 +56,27 @@ def test_a_folder_of_transformers_loads_bit_for_bit_and_computes_the_same(
     loaded.save_pretrained(again)
     for name, matrix in exporter.read(again).items():
         assert same(given.matrices[name], matrix), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen2_moe", *nightly("gpt_oss", "mixtral")])
+def test_a_traced_graph_computes_what_torch_computes_whichever_experts_are_reached(
+    kind: str, tmp_path: Path
+) -> None:
+    """One token reaches two of four experts, many reach all; token by token is the same as at once."""
+    one = {"num_hidden_layers": 1} | ({} if kind == "mixtral" else {"layer_types": ["full_attention"]})
+    source = open_source(any_models.save(tmp_path / "m", kind, **one))
+    given = compressed(source, some_of_everything(source), outside=False)
+    exporter = EXPORTERS["onnx"]
+    assert exporter.supports(source) is None
+    (tmp_path / "out").mkdir()
+    exporter.write(given, tmp_path / "out", exporter.options({}))
+    with torch.no_grad():
+        wanted = model_of(given)(TOKENS).logits
+    runner = OnnxRunner(tmp_path / "out", 0, threads=1)
+    for chunk in (12, 1):
+        found = torch.cat(list(runner.logits(TOKENS, chunk)), dim=1)
+        assert float((found - wanted).abs().max()) < 1e-5 * float(wanted.std())
+    read = exporter.read_model(tmp_path / "out")
+    for name, matrix in given.matrices.items():
+        assert same(read.matrices[name], matrix), name
