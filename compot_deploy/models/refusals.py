@@ -12,8 +12,8 @@ from compot_deploy.models.experts import routers
 from compot_deploy.models.sites import Layout, blocks_of
 
 INSTEAD: Final = (
-    "Use a model in whose blocks every token meets every matrix, each a linear of its own: Llama, Mistral, Qwen2, "
-    "Qwen3, Gemma, Phi, GPT-2, GPT-NeoX, OPT and encoders like BERT are taken."
+    "Use a model in whose blocks each matrix is a linear of its own: Llama, Mistral, Qwen2, Qwen3, Gemma, Phi, GPT-2, "
+    "GPT-NeoX, OPT, mixtures of experts like Mixtral and Qwen3-MoE, and encoders like BERT are taken."
 )
 
 
@@ -41,8 +41,8 @@ def of_a_stopped_pass(model: Any, error: BaseException) -> str:
 def of_experts(model: Any, path: str) -> str:
     """Why a mixture of experts is not taken."""
     return (
-        f"A {_kind(model)} is a mixture of experts, which is not supported: which matrices of {path} a token meets is "
-        f"decided by its values. {INSTEAD}"
+        f"A {_kind(model)} is a mixture of experts of a kind that is not supported: {path} is multiplied with in a way "
+        f"of its own. {INSTEAD}"
     )
 
 
