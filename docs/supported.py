@@ -52,9 +52,14 @@ _CHANGES: Final[dict[str, dict[str, Any]]] = {
     "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 4},
     "gpt_neox": {"hidden_act": "gelu_new"},
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
-    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
     "mixtral": {"num_local_experts": 4},
-    "olmoe": {"num_experts": 4},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": {
         "num_local_experts": 4,
         "head_dim": 16,

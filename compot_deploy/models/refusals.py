@@ -8,7 +8,7 @@ from typing import Any, Final
 from torch import nn
 
 from compot_deploy.errors import a_few, first_line
-from compot_deploy.models.experts import routers
+from compot_deploy.models.experts import EXPERTS, Experts, routers
 from compot_deploy.models.sites import Layout, blocks_of
 
 INSTEAD: Final = (
@@ -109,9 +109,8 @@ def _experts(model: Any, where: str) -> str | None:
     for block in blocks_of(model):
         if where == block or where.startswith(f"{block}."):
             for path, module in model.get_submodule(block).named_modules(prefix=block):
-                if _stacks(module) or (
-                    path.endswith("experts") and next(module.parameters(), None) is not None
-                ):
+                alone = path.endswith(EXPERTS) and next(module.parameters(), None) is not None
+                if not isinstance(module, Experts) and (_stacks(module) or alone):
                     return str(path)
     return None
 
