@@ -29,8 +29,6 @@ OTHERS: Final = (
     "xlm-roberta",
     "albert",
     "whisper",
-    "mixtral",
-    "qwen3_moe",
 )
 """Types that GGUF does not have, and that people ask for."""
 
@@ -53,6 +51,20 @@ _CHANGES: Final[dict[str, dict[str, Any]]] = {
     "phi3": {"max_position_embeddings": 4096},
     "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 4},
     "gpt_neox": {"hidden_act": "gelu_new"},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
+    "mixtral": {"num_local_experts": 4},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
     "distilbert": {"dim": 64, "n_heads": 4, "n_layers": 4, "hidden_dim": 128},
     "whisper": {
         "d_model": 64,

@@ -26,6 +26,7 @@ from compot_deploy.exporters.gguf.writer import write
 from compot_deploy.llama.apart import logits_apart
 from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.configuration import config_of, settings_of
+from compot_deploy.models.experts import unstack
 from compot_deploy.models.outline import outline_of_config
 
 _LAYERS: Final = 7
@@ -115,6 +116,7 @@ def difference(config: Mapping[str, Any]) -> float:
         model = AutoModelForCausalLM.from_config(settings, attn_implementation="eager").float().eval()
         _enlarge(model)
         tokens = torch.randint(3, _VOCABULARY, (1, _TOKENS))
+    unstack(model)
     with torch.no_grad():
         wanted = model(tokens).logits[0].numpy()
     with tempfile.TemporaryDirectory() as folder:

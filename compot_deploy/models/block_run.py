@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import Tensor, nn
 
+from compot_deploy.models.experts import same_place
 from compot_deploy.models.sites import Gram, InputGroup, Products, add_gram, real_rows
 
 PARTS: Final = 8
@@ -126,6 +127,18 @@ def add_seen(
         for site in seen.sites:
             if site in firsts:
                 add_gram(sums, firsts[site], real_rows(values, real))
+
+
+def fill_unreached(grams: dict[str, Gram], groups: Sequence[InputGroup]) -> None:
+    """Give inputs of experts that no token reached what their neighbours read: the sum of their Grams, of 0 tokens."""
+    reached = [
+        (same_place(group.sites[0].name), grams[group.name]) for group in groups if group.name in grams
+    ]
+    for group in groups:
+        place = same_place(group.sites[0].name)
+        neighbours = [gram.matrix for other, gram in reached if other == place]
+        if group.name not in grams and place is not None and neighbours:
+            grams[group.name] = Gram(torch.stack(neighbours).sum(0), 0)
 
 
 def add_grams(sums: dict[str, Gram], more: Mapping[str, Gram]) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from compot_deploy.errors import InputError, UnsupportedModelError, a_few
+from compot_deploy.models.experts import name_of_today, unstack
 from compot_deploy.models.sites import blocks_of
 from compot_deploy.models.skeleton import on_meta
 from compot_deploy.models.tasks import Task
@@ -185,6 +186,7 @@ def _loaded(folder: Path, task: Task) -> Mapping[str, Tensor] | None:
     missing = [key for key in found["missing_keys"] if not may_be_absent(key)]
     if missing or found["mismatched_keys"]:
         return None
+    unstack(model)
     state = {name: value for name, value in model.state_dict().items() if name not in found["missing_keys"]}
     return Held(state, folder)
 
@@ -230,6 +232,7 @@ def _names(files: LazyTensors, meta: Any) -> dict[str, str]:
         for old, new in _OLD_NAMES:
             name = name.replace(old, new) if name.endswith(old) else name
         current[name] = stored
+        current.setdefault(name_of_today(name), stored)
     found = {}
     for name in meta.state_dict():
         for candidate in (name, name.removeprefix(prefix), prefix + name):

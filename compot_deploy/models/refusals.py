@@ -8,11 +8,12 @@ from typing import Any, Final
 from torch import nn
 
 from compot_deploy.errors import a_few, first_line
+from compot_deploy.models.experts import EXPERTS, Experts, routers
 from compot_deploy.models.sites import Layout, blocks_of
 
 INSTEAD: Final = (
-    "Use a model in whose blocks every token meets every matrix, each a linear of its own: Llama, Mistral, Qwen2, "
-    "Qwen3, Gemma, Phi, GPT-2, GPT-NeoX, OPT and encoders like BERT are taken."
+    "Use a model in whose blocks each matrix is a linear of its own: Llama, Mistral, Qwen2, Qwen3, Gemma, Phi, GPT-2, "
+    "GPT-NeoX, OPT, mixtures of experts like Mixtral and Qwen3-MoE, and encoders like BERT are taken."
 )
 
 
@@ -40,8 +41,8 @@ def of_a_stopped_pass(model: Any, error: BaseException) -> str:
 def of_experts(model: Any, path: str) -> str:
     """Why a mixture of experts is not taken."""
     return (
-        f"A {_kind(model)} is a mixture of experts, which is not supported: which matrices of {path} a token meets is "
-        f"decided by its values. {INSTEAD}"
+        f"A {_kind(model)} is a mixture of experts of a kind that is not supported: {path} is multiplied with in a way "
+        f"of its own. {INSTEAD}"
     )
 
 
@@ -60,6 +61,7 @@ def of_no_sites(model: Any) -> str:
 def unseen(model: Any, layout: Layout | None) -> tuple[str, ...]:
     """Modules of the blocks with a matrix that no product was seen of: they stay as they are. Tables are not meant."""
     seen = set() if layout is None else {site.parameter for site in layout.sites}
+    seen |= {f"{path}.weight" for path in routers(model)}
     found = []
     for block in blocks_of(model) or ("",):
         for path, module in model.get_submodule(block).named_modules(prefix=block):
@@ -107,9 +109,8 @@ def _experts(model: Any, where: str) -> str | None:
     for block in blocks_of(model):
         if where == block or where.startswith(f"{block}."):
             for path, module in model.get_submodule(block).named_modules(prefix=block):
-                if _stacks(module) or (
-                    path.endswith("experts") and next(module.parameters(), None) is not None
-                ):
+                alone = path.endswith(EXPERTS) and next(module.parameters(), None) is not None
+                if not isinstance(module, Experts) and (_stacks(module) or alone):
                     return str(path)
     return None
 

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from compot_deploy.models.experts import routers
 from compot_deploy.models.skeleton import ValuesUnknown
 
 WHOLE: Final = ""
@@ -314,6 +315,7 @@ def discover(model: nn.Module, batch: Any) -> Layout:
         if path is not None
         for parameter in model.get_submodule(path).parameters(recurse=False)
     ]
+    skip += [model.get_parameter(f"{path}.weight") for path in routers(model)]
     running: list[str] = []
     groups: list[InputGroup] = []
 

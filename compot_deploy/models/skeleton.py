@@ -8,10 +8,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from compot_deploy.errors import InputError, UnsupportedModelError, first_line
+from compot_deploy.models.experts import unstack
 from compot_deploy.models.tasks import Task
 
 _ADVICE: Final = "warn_if_padding_and_no_attention_mask"
@@ -61,7 +62,18 @@ class ValuesUnknown(TorchFunctionMode):
         answer = _ANSWERS.get(function)
         if answer is not None and args[0].is_meta:
             return answer()
+        if function in _SEARCHES and len(args) == 1 and args[0].is_meta:
+            return _everywhere(args[0], apart=function is torch.where or bool((kwargs or {}).get("as_tuple")))
         return function(*args, **(kwargs or {}))
+
+
+_SEARCHES: Final = (torch.where, torch.nonzero, torch.Tensor.nonzero)
+
+
+def _everywhere(condition: Tensor, *, apart: bool) -> Tensor | tuple[Tensor, ...]:
+    """Where something is true of which nobody knows: everywhere. So every expert has every token."""
+    places = torch.ones(condition.shape, dtype=torch.bool).nonzero()
+    return tuple(places.T.to(condition.device)) if apart else places
 
 
 _ANSWERS: Final[Mapping[Any, Callable[[], Any]]] = {
@@ -90,6 +102,7 @@ def _made(config: Any, task: Task, dtype: torch.dtype) -> Any:
             f"The configuration of a {config.model_type} is not understood: transformers makes no model of it "
             f"({first_line(error)}). Compare its numbers with those of the model that it came from."
         ) from None
+    unstack(model)
     for module in model.modules():
         if hasattr(module, _ADVICE):  # reads values of tokens, which there are none of on `meta`
             setattr(module, _ADVICE, _nothing)

@@ -29,6 +29,7 @@ from compot_deploy.models.block_run import (
     add_grams,
     add_seen,
     at_work,
+    fill_unreached,
     has_numbers,
     parts_of,
     run_part,
@@ -145,6 +146,8 @@ class BlockStream:
         # A model without blocks is one itself, and ends where a pass is: it is run there.
         run = self._run_here if self._finish or not path else self._run_in_parts
         grams = run(block, path, capture, replacements is None)
+        if capture:
+            fill_unreached(grams, self._source.layout.of(path))
         if replacements is not None:
             weights = replacements({name: _on_cpu(gram) for name, gram in grams.items()})
             self._source.replace(block, path, weights, dtype=self._dtype)

@@ -124,6 +124,7 @@ def compress(
             *outcome.notes,
             *treated.notes,
             *_notes(context.windows, outcome.linears),
+            *notes_on_experts(context.unreached()),
             *complaints,
         ),
         unquantized=StoredMatrices(outcome.factors) if outcome.factors else None,
@@ -335,6 +336,16 @@ def _why_not_split(settings: Settings, outcome: Outcome) -> str:
     if settings.weights > SPLIT_WEIGHTS and not settings.recipe.planned:
         return f"a model of more than {SPLIT_WEIGHTS:,} weights would be in memory once more for it"
     return "the plan factorizes no linear"
+
+
+def notes_on_experts(unreached: Sequence[str]) -> tuple[str, ...]:
+    """What a report must say about inputs of experts that no token was routed to."""
+    if not unreached:
+        return ()
+    return (
+        f"no token of the calibration text reached {len(unreached)} inputs of experts (first: {unreached[0]}): they "
+        "were compressed for what the other experts of their block read; more calibration text would help",
+    )
 
 
 def _notes(windows: TokenWindows, linears: Sequence[LinearRecord]) -> tuple[str, ...]:

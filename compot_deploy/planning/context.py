@@ -14,7 +14,14 @@ from torch import Tensor
 
 from compot_deploy.cluster import ALONE, Workers
 from compot_deploy.core.storage import Storage
-from compot_deploy.core.work_files import digest_of, is_sound, read_tensors, write_tensors
+from compot_deploy.core.work_files import (
+    digest_of,
+    is_sound,
+    read_tensors,
+    read_value,
+    write_tensors,
+    write_value,
+)
 from compot_deploy.models.answers import Answers
 from compot_deploy.models.sites import Gram, InputGroup, importance
 from compot_deploy.models.source import ModelSource
@@ -189,7 +196,15 @@ class PlanningContext:
     def keep_grams(self, block: str, grams: Mapping[str, Gram]) -> None:
         """Put the Grams of a block into the work folder."""
         self.keep_importance(block, {name: gram.matrix for name, gram in grams.items()})
+        write_value(self._unreached_file(block), [name for name, gram in grams.items() if gram.tokens == 0])
         write_tensors(self._gram_file(block), {name: gram.matrix for name, gram in grams.items()}, {})
+
+    def unreached(self) -> list[str]:
+        """Inputs of experts that no token of the calibration text reached, as far as their Grams are kept."""
+        files = {block: self._unreached_file(block) for block in self.blocks}
+        return [
+            f"{block}.{name}" for block, path in files.items() if is_sound(path) for name in read_value(path)
+        ]
 
     def has_importance(self, block: str) -> bool:
         """Whether it is known how much the inputs of a block matter."""
@@ -233,6 +248,9 @@ class PlanningContext:
 
     def _gram_file(self, block: str) -> Path:
         return self.block_file("grams", block)
+
+    def _unreached_file(self, block: str) -> Path:
+        return self.block_file("unreached", block).with_suffix(".json")
 
     def _importance_file(self, block: str) -> Path:
         return self.block_file("importance", block)

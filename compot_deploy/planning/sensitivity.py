@@ -24,6 +24,7 @@ from compot_deploy.core.spilled import Spilled
 from compot_deploy.core.work_files import is_sound, read_value, write_value
 from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.models.backward import Product, products_backwards
+from compot_deploy.models.experts import same_place
 from compot_deploy.models.sites import InputGroup
 from compot_deploy.models.tasks import Batch, LossSum
 from compot_deploy.models.whole import replaced, whole_model
@@ -110,10 +111,29 @@ def sensitivities_backwards(
             disturbances |= dict.fromkeys(group.names, _Disturbance(context, group))
         units |= {name: disturbance.error(name) for name, disturbance in disturbances.items()}
         for one in seen:
-            squares[one.name] += disturbances[one.name].expected_square(one)
+            if one.name in disturbances:  # routers are seen as well
+                squares[one.name] += disturbances[one.name].expected_square(one)
     context.progress(2 * len(context.blocks), 2 * len(context.blocks), label)
     count = sum(len(batch.real) if task.pools else int(batch.compared.sum()) for batch in batches) * draws
-    return {name: squares[name] / (2 * count * units[name]) if units[name] else 0.0 for name in context.names}
+    found = {
+        name: squares[name] / (2 * count * units[name]) if units[name] else 0.0 for name in context.names
+    }
+    return _with_unreached(found)
+
+
+def _with_unreached(found: Mapping[str, float]) -> dict[str, float]:
+    """An expert that no token of the text reached may matter in others: it is taken to do so as its neighbours do."""
+    neighbours: dict[str, list[float]] = {}
+    for name, value in found.items():
+        place = same_place(name)
+        if place is not None and value > 0.0:
+            neighbours.setdefault(place, []).append(value)
+    result = dict(found)
+    for name, value in found.items():
+        known = neighbours.get(same_place(name) or "")
+        if value == 0.0 and known:
+            result[name] = sum(known) / len(known)
+    return result
 
 
 class _Disturbance:

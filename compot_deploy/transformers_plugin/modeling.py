@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.errors import ArtifactError
+from compot_deploy.models.experts import unstack
 from compot_deploy.transformers_plugin.configuration import CompotConfig
 from compot_deploy.transformers_plugin.folder import CODE, CODE_TEXT, hide
 from compot_deploy.transformers_plugin.layout import Entry, to_json
@@ -33,6 +34,7 @@ class CompotMixin:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        unstack(self)  # type: ignore[arg-type]
         config = self.config
         entries = CompotConfig(base_config=hide(config.to_dict()), compot=config.compot).entries()
         self._install(_relative(self, entries))

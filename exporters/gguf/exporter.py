@@ -27,7 +27,7 @@ from compot_deploy.exporters.gguf import quantize as gguf_quantize
 from compot_deploy.exporters.gguf.index import LAYOUTS, Layout
 from compot_deploy.exporters.gguf.metadata import Described, check_layout, describe
 from compot_deploy.exporters.gguf.model import read
-from compot_deploy.exporters.gguf.names import GgufNames, loose_names
+from compot_deploy.exporters.gguf.names import GgufNames, loose_names, owner_of
 from compot_deploy.exporters.gguf.options import GgufOptions
 from compot_deploy.exporters.gguf.reader import read_header
 from compot_deploy.exporters.gguf.storage import GgufStorage, ProductStorage
@@ -193,7 +193,7 @@ def _checked(source: ModelSource) -> Described:
     """
     described = describe(source.config)
     tensors = loose_names(source.tensors)
-    names = GgufNames(described.kind, described.sizes, (name.rpartition(".")[0] for name in tensors))
+    names = GgufNames(described.kind, described.sizes, (owner_of(name)[0] for name in tensors))
     for name in tensors:
         names.tensors(name)
     return described

@@ -177,12 +177,72 @@ def _lfm2_width(settings: Any) -> int:
     return multiple * -(-width // multiple)
 
 
+def _expert_keys(count: str, width: str) -> dict[str, Callable[[Any], Value]]:
+    """Keys of a mixture of experts, by the names of two settings."""
+    return {
+        "expert_count": lambda s: int(getattr(s, count)),
+        "expert_used_count": lambda s: int(s.num_experts_per_tok),
+        "expert_feed_forward_length": lambda s: int(getattr(s, width)),
+    }
+
+
+def _dense_blocks(settings: Any) -> str | None:
+    """Qwen's mixtures may have blocks without experts, which llama.cpp's do not."""
+    if settings.decoder_sparse_step != 1 or settings.mlp_only_layers:
+        return "blocks without experts, which llama.cpp does not have there"
+    return None
+
+
+_QWEN2_MOE: Final = Kind(
+    "qwen2moe",
+    biased=_QKV,
+    rotary=_ALL_ROTARY,
+    keys={
+        **_expert_keys("num_experts", "moe_intermediate_size"),
+        "expert_shared_feed_forward_length": lambda s: int(s.shared_expert_intermediate_size),
+    },
+    fixed={"norm_topk_prob": (False,)},
+    further=_dense_blocks,
+    factorized=False,
+)
+
 KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
     {
         "llama": _LLAMA,
         "mistral": _LLAMA,
         "qwen2": Kind("qwen2", biased=_QKV, rotary=_ALL_ROTARY),
         "qwen3": Kind("qwen3", rotary=_ALL_ROTARY),
+        "qwen2_moe": _QWEN2_MOE,
+        "qwen3_moe": Kind(
+            "qwen3moe",
+            rotary=_ALL_ROTARY,
+            keys=_expert_keys("num_experts", "moe_intermediate_size"),
+            fixed={"norm_topk_prob": (True,), **_NO_BIAS},
+            further=_dense_blocks,
+            factorized=False,
+        ),
+        "mixtral": replace(
+            _LLAMA, keys=_expert_keys("num_local_experts", "intermediate_size"), factorized=False
+        ),
+        "olmoe": Kind(
+            "olmoe",
+            keys=_expert_keys("num_experts", "intermediate_size"),
+            further=lambda s: (
+                "fewer heads of keys than of queries"
+                if s.num_key_value_heads not in (None, s.num_attention_heads)
+                else None
+            ),
+            fixed={"norm_topk_prob": (False,), "clip_qkv": (None,), **_NO_BIAS},
+            factorized=False,
+        ),
+        "gpt_oss": Kind(
+            "gpt-oss",
+            rotary=("default", "yarn"),
+            window=2,
+            keys=_expert_keys("num_local_experts", "intermediate_size"),
+            biased=(*_QKV, "attn_output", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
+            factorized=False,
+        ),
         "gemma": _GEMMA,
         "gemma2": _GEMMA2,
         "gemma3_text": _GEMMA3,

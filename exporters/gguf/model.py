@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from compot_deploy.exporters.gguf.index import (
 )
 from compot_deploy.exporters.gguf.kinds import KINDS, Kind
 from compot_deploy.exporters.gguf.metadata import Sizes, describe
-from compot_deploy.exporters.gguf.names import GgufNames
+from compot_deploy.exporters.gguf.names import GgufNames, owner_of
 from compot_deploy.exporters.gguf.reader import GgufFile, read_header
 from compot_deploy.models.configuration import config_of
 from compot_deploy.models.hints import ARCHITECTURES, Architecture
@@ -107,7 +108,7 @@ class _Reader:
             sizes = describe(config_of(outline.meta.config)).sizes
             self.shapes = {name: tuple(p.shape) for name, p in outline.meta.named_parameters()}
             self.expected = tuple(name for name in outline.names if name != self.head)
-            modules = (*outline.names, *(n.rpartition(".")[0] for n, _ in outline.meta.named_parameters()))
+            modules = (*outline.names, *(owner_of(n)[0] for n, _ in outline.meta.named_parameters()))
         self.names = GgufNames(kind, sizes, modules)
         self.matrices = {*self.expected, self.head}
         self.index = FactorizedIndex({}, {}) if self.layout == "dense" else read_index(file)
@@ -125,6 +126,14 @@ class _Reader:
             if name in used or name.startswith("rope_"):
                 continue
             stem, _, part = name.rpartition(".")
+            experts = self.names.experts(stem)
+            if experts:
+                for expert, value in zip(experts, self._split(name, len(experts)), strict=True):
+                    if part == "bias":
+                        vectors[f"{expert}.{part}"] = {stem: value.weight.numpy()[0]}
+                    else:
+                        pieces[expert] = {stem: value}
+                continue
             module = self._module(stem)
             order = self._order(module, stem)
             if part != "bias" and module in self.matrices and len(tensor.shape) == 2:
@@ -133,7 +142,7 @@ class _Reader:
                 values = gguf_quantize.dequantize(self.file.bytes_of(name), tensor.kind)
                 if len(tensor.shape) == 1:
                     values = _restored(values.reshape(1, -1), order if part == "bias" else None)[0]
-                whole = f"{module}.{part}"
+                whole = module if module in self.shapes else f"{module}.{part}"
                 vectors.setdefault(whole, {})[stem] = values - np.float32(self.names.shift(whole))
             else:
                 raise ArtifactError(
@@ -142,7 +151,7 @@ class _Reader:
         matrices = {module: joined(self._in_order(module, found)) for module, found in pieces.items()}
         tensors = {
             name: torch.from_numpy(
-                np.concatenate(self._in_order(name.rpartition(".")[0], found)).reshape(
+                np.concatenate(self._in_order(owner_of(name)[0], found)).reshape(
                     self.shapes.get(name, next(iter(found.values())).shape)
                 )
             )
@@ -205,6 +214,23 @@ class _Reader:
         grid = {"Q4_0": Grid(4, 32), "Q8_0": Grid(8, 32)}.get(tensor.kind)
         return self._leaf(LeafEntry(name, tensor.shape[1], tensor.shape[0], grid, DENSE), order)
 
+    def _split(self, name: str, count: int) -> list[Leaf]:
+        """A stack of experts, cut into what each of them has: matrices, or biases as matrices of one row."""
+        tensor = self.file.tensors[name]
+        if tensor.shape[0] != count or len(tensor.shape) not in (2, 3):
+            raise ArtifactError(
+                f"{self.file.path.name}: {name} is {tensor.shape}, and the model has {count} experts."
+            )
+        inputs = tensor.shape[-1] if len(tensor.shape) == 3 else 1
+        outputs = math.prod(tensor.shape) // inputs
+        if len(tensor.shape) == 2:
+            values = gguf_quantize.dequantize(self.file.bytes_of(name), tensor.kind)
+            whole: Leaf = Dense(torch.from_numpy(np.ascontiguousarray(values.reshape(1, -1))))
+        else:
+            grid = {"Q4_0": Grid(4, 32), "Q8_0": Grid(8, 32)}.get(tensor.kind)
+            whole = self._leaf(LeafEntry(name, inputs, outputs, grid, DENSE), None)
+        return [_columns(whole, at * outputs // count, (at + 1) * outputs // count) for at in range(count)]
+
     def _leaf(self, entry: LeafEntry, order: np.ndarray | None) -> Leaf:
         return _reordered(read_leaf(self.file, entry), order)
 
@@ -264,6 +290,13 @@ def read_leaf(file: GgufFile, entry: LeafEntry) -> Leaf:
     if kind == "F16":
         return Dense(torch.from_numpy(np.ascontiguousarray(np.ascontiguousarray(rows).view("<f2").T)))
     return Dense(torch.from_numpy(np.ascontiguousarray(gguf_quantize.dequantize(rows, kind).T)))
+
+
+def _columns(leaf: Leaf, start: int, end: int) -> Leaf:
+    if isinstance(leaf, Dense):
+        return Dense(leaf.weight[:, start:end].contiguous())
+    integers, scales = (values[:, start:end].contiguous() for values in (leaf.integers, leaf.scales))
+    return Quantized(integers, scales, leaf.grid)
 
 
 def _reordered(leaf: Leaf, order: np.ndarray | None) -> Leaf:

@@ -14,6 +14,7 @@ from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.exporters.gguf.kinds import Kind, Order
 from compot_deploy.exporters.gguf.metadata import Sizes
 from compot_deploy.exporters.gguf.rotary import interleaved_rope
+from compot_deploy.models.experts import same_place
 
 _COMPUTED: Final = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias")
 """Ends of the names of buffers that some checkpoints hold: the model computes them."""
@@ -22,6 +23,12 @@ _COMPUTED: Final = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "
 def loose_names(tensors: Iterable[str]) -> tuple[str, ...]:
     """Names of tensors that are learned."""
     return tuple(name for name in tensors if not name.endswith(_COMPUTED))
+
+
+def owner_of(name: str) -> tuple[str, str]:
+    """The module of a tensor, and which part of it that is; a parameter of no such module stands for itself."""
+    module, _, part = name.rpartition(".")
+    return (module, part) if part in ("weight", "bias") else (name, "weight")
 
 
 Part: TypeAlias = tuple[str, np.ndarray | None]
@@ -49,10 +56,14 @@ class GgufNames:
         known = get_tensor_name_map(architecture, sizes.layers)
         self._stems: dict[str, str] = {}
         for module in modules:
-            stem = self._renamed(module) or known.get_name(module)
+            stem = self._renamed(module) or known.get_name(same_place(module) or module)
             if stem is not None:
                 self._stems[module] = stem
         self._modules = {stem: module for module in self._stems for stem, _ in self.parts(module)}
+        self._experts: dict[str, list[str]] = {}
+        for module, stem in self._stems.items():
+            if same_place(module) is not None:
+                self._experts.setdefault(stem, []).append(module)
 
     def stem(self, module: str) -> str:
         """``model.layers.0.self_attn.q_proj`` to ``blk.0.attn_q``."""
@@ -63,6 +74,10 @@ class GgufNames:
     def module(self, stem: str) -> str | None:
         """The inverse of `stem`; None for a stem that no module has."""
         return self._modules.get(stem)
+
+    def experts(self, stem: str) -> tuple[str, ...]:
+        """Modules that a stack of experts holds, in their order; none for a tensor of another kind."""
+        return tuple(self._experts.get(stem, ()))
 
     def parts(self, module: str) -> tuple[Part, ...]:
         """The tensors that a module is written as: one, or several that share its outputs."""
@@ -83,7 +98,7 @@ class GgufNames:
         Raises:
             UnsupportedModelError: llama.cpp's model of this type has no such tensor.
         """
-        module, _, part = name.rpartition(".")
+        module, part = owner_of(name)
         stem = self.stem(module)
         short = stem.rpartition(".")[2]
         norm = short.endswith("norm") and not self.kind.rms
@@ -106,7 +121,7 @@ class GgufNames:
 
     def shift(self, name: str) -> float:
         """What is added to a tensor on its way into the file."""
-        module, _, part = name.rpartition(".")
+        module, part = owner_of(name)
         return self.kind.shift if part == "weight" and self._stems.get(module, "").endswith("norm") else 0.0
 
     def _renamed(self, module: str) -> str | None:

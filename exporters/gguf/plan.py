@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -19,7 +19,7 @@ from compot_deploy.exporters.gguf import quantize as gguf_quantize
 from compot_deploy.exporters.gguf.index import LAYOUT_VERSION
 from compot_deploy.exporters.gguf.kinds import Value
 from compot_deploy.exporters.gguf.metadata import Described, check_layout
-from compot_deploy.exporters.gguf.names import GgufNames, loose_names
+from compot_deploy.exporters.gguf.names import GgufNames, loose_names, owner_of
 from compot_deploy.exporters.gguf.options import GgufOptions
 from compot_deploy.exporters.gguf.products import Products
 from compot_deploy.exporters.gguf.rotary import rope_tensors
@@ -54,18 +54,28 @@ class TensorPlan:
         for tensor, divisors in rope_tensors(described.kind, model.config, described.sizes.head_size).items():
             self._floats(tensor, divisors.shape, "F32", lambda d=divisors: d)  # type: ignore[misc]
         tensors = loose_names(model.tensors)
-        modules = (*model.matrices, *(name.rpartition(".")[0] for name in tensors))
+        modules = (*model.matrices, *(owner_of(name)[0] for name in tensors))
         names = GgufNames(described.kind, described.sizes, modules)
         for name, matrix in model.matrices.items():
             if name == model.head and model.tied:
+                continue
+            stack = names.experts(names.stem(name))
+            if stack:
+                if name == stack[0]:
+                    self._stack(names.stem(name), stack)
                 continue
             before = sum(entry.nbytes for entry in self.entries)
             for stem, order in names.parts(name):
                 self._matrix(name, stem, matrix, order)
             self.matrix_bytes[name] = sum(entry.nbytes for entry in self.entries) - before
         for name in tensors:
+            module, part = owner_of(name)
+            stack = names.experts(names.stem(module))
             for target, order in names.tensors(name):
-                self._tensor(name, target, order, names.shift(name))
+                if not stack:
+                    self._tensor(name, target, order, names.shift(name))
+                elif module == stack[0]:
+                    self._stacked_tensors([f"{expert}.{part}" for expert in stack], target)
         self.notes += self._products.remarks()
 
     def keys(self) -> dict[str, Value]:
@@ -79,6 +89,20 @@ class TensorPlan:
             "compot.tensors": json.dumps(self._leaves, separators=(",", ":")),
             "compot.matrices": json.dumps(self._pairs, separators=(",", ":")),
         }
+
+    def _stack(self, stem: str, names: Sequence[str]) -> None:
+        """The same matrix of all experts, one tensor."""
+        entry = self._products.stack({name: self.model.matrices[name] for name in names}, f"{stem}.weight")
+        self.entries.append(entry)
+        self.matrix_bytes |= dict.fromkeys(names, entry.nbytes // len(names))
+
+    def _stacked_tensors(self, names: Sequence[str], target: str) -> None:
+        shape = (len(names), *self.model.tensors[names[0]].shape)
+
+        def rows() -> np.ndarray:
+            return np.stack([self.model.tensors[name].detach().float().cpu().numpy() for name in names])
+
+        self._floats(target, shape, "F32", rows)
 
     def _matrix(self, name: str, stem: str, matrix: Matrix, order: np.ndarray | None) -> None:
         table = self.model.role(name) == "table"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from typing_extensions import assert_never
 
@@ -26,6 +28,7 @@ class Products:
         self.model, self.options = model, options
         self._wider: dict[tuple[str, str], list[tuple[str, int]]] = {}
         self._unweighted: dict[str, list[str]] = {}
+        self._mixed: list[tuple[str, str]] = []
 
     def entry(self, name: str, tensor: str, matrix: Matrix, order: np.ndarray | None, table: bool) -> Entry:
         """How a matrix is stored.
@@ -67,6 +70,27 @@ class Products:
         nbytes = outputs * gguf_quantize.row_bytes(kind, inputs)
         return Entry(tensor, kind, (outputs, inputs), nbytes, kind, lambda: self._rows(name, kind, order))
 
+    def stack(self, matrices: Mapping[str, Matrix], tensor: str) -> Entry:
+        """How the same matrix of all experts of a block is stored: in one type, the widest that one of them takes."""
+        made = [self.entry(name, tensor, matrix, None, False) for name, matrix in matrices.items()]
+        widest = max(made, key=lambda entry: entry.nbytes)
+        (outputs, inputs), kinds = widest.shape, sorted({entry.kind for entry in made})
+        if len(kinds) > 1:
+            self._mixed.append((tensor, widest.kind))
+
+        def rows() -> np.ndarray:
+            return np.concatenate(
+                [self._expert_rows(name, matrix, widest.kind) for name, matrix in matrices.items()]
+            )
+
+        shape = (len(made), outputs, inputs)
+        return Entry(tensor, widest.kind, shape, widest.nbytes * len(made), widest.described, rows)
+
+    def _expert_rows(self, name: str, matrix: Matrix, kind: str) -> np.ndarray:
+        if isinstance(matrix, Quantized) and _carries_over(matrix, kind):
+            return block_rows(leaf_getter(self.model, name)(), kind, matrix.shape[0], None)
+        return self._rows(name, kind, None)
+
     def remarks(self) -> list[str]:
         """What many matrices have in common is said once."""
         result = []
@@ -76,6 +100,12 @@ class Products:
             widths = ", ".join(map(str, sorted({inputs for _, inputs in cases})))
             result.append(
                 f"{tensor}{others}: rows of {widths} do not split into blocks of {wanted}; stored as {kind}."
+            )
+        if self._mixed:
+            tensor, kind = self._mixed[0]
+            result.append(
+                f"{tensor} and {len(self._mixed) - 1} more: experts of several types are stored in the widest of them "
+                f"({kind} there), because a stack has one."
             )
         for kind, tensors in self._unweighted.items():
             result.append(

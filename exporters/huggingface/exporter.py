@@ -36,6 +36,7 @@ from compot_deploy.exporters.huggingface.bnb_folder import is_bnb, read_bnb, wri
 from compot_deploy.exporters.huggingface.matrices import FolderMatrices, FolderTensors
 from compot_deploy.exporters.huggingface.shards import Shards
 from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.experts import same_place
 from compot_deploy.models.outline import outline_of, outline_of_config
 from compot_deploy.models.source import TOKENIZER_FILES, ModelSource
 from compot_deploy.transformers_plugin.folder import (
@@ -167,7 +168,7 @@ class HuggingFaceExporter:
         owners: dict[str, str] = {}
         entries: list[Entry] = []
         for name, matrix in model.matrices.items():
-            if isinstance(matrix, Dense):
+            if isinstance(matrix, Dense) and same_place(name) is None:
                 shards.add(f"{name}.weight", outline.stored(name, matrix.weight))
                 continue
             entry = entry_of(name, matrix, owners)
@@ -256,7 +257,6 @@ def _stored(entry: Entry, matrix: Matrix) -> Iterator[tuple[str, Tensor]]:
     if isinstance(matrix, Factorized):
         chain = [leaf for pair in matrix.pairs for leaf in (pair.dictionary, pair.codes)]
     else:
-        assert isinstance(matrix, Quantized)
         chain = [matrix]
     if any((leaf.integers if isinstance(leaf, Quantized) else leaf.weight).is_meta for leaf in chain):
         for name, shape, dtype in entry.tensors():

@@ -16,20 +16,18 @@ from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.models import refusals
 from compot_deploy.models.source import open_source
 
-EXPERTS = {"num_key_value_heads": 2, "num_experts_per_tok": 2}
 MADE: Mapping[str, tuple[Callable[[], Any], str, str]] = {
-    "stacked experts": (
-        lambda: transformers.MixtralConfig(**tiny.COMMON | EXPERTS, num_local_experts=4),
-        "MixtralForCausalLM",
-        r"A mixtral \(MixtralForCausalLM\) is a mixture of experts, which is not supported: which matrices of "
-        r"model\.layers\.0\.mlp\.experts a token meets is decided by its values\. Use a model",
-    ),
-    "experts beside dense layers": (
-        lambda: transformers.Qwen2MoeConfig(
-            **tiny.COMMON | EXPERTS, num_experts=4, moe_intermediate_size=32, mlp_only_layers=[0]
+    "experts that are multiplied all at once": (
+        lambda: transformers.Llama4TextConfig(
+            **tiny.COMMON,
+            num_local_experts=4,
+            interleave_moe_layer_step=1,
+            head_dim=16,
+            intermediate_size_mlp=64,
         ),
-        "Qwen2MoeForCausalLM",
-        r"A qwen2_moe \(Qwen2MoeForCausalLM\) is a mixture of experts, .* matrices of model\.layers\.1\.mlp\.experts ",
+        "Llama4ForCausalLM",
+        r"A llama4_text \(Llama4ForCausalLM\) is a mixture of experts of a kind that is not supported: "
+        r"model\.layers\.0\.feed_forward\.experts is multiplied with in a way of its own\. Use a model",
     ),
     "products of its own": (
         lambda: transformers.FalconConfig(
@@ -83,7 +81,7 @@ def test_experts_that_are_passed_over_are_not_left_alone_in_silence(tmp_path: Pa
     block.experts = torch.nn.Module()
     block.experts.gate_up_proj = torch.nn.Parameter(torch.zeros(4, 64, 32, device="meta"))
     with pytest.raises(
-        UnsupportedModelError, match=r"which matrices of encoder\.layer\.0\.experts a token meets"
+        UnsupportedModelError, match=r"encoder\.layer\.0\.experts is multiplied with in a way of its own"
     ):
         _ = source.layout
 

@@ -135,6 +135,38 @@ def _gpt2_classes() -> Any:
     return made
 
 
+_EXPERTS: Final = {
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 256,
+    "num_experts_per_tok": 2,
+}
+
+
+def _qwen2_moe() -> Any:
+    """Experts beside one that every token meets."""
+    return transformers.Qwen2MoeConfig(
+        **_SIZES,
+        **_EXPERTS,
+        **_LARGE,
+        **_TOKENS,
+        num_experts=4,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+    )
+
+
+def _mixtral() -> Any:
+    return transformers.MixtralConfig(**_SIZES, **_EXPERTS, **_LARGE, **_TOKENS, num_local_experts=4)
+
+
+def _gpt_oss() -> Any:
+    """Gate and up in turn, biases, an activation of its own."""
+    return transformers.GptOssConfig(
+        **_SIZES, **_EXPERTS, **_LARGE, **_TOKENS, num_local_experts=4, head_dim=16, sliding_window=8
+    )
+
+
 _MADE: Final[Mapping[str, tuple[Callable[[], Any], str]]] = MappingProxyType(
     {
         "gpt2": (_gpt2, "GPT2LMHeadModel"),
@@ -153,6 +185,9 @@ _MADE: Final[Mapping[str, tuple[Callable[[], Any], str]]] = MappingProxyType(
         "llama classes": (_llama_classes, "LlamaForSequenceClassification"),
         "opt projected": (_opt_projected, "OPTForCausalLM"),
         "gpt2 narrow": (_gpt2_narrow, "GPT2LMHeadModel"),
+        "qwen2_moe": (_qwen2_moe, "Qwen2MoeForCausalLM"),
+        "mixtral": (_mixtral, "MixtralForCausalLM"),
+        "gpt_oss": (_gpt_oss, "GptOssForCausalLM"),
     }
 )
 
@@ -169,6 +204,9 @@ READERS: Final = (
 """Models that read whole texts."""
 
 KINDS: Final = (*DECODERS, *READERS)
+
+EXPERTS: Final = ("qwen2_moe", "mixtral", "gpt_oss")
+"""Mixtures of experts."""
 
 UNUSUAL: Final = ("albert", "llama classes", "opt projected", "gpt2 narrow")
 """What only exporters have to be shown."""

@@ -15,6 +15,7 @@ from torch import nn
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Dense, Matrix
 from compot_deploy.models.compressed import CompressedModel, Tables
+from compot_deploy.models.experts import unstack
 from compot_deploy.models.source import open_source
 
 _SMALL: Final[Mapping[str, Any]] = {**tiny.COMMON, "initializer_range": 0.1}
@@ -125,6 +126,37 @@ CASES: Final[Mapping[str, Case]] = {
     "seed_oss": Case("SeedOssConfig", {"head_dim": 32}),
     "glm4": Case("Glm4Config", {"head_dim": 32, "attention_bias": True}),
     "lfm2": Case("Lfm2Config", {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}),
+    "qwen2_moe": Case(
+        "Qwen2MoeConfig",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64,
+        },
+    ),
+    "qwen3_moe": Case(
+        "Qwen3MoeConfig",
+        {
+            "head_dim": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+        },
+    ),
+    "mixtral": Case("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": Case("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
+    "gpt_oss": Case(
+        "GptOssConfig",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 32,
+            "sliding_window": _WINDOW,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
     "gpt_neox": Case("GPTNeoXConfig", {"hidden_act": "gelu_new"}, ("num_key_value_heads",)),
 }
 """By what they show: the type of the model first."""
@@ -180,6 +212,7 @@ def torch_logits(folder: Path, tokens: torch.Tensor, compressed: CompressedModel
     """What transformers makes of the same matrices, float32, attention spelled out, GELU from llama.cpp's table."""
     made = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     made = made.float().eval()
+    unstack(made)
     for module in made.modules():
         if "gelu" in type(module).__name__.lower():
             module.forward = _tabulated
