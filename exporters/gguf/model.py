@@ -129,7 +129,7 @@ class _Reader:
             experts = self.names.experts(stem)
             if experts:
                 for expert, value in zip(experts, self._split(name, len(experts)), strict=True):
-                    if part == "bias":
+                    if part == "bias" and isinstance(value, Dense):
                         vectors[f"{expert}.{part}"] = {stem: value.weight.numpy()[0]}
                     else:
                         pieces[expert] = {stem: value}

@@ -59,7 +59,7 @@ def test_a_folder_of_transformers_loads_bit_for_bit_and_computes_the_same(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen2_moe", *nightly("gpt_oss", "mixtral")])
+@pytest.mark.parametrize("kind", nightly("qwen2_moe", "gpt_oss", "mixtral"))
 def test_a_traced_graph_computes_what_torch_computes_whichever_experts_are_reached(
     kind: str, tmp_path: Path
 ) -> None:
