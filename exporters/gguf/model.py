@@ -126,6 +126,8 @@ class _Reader:
             if name in used or name.startswith("rope_"):
                 continue
             stem, _, part = name.rpartition(".")
+            if part not in ("weight", "bias"):
+                raise ArtifactError(f"{self.file.path.name}: {name} is neither a weight nor a bias.")
             experts = self.names.experts(stem)
             if experts:
                 for expert, value in zip(experts, self._split(name, len(experts)), strict=True):
