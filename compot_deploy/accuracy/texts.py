@@ -268,6 +268,7 @@ def _noise(task: Task, runner: TextRunner, batch: Batch, singly: Sequence[Batch]
         if together.dim() == 2:
             alone[number] = output
         else:
-            alone[number, : len(output)] = output
+            kept = min(len(output), alone.shape[1])  # what fills up a text may differ
+            alone[number, :kept] = output[:kept]
     figures = compare_outputs(task, [batch], [together], [alone])
     return Loss(runner.name, f"{runner.name}, text by text", figures, ())

@@ -214,7 +214,7 @@ class Products(TorchFunctionMode):
 
 
 def real_rows(
-    values: Float[Tensor, "*batch inputs"], *masks: Bool[Tensor, "texts tokens"]
+    values: Float[Tensor, "*batch inputs"], *masks: Bool[Tensor, "_ _"]
 ) -> Float[Tensor, "rows inputs"]:
     """The rows of an input that are no padding.
 

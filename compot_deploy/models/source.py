@@ -329,8 +329,8 @@ def _opened(model: str | Path, ask_hub: bool, patterns: list[str]) -> tuple[Path
     task = _task(folder, config_of(settings))
     if getattr(settings, "is_encoder_decoder", False) and not task.has_towers:
         raise UnsupportedModelError(
-            f"{folder}: a {settings.model_type} has an encoder and a decoder, and its class in config.json no head that "
-            "writes, which is not supported. Name the class for generation under architectures."
+            f"{folder}: a {settings.model_type} has an encoder and a decoder, and the class in config.json no head "
+            "that writes, which is not supported. Name the class for generation under architectures."
         )
     return folder, settings, task
 

@@ -36,7 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model under ``model``, and what was made of it under ``out``."""
     place = tmp_path_factory.mktemp("translator")
     model = translators.save(place / "model", "t5")
-    words = tiny.WORDS.split()
+    words = tiny.WORDS.split() * 3
     lines = [" ".join(words[at : at + 6 + at % 5]) for at in range(40)]
     (place / "lines.txt").write_text("\n".join(dict.fromkeys(lines)))
     formats = [flag for form in FORMATS for flag in ("--format", form)]
@@ -57,7 +57,7 @@ def test_a_report_has_divergence_and_texts_and_a_folder_is_checked_by_itself(
     assert total.comparison.divergence is not None and total.comparison.divergence.mean.value > 1e-6
     assert total.comparison.top1_agreement is not None and total.comparison.word_errors is None
     assert report.accuracy.export_reference.comparison.nmse < 1e-9
-    assert len(total.greedy) == len(report.accuracy.continuations) >= 4
+    assert len(total.greedy) == len(report.accuracy.continuations) >= 3
     assert all(one.exact == one.compressed for one in report.accuracy.continuations)
     assert not [one for one in report.diagnostics if one.severity in ("error", "warning")]
     limits = ["--min-top1", "0.01", "--report-dir", str(tmp_path)]
