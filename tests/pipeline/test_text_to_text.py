@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -17,8 +18,9 @@ from compot_deploy.accuracy.towers import OnnxTowers, TorchTowers
 from compot_deploy.cli import main
 from compot_deploy.core.matrix import Factorized, Quantized
 from compot_deploy.exporters import EXPORTERS
-from compot_deploy.exporters.onnx import tracing
+from compot_deploy.exporters.onnx.options import OnnxOptions
 from compot_deploy.exporters.onnx.tensors import TOWERS
+from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.source import open_source
 from compot_deploy.models.tokens import load_tokenizer
 from compot_deploy.models.whole import model_of
@@ -126,17 +128,23 @@ def test_a_folder_writes_from_the_command_line(
     assert capsys.readouterr().out.strip()
 
 
-def test_a_mask_that_is_lost_is_noticed_before_any_work(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_computes_something_else_is_noticed_before_any_work(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = open_source(root / "model")
     assert towers_gate.towers_objection(source) is None
-    monkeypatch.setattr(
-        tracing, "_hiding", lambda mask, tokens: torch.zeros(len(mask), 1, tokens, mask.shape[1])
-    )
-    for cached in (tracing._traces, towers_gate._difference):
-        cached.cache_clear()
+    write = towers_gate.write
+
+    def wrong(made: CompressedModel, folder: Path, options: OnnxOptions) -> object:
+        norm = "decoder.block.1.layer.1.layer_norm.weight"
+        return write(
+            replace(made, tensors={**made.tensors, norm: 1.01 * made.tensors[norm]}), folder, options
+        )
+
+    monkeypatch.setattr(towers_gate, "write", wrong)
+    towers_gate._difference.cache_clear()
     assert "other logits in onnxruntime" in str(towers_gate.towers_objection(source))
-    for cached in (tracing._traces, towers_gate._difference):
-        cached.cache_clear()
+    towers_gate._difference.cache_clear()
 
 
 @pytest.mark.nightly
