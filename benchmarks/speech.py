@@ -23,9 +23,9 @@ from typing import Any, Final
 import torch
 
 from compot_deploy.accuracy.evaluate import Evaluation
-from compot_deploy.accuracy.speech import OnnxSpeech, TorchSpeech
 from compot_deploy.accuracy.texts import compare_outputs
-from compot_deploy.accuracy.transcripts import SpeechRunner
+from compot_deploy.accuracy.towers import OnnxTowers, TorchTowers
+from compot_deploy.accuracy.transcripts import TowersRunner
 from compot_deploy.accuracy.words import error_rate, word_errors
 from compot_deploy.core.matrix import Factorized
 from compot_deploy.core.store import write_text
@@ -177,13 +177,13 @@ def speak(folder: Path, sentences: list[str], seed: int) -> Path:
 
 
 def judge(
-    reference: Mapping[str, Any], runner: SpeechRunner, evaluation: Evaluation, source: ModelSource
+    reference: Mapping[str, Any], runner: TowersRunner, evaluation: Evaluation, source: ModelSource
 ) -> dict[str, Any]:
     """Word errors and divergence of one model."""
-    listener = evaluation.listener
-    assert listener is not None
+    writer = evaluation.writer
+    assert writer is not None
     utterances, recordings = evaluation.text.utterances, evaluation.text.recordings
-    texts = [evaluation.decode(runner.transcribe(one, listener)) for one in utterances]
+    texts = [evaluation.decode(runner.write(one, writer)) for one in utterances]
     said = [recording.reference or "" for recording in recordings]
     found: dict[str, Any] = {
         "texts": texts,
@@ -259,7 +259,7 @@ def main() -> None:
     work = out / "work"
     work.mkdir(exist_ok=True)
     evaluation = evaluation_of(base, source, work)
-    original = judge({}, TorchSpeech(whole_model(source), source.task), evaluation, source)
+    original = judge({}, TorchTowers(whole_model(source), source.task), evaluation, source)
     known["weights"] = sum(site.inputs * site.outputs for site in source.layout.sites)
     known["original"] = {key: value for key, value in original.items() if key != "outputs"}
     for name, options in rows(arguments):
@@ -272,7 +272,7 @@ def main() -> None:
             "bits": 8 * made.plan.bytes / settings.weights,
             "linear_bytes": made.plan.bytes,
             "factorized": sum(isinstance(made.model.matrices[path], Factorized) for path in linears),
-            **judge(original, TorchSpeech(model_of(made.model), source.task), evaluation, source),
+            **judge(original, TorchTowers(model_of(made.model), source.task), evaluation, source),
         }
         if name in arguments.export:
             folder = out / name.replace(" ", "-")
@@ -280,7 +280,7 @@ def main() -> None:
             exporter = EXPORTERS["onnx"]
             exporter.write(made.model, folder, options_of(settings.recipe, exporter))
             row["file_bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            row["onnx"] = judge(original, OnnxSpeech(folder), evaluation, source)
+            row["onnx"] = judge(original, OnnxTowers(folder), evaluation, source)
         known[name] = row
         write_text(results, json.dumps(known, indent=1))
         write_text(out / "speech.md", table(known))

@@ -21,6 +21,8 @@ PAGE: Final = Path(__file__).with_name("supported-models.md")
 START: Final = "<!-- written by docs/supported.py -->\n"
 END: Final = "<!-- end of what docs/supported.py writes -->\n"
 
+TEXT_TO_TEXT: Final = ("t5", "mt5", "bart", "mbart", "marian", "pegasus", "m2m_100")
+
 OTHERS: Final = (
     "opt",
     "bert",
@@ -29,6 +31,7 @@ OTHERS: Final = (
     "xlm-roberta",
     "albert",
     "whisper",
+    *TEXT_TO_TEXT,
 )
 """Types that GGUF does not have, and that people ask for."""
 
@@ -42,6 +45,16 @@ _SIZES: Final = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
+}
+_TOWERS: Final = {
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "decoder_start_token_id": 1,
 }
 _CHANGES: Final[dict[str, dict[str, Any]]] = {
     "gemma2": {"head_dim": 256},
@@ -66,14 +79,10 @@ _CHANGES: Final[dict[str, dict[str, Any]]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
     "distilbert": {"dim": 64, "n_heads": 4, "n_layers": 4, "hidden_dim": 128},
-    "whisper": {
-        "d_model": 64,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "decoder_start_token_id": 1,
-    },
+    "t5": {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
+    "mt5": {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
+    **dict.fromkeys(TEXT_TO_TEXT[2:], _TOWERS),
+    "whisper": _TOWERS,
 }
 
 
@@ -86,6 +95,7 @@ def row(model_type: str) -> Supported:
         config = AutoConfig.for_model(model_type, **_SIZES | _CHANGES.get(model_type, {})).to_dict()
         mappings = (
             auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES if model_type == "whisper" else {},
+            auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES if model_type in TEXT_TO_TEXT else {},
             auto.MODEL_MAPPING_NAMES if model_type in OTHERS[1:6] else {},
             auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         )

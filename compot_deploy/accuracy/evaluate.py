@@ -42,8 +42,8 @@ from compot_deploy.accuracy.roles import evaluated_report, pairs_of, require_ref
 from compot_deploy.accuracy.runner import Runner, texts_of
 from compot_deploy.core.memory import give_back_freed_memory
 from compot_deploy.errors import InputError
-from compot_deploy.models.listening import Listener
 from compot_deploy.models.tokens import TokenWindows
+from compot_deploy.models.writing import Writer
 from compot_deploy.progress import Progress, Ticker, silent
 
 
@@ -58,7 +58,7 @@ class Evaluation:
         new_tokens: length of each continuation.
         end_tokens: ids that end a text: a continuation counts up to the first one, included.
         batch: windows of one length that are run together; more is faster on small models.
-        listener: how recordings are heard and transcribed, of a speech model.
+        writer: how the decoder writes, of a model of two towers.
     """
 
     text: TokenWindows
@@ -67,7 +67,7 @@ class Evaluation:
     new_tokens: int = 48
     end_tokens: frozenset[int] = frozenset()
     batch: int = 4
-    listener: Listener | None = None
+    writer: Writer | None = None
 
     def __post_init__(self) -> None:
         if self.new_tokens < 1 or self.batch < 1:

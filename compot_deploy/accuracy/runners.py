@@ -11,9 +11,10 @@ import torch
 
 from compot_deploy.accuracy.onnx_runner import onnx_runner
 from compot_deploy.accuracy.runner import Runner, RunnerFactory
-from compot_deploy.accuracy.speech import OnnxSpeech, TorchSpeech
 from compot_deploy.accuracy.texts import OnnxTexts, TextRunner, TorchTexts
 from compot_deploy.accuracy.torch_runner import TorchRunner
+from compot_deploy.accuracy.towers import OnnxTowers, TorchTowers
+from compot_deploy.accuracy.towers_gate import towers_objection
 from compot_deploy.errors import ArtifactError, CompotDeployError, first_line
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.tasks import Task
@@ -57,13 +58,13 @@ def huggingface_runner(folder: Path, *, exact: bool = False, threads: int = 0) -
 
 def onnx_texts(folder: Path, task: Task, *, exact: bool = False) -> TextRunner:
     """An exported ONNX folder: `exact`, the float32 reference, computes every quantized multiplication in float32."""
-    return (OnnxSpeech if task.listens else OnnxTexts)(folder, exact=exact)
+    return (OnnxTowers if task.has_towers else OnnxTexts)(folder, exact=exact)
 
 
 def huggingface_texts(folder: Path, task: Task, *, exact: bool = False) -> TorchTexts:
     """An exported Hugging Face folder in transformers, in float32; see `_in_transformers`."""
     model, name = _in_transformers(folder, task.auto_class, exact)
-    return (TorchSpeech if task.listens else TorchTexts)(model, task, name)
+    return (TorchTowers if task.has_towers else TorchTexts)(model, task, name)
 
 
 def _in_transformers(folder: Path, auto_class: str, exact: bool) -> tuple[Any, str]:
@@ -114,7 +115,7 @@ RUNNERS: Final[Mapping[str, RunnerFactory]] = MappingProxyType(
 """Kind of artifact → the function that opens it."""
 
 OBJECTIONS: Final[Mapping[str, Callable[[ModelSource], str | None]]] = MappingProxyType(
-    {"gguf": llama_objection}
+    {"gguf": llama_objection, "onnx": towers_objection}
 )
 """Kind of artifact → why its runtime would not compute a model as torch does, where it can be asked before any work."""
 

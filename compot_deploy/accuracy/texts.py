@@ -134,7 +134,7 @@ def check_texts(
         gate,
         reference_absent=reference_absent,
         factorized_absent=factorized_absent,
-        continuations=transcripts_beside(evaluation, took.transcripts) if task.listens else (),
+        continuations=transcripts_beside(evaluation, took.transcripts) if task.has_towers else (),
     )
 
 
@@ -178,7 +178,7 @@ def _take_turns(
         progress(number, len(roles), label)
         runner = given if isinstance(given, TextRunner) else given()
         outputs = [runner.outputs(batch) for batch in batches]
-        if task.listens:
+        if task.has_towers:
             said[role] = transcripts_of(runner, evaluation)
         noise = noise or _noise(task, runner, batches[0], singly)
         for pair in pairs:
@@ -186,7 +186,7 @@ def _take_turns(
                 name, earlier = kept[pair[0]]
                 figures = compare_outputs(task, batches, earlier, outputs)
                 losses[pair] = Loss(name, runner.name, figures, ())
-                if task.listens:
+                if task.has_towers:
                     losses[pair] = with_words(losses[pair], said[pair[0]], said[role], evaluation)
         if any(role == first for first, _ in pairs):
             kept[role] = runner.name, outputs
@@ -268,6 +268,7 @@ def _noise(task: Task, runner: TextRunner, batch: Batch, singly: Sequence[Batch]
         if together.dim() == 2:
             alone[number] = output
         else:
-            alone[number, : len(output)] = output
+            kept = min(len(output), alone.shape[1])  # what fills up a text may differ
+            alone[number, :kept] = output[:kept]
     figures = compare_outputs(task, [batch], [together], [alone])
     return Loss(runner.name, f"{runner.name}, text by text", figures, ())

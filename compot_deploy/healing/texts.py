@@ -55,8 +55,8 @@ class Texts:
 
 def objection(source: ModelSource, windows: TokenWindows | None = None) -> str | None:
     """Why a model cannot be healed, or, given text, why that does not suffice; None where nothing is in the way."""
-    if source.task.listens:
-        return f"a {source.task.noun} is not healed, only models that read text are"
+    if source.task.has_towers:
+        return f"a {source.task.noun} is not healed, only models of one tower are"
     if source.layout.blocks == (WHOLE,):
         return "the model has no repeated blocks that gradients could be followed through"
     if any(site.index is not None for site in source.layout.sites):

@@ -28,6 +28,7 @@ from compot_deploy.models.compressed import CompressedModel
 from compot_deploy.models.configuration import config_of, settings_of
 from compot_deploy.models.experts import unstack
 from compot_deploy.models.outline import outline_of_config
+from compot_deploy.models.small import with_random_weights
 
 _LAYERS: Final = 7
 """One more than the longest period of blocks with sliding windows that models have."""
@@ -114,7 +115,7 @@ def difference(config: Mapping[str, Any]) -> float:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(settings, attn_implementation="eager").float().eval()
-        _enlarge(model)
+        with_random_weights(model)
         tokens = torch.randint(3, _VOCABULARY, (1, _TOKENS))
     unstack(model)
     with torch.no_grad():
@@ -124,16 +125,6 @@ def difference(config: Mapping[str, Any]) -> float:
         write(_compressed(model, config, folder), path, GgufOptions(type="F32"))
         found = logits_apart(path, tokens[0].tolist())
     return float(np.abs(found - wanted).max() / wanted.std())
-
-
-def _enlarge(model: nn.Module) -> None:
-    """Weights at which attention and activations are far from linear; norms and biases that differ from their start."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
-            else:
-                parameter.add_(0.2 * torch.randn_like(parameter))
 
 
 def _compressed(model: nn.Module, config: Mapping[str, Any], folder: str) -> CompressedModel:

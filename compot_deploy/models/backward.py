@@ -202,12 +202,16 @@ class Rerun:
     left: list[Tensor]
 
     def reached(self, known: dict[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Outputs that a scalar depends on, with its gradients there, which are taken from what is known."""
-        return [
+        """Outputs that a scalar depends on, with its gradients there, which are taken from what is known.
+
+        What depends on no matrix, a table of relative positions for example, leads no further.
+        """
+        pairs = [
             (output, known.pop(id(leaf)))
             for output, leaf in zip(self.outputs, self.left, strict=True)
             if id(leaf) in known
         ]
+        return [(output, gradient) for output, gradient in pairs if output.requires_grad]
 
 
 def run_again(module: Any, block: str, flow: Flow) -> Rerun:

@@ -71,11 +71,11 @@ class Part:
 
     Attributes:
         given: what the block is called with, for each.
-        real: which of its tokens are text, for each.
+        masks: which of its tokens are text, for each: see `compot_deploy.models.tasks.Batch.masks`.
     """
 
     given: tuple[Given, ...]
-    real: tuple[Tensor, ...]
+    masks: tuple[tuple[Tensor, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -108,25 +108,29 @@ def parts_of(entries: Sequence[Entry]) -> list[Sequence[Entry]]:
 def run_part(work: BlockAtWork, part: Part) -> Ran:
     """Run a block on some batches."""
     ran = Ran()
-    for given, real in zip(part.given, part.real, strict=True):
+    for given, masks in zip(part.given, part.masks, strict=True):
         mode = Products(work.block, work.path)
         with torch.no_grad(), mode:
             result = work.block.forward(*given.args, **given.kwargs)
-        add_seen(ran.grams, work.groups, mode, work.path, real)
+        add_seen(ran.grams, work.groups, mode, work.path, masks)
         if work.goes_on:
             ran.results.append(result)
     return ran
 
 
 def add_seen(
-    sums: dict[str, Gram], groups: Sequence[InputGroup], mode: Products, path: str, real: Tensor
+    sums: dict[str, Gram],
+    groups: Sequence[InputGroup],
+    mode: Products,
+    path: str,
+    masks: Sequence[Tensor],
 ) -> None:
     """Add what one batch showed of a block; every group by its first site, which other sites of the group read too."""
     firsts = {group.sites[0]: group.name for group in groups}
     for seen, values in mode.groups(path) if firsts else ():
         for site in seen.sites:
             if site in firsts:
-                add_gram(sums, firsts[site], real_rows(values, real))
+                add_gram(sums, firsts[site], real_rows(values, *masks))
 
 
 def fill_unreached(grams: dict[str, Gram], groups: Sequence[InputGroup]) -> None:

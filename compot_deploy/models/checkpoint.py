@@ -7,6 +7,7 @@ contradicts its configuration is looked at.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -198,14 +199,17 @@ def _matched(folder: Path, files: LazyTensors, meta: Any) -> Renamed:
         InputError: a tensor is missing, or has another shape than the configuration says.
         UnsupportedModelError: a tensor of integers, of 8 bits or of complex numbers.
     """
-    names = _names(files, meta)
+    names, computed = _names(files, meta), dict[str, Tensor]()
     tied = _second_names(meta)
     for name, parameter in meta.named_parameters():
         stored = names.get(name) or next(
             (names[other] for other in tied.get(name, ()) if other in names), None
         )
         if stored is None:
-            if may_be_absent(name):
+            made = _computed(meta, name)
+            if made is not None:
+                computed[name] = made
+            if made is not None or may_be_absent(name):
                 continue
             hint = ""
             if ".".join(name.split(".")[-2:]) == "lm_head.weight":
@@ -220,7 +224,18 @@ def _matched(folder: Path, files: LazyTensors, meta: Any) -> Renamed:
         shape, wanted = files.shape(stored), tuple(parameter.shape)
         if shape != wanted:
             raise InputError(f"{folder}: {stored} is {shape}, but config.json says {wanted}.")
-    return Renamed(files, names)
+    return Renamed(files, names, computed)
+
+
+def _computed(meta: Any, name: str) -> Tensor | None:
+    """A parameter that the model makes itself: sines and cosines of positions, which Marian does not store."""
+    patterns = getattr(meta, "_keys_to_ignore_on_load_missing", None) or ()
+    if not any(re.search(pattern, name) for pattern in patterns):
+        return None
+    path, _, last = name.rpartition(".")
+    module = copy.deepcopy(meta.get_submodule(path)).to_empty(device="cpu")
+    create = getattr(module, "create_weight", None)
+    return None if create is None or last != "weight" else create().detach().float()
 
 
 def _names(files: LazyTensors, meta: Any) -> dict[str, str]:

@@ -74,15 +74,13 @@ def settings_of(config: Mapping[str, Any], where: str, kind: type[CompotDeployEr
         kind: transformers refuses it, or a number is out of its range.
         UnsupportedModelError: a type that transformers does not know.
     """
-    from transformers import AutoConfig
-
     path = Path(where)
     _check_raw(config, path)
     values = {k: v for k, v in config.items() if k not in ("auto_map", "quantization_config")}
     try:
         if any(key in values for key in ROPE_KEYS):
             values = portable_config(values)
-        settings = AutoConfig.for_model(**values)
+        settings = for_model(values)
     except Exception as error:  # KeyError, TypeError, validation: whatever a damaged file provokes
         raise kind(f"{where} is not understood: {_reason(error)}.") from None
     try:
@@ -90,6 +88,23 @@ def settings_of(config: Mapping[str, Any], where: str, kind: type[CompotDeployEr
     except InputError as error:
         raise kind(str(error)) from None
     return settings
+
+
+def for_model(values: Mapping[str, Any]) -> Any:
+    """A configuration as transformers' own object, with what it says of its head.
+
+    T5's configuration takes every head for a tied one, and scales its input unless the file says that it is not tied.
+    """
+    from transformers import AutoConfig
+
+    settings = AutoConfig.for_model(**values)
+    for name in _ABOUT_HEADS:
+        if name in values and hasattr(settings, name):
+            setattr(settings, name, values[name])
+    return settings
+
+
+_ABOUT_HEADS: Final = ("tie_word_embeddings", "scale_decoder_outputs")
 
 
 def config_of(settings: Any) -> dict[str, Any]:

@@ -23,8 +23,11 @@ def example_of(model: nn.Module, task: Task, *, tokens: int = 4) -> dict[str, Te
     """
     device = next(model.parameters()).device
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
-    if not task.listens:
+    if not task.has_towers:
         return {"input_ids": ids}
+    if not task.listens:
+        source = torch.zeros(1, tokens + 1, dtype=torch.int64, device=device)
+        return {"input_ids": source, "decoder_input_ids": ids}
     name = sound_argument(model)
     return {name: torch.zeros(1, *sound_sizes(model), device=device), "decoder_input_ids": ids}
 

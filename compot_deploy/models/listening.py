@@ -13,13 +13,14 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float
 from torch import Tensor
 
 from compot_deploy.errors import InputError, first_line
 from compot_deploy.models.audio import Recording
 from compot_deploy.models.generation import end_tokens, read_generation
 from compot_deploy.models.tasks import Utterance
+from compot_deploy.models.writing import Writer, start_token
 
 _SETTINGS: Final = "preprocessor_config.json"
 _SECONDS: Final = 30
@@ -30,31 +31,19 @@ _LONGEST: Final = 448
 
 
 @dataclass(frozen=True)
-class Listener:
-    """What stands between sound and a speech model.
+class Listener(Writer):
+    """What stands between sound and a speech model, and how it writes transcripts.
 
     Attributes:
         rate: samples per second.
         seconds: that are heard at once.
         argument: of the model's forward pass that takes the features.
-        beginning: tokens that a transcript begins with; the language stands behind the first one.
-        languages: tokens of languages, of which the model itself chooses one; empty if it knows one only.
-        end: tokens that end a transcript.
-        suppressed: tokens that are never written.
-        suppressed_first: tokens that are not written first.
-        longest: tokens of a transcript, its beginning included.
         extract: samples between -1 and 1 to what the encoder reads.
     """
 
     rate: int
     seconds: float
     argument: str
-    beginning: tuple[int, ...]
-    languages: tuple[int, ...]
-    end: frozenset[int]
-    suppressed: tuple[int, ...]
-    suppressed_first: tuple[int, ...]
-    longest: int
     extract: Callable[[np.ndarray], Tensor]
 
     def features(self, recording: Recording) -> Float[Tensor, "..."]:  # noqa: UP037
@@ -71,20 +60,6 @@ class Listener:
         """
         ids = torch.tensor(list(tokens), dtype=torch.int64)
         return Utterance(ids, self.features(recording), given, self.argument)
-
-    def chooser(self) -> Callable[[Float32[np.ndarray, " vocabulary"]], int]:
-        """The next token from its logits, most likely first; a new one for every transcript."""
-        banned = list(self.suppressed)
-        first = [*banned, *self.suppressed_first]
-
-        def choose(logits: np.ndarray) -> int:
-            nonlocal first
-            allowed = logits.copy()
-            allowed[first] = -np.inf
-            first = banned
-            return int(allowed.argmax())
-
-        return choose
 
 
 def load_listener(folder: Path, config: Mapping[str, Any]) -> Listener:
@@ -108,9 +83,7 @@ def load_listener(folder: Path, config: Mapping[str, Any]) -> Listener:
     def asked(name: str) -> Any:
         return generation.get(name, config.get(name))
 
-    start = asked("decoder_start_token_id")
-    if not isinstance(start, int):
-        raise InputError(f"{folder}: decoder_start_token_id is {start!r}, so no transcript can begin.")
+    start = start_token(folder, asked("decoder_start_token_id"))
     languages, beginning = _beginning(start, generation, asked("forced_decoder_ids"))
     limit = config.get("max_target_positions") or config.get("max_position_embeddings") or _LONGEST
     return Listener(

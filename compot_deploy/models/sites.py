@@ -214,17 +214,19 @@ class Products(TorchFunctionMode):
 
 
 def real_rows(
-    values: Float[Tensor, "*batch inputs"], real: Bool[Tensor, "texts tokens"] | None
+    values: Float[Tensor, "*batch inputs"], *masks: Bool[Tensor, "_ _"]
 ) -> Float[Tensor, "rows inputs"]:
     """The rows of an input that are no padding.
 
     Args:
         values: what a product reads.
-        real: which tokens of the batch are text; rows that do not belong to tokens one by one are all kept.
+        masks: which tokens of the batch are text, of every tower, no two of one size; rows that do not belong to
+            tokens one by one are all kept.
     """
     rows = values.reshape(-1, values.shape[-1])
-    if real is not None and len(rows) == real.numel():
-        return rows[real.reshape(-1)]
+    for real in masks:
+        if len(rows) == real.numel():
+            return rows[real.reshape(-1)]
     return rows
 
 

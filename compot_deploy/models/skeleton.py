@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -92,7 +93,7 @@ def _made(config: Any, task: Task, dtype: torch.dtype) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of initializing what is filled afterwards
-            model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = auto.from_config(_tied(config, task), dtype=dtype, trust_remote_code=False)
     except ValueError as error:
         raise UnsupportedModelError(
             f"The model type {config.model_type!r} is not supported: {str(error).strip().splitlines()[0]}"
@@ -102,11 +103,39 @@ def _made(config: Any, task: Task, dtype: torch.dtype) -> Any:
             f"The configuration of a {config.model_type} is not understood: transformers makes no model of it "
             f"({first_line(error)}). Compare its numbers with those of the model that it came from."
         ) from None
+    if not _all_tied(config, task):
+        _give_own_head(model)
     unstack(model)
     for module in model.modules():
         if hasattr(module, _ADVICE):  # reads values of tokens, which there are none of on `meta`
             setattr(module, _ADVICE, _nothing)
     return model.eval()
+
+
+def _all_tied(config: Any, task: Task) -> bool:
+    """Whether transformers may tie what it likes to: all but the head of a model whose towers read one table."""
+    return not task.has_towers or bool(getattr(config, "tie_word_embeddings", True))
+
+
+def _tied(config: Any, task: Task) -> Any:
+    if _all_tied(config, task):
+        return config
+    other = copy.deepcopy(config)
+    other.tie_word_embeddings = True
+    return other
+
+
+def _give_own_head(model: Any) -> None:
+    """A head with a table of its own, which it keeps when tables are tied again."""
+    head, tie = model.get_output_embeddings(), model.tie_weights
+    head.weight = nn.Parameter(torch.empty_like(head.weight))
+
+    def tie_weights(*args: Any, **kwargs: Any) -> None:
+        own = head.weight
+        tie(*args, **kwargs)
+        head.weight = own
+
+    model.tie_weights = tie_weights
 
 
 def _nothing(*_: object) -> None:

@@ -200,13 +200,21 @@ class ModelSource:
         model = without_parameters(self.settings, self.task, dtype)
         inside = tuple(f"{path}." for path in self.layout.blocks)
         last = self.layout.head
-        state = {}
-        for name in model.state_dict():
+        state: dict[str, Tensor] = {}
+        read: dict[str, Tensor] = {}
+        stored = model.state_dict(keep_vars=True)
+        homes = {id(value): name for name, value in stored.items() if name in self.tensors}
+        for name, value in stored.items():
             behind = last is not None and name.startswith(f"{last}.")
-            if not name.startswith(inside) and (head or not behind) and name in self.tensors:
+            # Towers that read one table have it under names of their own.
+            home = name if name in self.tensors else homes.get(id(value))
+            if name.startswith(inside) or (behind and not head) or home is None:
+                continue
+            if home not in read:
                 # A product is not the same to the last bit wherever in memory its numbers begin, and a file has them
                 # anywhere; rows that are only looked up may stay there.
-                state[name] = self.tensors[name].to(device, dtype, copy=head)
+                read[home] = self.tensors[home].to(device, dtype, copy=head)
+            state[name] = read[home]
         model.load_state_dict(state, strict=False, assign=True)
         if head:
             model.tie_weights()
@@ -319,9 +327,10 @@ def _opened(model: str | Path, ask_hub: bool, patterns: list[str]) -> tuple[Path
         raise InputError(f"{folder} is a file. Give the folder that holds config.json.")
     settings = read_settings(folder)
     task = _task(folder, config_of(settings))
-    if getattr(settings, "is_encoder_decoder", False) and not task.listens:
+    if getattr(settings, "is_encoder_decoder", False) and not task.has_towers:
         raise UnsupportedModelError(
-            f"{folder}: a {settings.model_type} has an encoder and a decoder, which is not supported."
+            f"{folder}: a {settings.model_type} has an encoder and a decoder, and the class in config.json no head "
+            "that writes, which is not supported. Name the class for generation under architectures."
         )
     return folder, settings, task
 

@@ -166,7 +166,7 @@ class BlockStream:
         work = at_work(block, path, self._source.layout.of(path) if capture else (), goes_on=goes_on)
         parts = parts_of(list(zip(self._passes, self._batches, strict=True)))
         given = (
-            Part(tuple(one.given for one, _ in part), tuple(batch.real for _, batch in part))
+            Part(tuple(one.given for one, _ in part), tuple(batch.masks for _, batch in part))
             for part in parts
         )
         for part, ran in zip(parts, self._workers.map(run_part, work, given), strict=True):
@@ -181,7 +181,7 @@ class BlockStream:
             if capture:
                 mode = Products(block, path)
                 one.look(mode, go_on=goes_on)
-                add_seen(grams, self._source.layout.of(path), mode, path, batch.real)
+                add_seen(grams, self._source.layout.of(path), mode, path, batch.masks)
                 mode.seen.clear()  # the pass stands in front of the next block and still knows its mode
             elif goes_on:
                 one.go_on()
@@ -295,7 +295,7 @@ class BlockStream:
 
         def forward(values: Tensor, *_: Any, **__: Any) -> Any:
             one = by_thread[threading.get_ident()]
-            add_gram(self._head, _HEAD, real_rows(values, one.real))
+            add_gram(self._head, _HEAD, real_rows(values, *one.masks))
             if self._heard is not None:
                 self._heard(self._passes.index(one), values)
             raise _Ended
@@ -354,9 +354,9 @@ class _Pass(threading.Thread):
         self._differentiates, self._table = table is not None, table
 
     @property
-    def real(self) -> Tensor:
+    def masks(self) -> tuple[Tensor, ...]:
         """Which tokens of the batch are text."""
-        return self._batch.real
+        return self._batch.masks
 
     def begin(self) -> None:
         """Run up to the first block."""

@@ -14,7 +14,7 @@ from compot_deploy.core.memory import COMPARED_AT_ONCE
 from compot_deploy.models.hints import ARCHITECTURES
 
 TaskKind: TypeAlias = Literal[
-    "generation", "masked", "classification", "token-classification", "embedding", "speech"
+    "generation", "masked", "classification", "token-classification", "embedding", "speech", "text-to-text"
 ]
 
 TOKENS_PER_BATCH: Final = 1024
@@ -25,17 +25,17 @@ UTTERANCES_PER_BATCH: Final = 4
 
 @dataclass(frozen=True)
 class Utterance:
-    """What a speech model hears, and what it writes: it is cut and measured like a window of tokens.
+    """What an encoder reads, and what a decoder writes of it: it is cut and measured like a window of tokens.
 
     Attributes:
-        tokens: shape (tokens,), int64: what a decoder is given to begin with, then the transcript.
-        features: what the encoder reads, without a batch: (bands, frames) or (samples,).
-        given: how many tokens stand in front of the transcript.
+        tokens: shape (tokens,), int64: what a decoder is given to begin with, then what it writes.
+        features: what the encoder reads, without a batch: (bands, frames) or (samples,) of sound, (tokens,) of text.
+        given: how many tokens stand in front of what is written.
         argument: of the model's forward pass that takes the features.
     """
 
     tokens: Int64[Tensor, " tokens"]
-    features: Float[Tensor, "..."]  # noqa: UP037
+    features: Float[Tensor, "..."] | Int64[Tensor, " source"]  # noqa: UP037
     given: int
     argument: str
 
@@ -44,12 +44,12 @@ class Utterance:
         return len(self.tokens)
 
     def __getitem__(self, part: slice) -> Utterance:
-        """The same sound with a part of its tokens."""
+        """The same sound or text with a part of its tokens."""
         return replace(self, tokens=self.tokens[part])
 
 
 Window: TypeAlias = Tensor | Utterance
-"""What a model reads at once: token ids, or sound and the token ids that go with it."""
+"""What a model reads at once: token ids, or what an encoder reads and the token ids that go with it."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,26 @@ class Batch:
 
     Attributes:
         arguments: by name.
-        real: which tokens are text and which are padding.
+        real: which tokens are text and which are padding; of two towers, of the decoder's.
         judged: at which of them outputs are compared; None compares at all: see `compared`.
+        heard: which of the encoder's tokens are text; None where it reads no tokens.
     """
 
     arguments: Mapping[str, Tensor]
     real: Bool[Tensor, "texts tokens"]
     judged: Bool[Tensor, "texts tokens"] | None = None
+    heard: Bool[Tensor, "texts source"] | None = None
 
     @property
-    def ids(self) -> Tensor:
-        """What is looked up in the token table."""
-        return self.arguments["decoder_input_ids" if "decoder_input_ids" in self.arguments else "input_ids"]
+    def ids(self) -> Int64[Tensor, " rows"]:
+        """What is looked up in the token table, by whichever tower."""
+        names = [name for name in ("input_ids", "decoder_input_ids") if name in self.arguments]
+        return torch.cat([self.arguments[name].flatten() for name in names])
+
+    @property
+    def masks(self) -> tuple[Bool[Tensor, "texts _"], ...]:
+        """What tells text from padding, of each tower: no two have as many elements."""
+        return (self.real,) if self.heard is None else (self.real, self.heard)
 
     @property
     def compared(self) -> Bool[Tensor, "texts tokens"]:
@@ -82,6 +90,7 @@ class Batch:
             {name: value.to(device) for name, value in self.arguments.items()},
             self.real.to(device),
             None if self.judged is None else self.judged.to(device),
+            None if self.heard is None else self.heard.to(device),
         )
 
 
@@ -120,6 +129,11 @@ class Task:
         return self.kind == "speech"
 
     @property
+    def has_towers(self) -> bool:
+        """Whether an encoder reads, sound or text, and a decoder writes what it makes of it."""
+        return self.kind in ("speech", "text-to-text")
+
+    @property
     def classifies(self) -> bool:
         """Whether its outputs are distributions: over tokens or over classes."""
         return self.kind != "embedding"
@@ -130,13 +144,13 @@ class Task:
         return self.kind in ("classification", "embedding")
 
     def batches(self, windows: Sequence[Window]) -> list[Batch]:
-        """Windows of tokens, padded on the right where their lengths differ; utterances together that are as long.
+        """Windows of tokens, padded on the right where their lengths differ; of sound, those together that are as long.
 
         A model that generates gets no attention mask: no token sees the padding behind it. One that classifies texts
         and has no token for padding reads them one by one.
         """
-        if self.listens:
-            return _heard(cast(Sequence[Utterance], windows))
+        if self.has_towers:
+            return _heard(cast(Sequence[Utterance], windows), self.padding or 0)
         return self._read(cast(Sequence[Tensor], windows))
 
     def _read(self, windows: Sequence[Tensor]) -> list[Batch]:
@@ -220,26 +234,42 @@ def _padded(rows: Sequence[Tensor], padding: int) -> tuple[Tensor, Bool[Tensor, 
     return ids, torch.arange(ids.shape[1])[None] < lengths[:, None]
 
 
-def _heard(utterances: Sequence[Utterance]) -> list[Batch]:
-    """Utterances of one length of sound together; what a decoder is given is read and not judged."""
+def _heard(utterances: Sequence[Utterance], padding: int) -> list[Batch]:
+    """Sound of one length together, texts as many as there is room for."""
     found: list[Batch] = []
     rows: list[Utterance] = []
-
-    def close() -> None:
-        if rows:
-            ids, real = _padded([row.tokens for row in rows], 0)
-            given = torch.tensor([row.given for row in rows])
-            judged = real & (torch.arange(ids.shape[1])[None] >= given[:, None] - 1)
-            features = torch.stack([row.features for row in rows])
-            found.append(Batch({rows[0].argument: features, "decoder_input_ids": ids}, real, judged))
-            rows.clear()
-
     for utterance in utterances:
-        if len(rows) == UTTERANCES_PER_BATCH or (rows and rows[0].features.shape != utterance.features.shape):
-            close()
+        if rows and not _has_room(rows, utterance):
+            found.append(_towers(rows, padding))
+            rows = []
         rows.append(utterance)
-    close()
-    return found
+    return [*found, _towers(rows, padding)] if rows else found
+
+
+def _has_room(rows: Sequence[Utterance], one: Utterance) -> bool:
+    if one.features.is_floating_point():
+        return len(rows) < UTTERANCES_PER_BATCH and rows[0].features.shape == one.features.shape
+    longest = max(max(len(row.features), len(row)) for row in (*rows, one))
+    return longest * (len(rows) + 1) <= TOKENS_PER_BATCH
+
+
+def _towers(rows: Sequence[Utterance], padding: int) -> Batch:
+    """What both towers read; what a decoder is given to begin with is not judged."""
+    first = rows[0]
+    tokens, heard = [row.tokens for row in rows], None
+    if first.features.is_floating_point():
+        arguments = {first.argument: torch.stack([row.features for row in rows])}
+    else:
+        source, heard = _padded([row.features for row in rows], padding)
+        arguments = {first.argument: source, "attention_mask": heard.long()}
+    ids, real = _padded(tokens, padding)
+    if heard is not None and heard.shape == real.shape:  # rows of both are told apart by how many there are
+        ids, real = (
+            nn.functional.pad(value, (0, 1), value=fill) for value, fill in ((ids, padding), (real, 0))
+        )
+    given = torch.tensor([row.given for row in rows])
+    judged = real & (torch.arange(ids.shape[1])[None] >= given[:, None] - 1)
+    return Batch({**arguments, "decoder_input_ids": ids}, real, judged, heard)
 
 
 @dataclass(frozen=True)
@@ -271,6 +301,7 @@ def pooled(
 GENERATION: Final = Task("generation", "AutoModelForCausalLM", "decoder")
 EMBEDDING: Final = Task("embedding", "AutoModel", "encoder")
 SPEECH: Final = Task("speech", "AutoModelForSpeechSeq2Seq", "speech model")
+TEXT_TO_TEXT: Final = Task("text-to-text", "AutoModelForSeq2SeqLM", "text-to-text model")
 
 _BY_SUFFIX: Final[Mapping[str, Task]] = {
     "ForCausalLM": GENERATION,
@@ -282,6 +313,11 @@ _BY_SUFFIX: Final[Mapping[str, Task]] = {
     ),
     "WhisperForConditionalGeneration": SPEECH,
     "MoonshineForConditionalGeneration": SPEECH,
+    "T5ForConditionalGeneration": TEXT_TO_TEXT,
+    "BartForConditionalGeneration": TEXT_TO_TEXT,
+    "PegasusForConditionalGeneration": TEXT_TO_TEXT,
+    "M2M100ForConditionalGeneration": TEXT_TO_TEXT,
+    "MarianMTModel": TEXT_TO_TEXT,
 }
 """Ends of class names, as config.json lists them under ``architectures``."""
 

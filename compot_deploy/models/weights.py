@@ -104,25 +104,33 @@ class Renamed(Mapping[str, Tensor]):
     Args:
         tensors: what is read.
         names: name here to name there.
+        computed: tensors that the model makes itself, and that no file has.
     """
 
-    def __init__(self, tensors: LazyTensors, names: Mapping[str, str]) -> None:
-        self._tensors, self.names = tensors, names
+    def __init__(
+        self, tensors: LazyTensors, names: Mapping[str, str], computed: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self._tensors, self.names, self._computed = tensors, names, dict(computed or {})
 
     def __getitem__(self, name: str) -> Tensor:
+        if name in self._computed:
+            return self._computed[name].clone()
         return self._tensors[self.names[name]]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        yield from self.names
+        yield from self._computed
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.names) + len(self._computed)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names
+        return name in self.names or name in self._computed
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading its values."""
+        if name in self._computed:
+            return tuple(self._computed[name].shape)
         return self._tensors.shape(self.names[name])
 
 

@@ -13,6 +13,7 @@ from compot_deploy.core.matrix import Matrix
 from compot_deploy.errors import InputError
 from compot_deploy.models.checkpoint import may_be_absent
 from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.configuration import for_model
 from compot_deploy.models.sites import Site
 from compot_deploy.models.skeleton import without_parameters
 from compot_deploy.models.source import ModelSource
@@ -105,9 +106,7 @@ def unfilled(model: CompressedModel, *, dtype: torch.dtype = torch.float32) -> A
         InputError: a weight is missing, unknown, or belongs to two matrices.
         UnsupportedModelError: a configuration that transformers has no model for.
     """
-    import transformers
-
-    settings = transformers.AutoConfig.for_model(**model.stored_config)
+    settings = for_model(model.stored_config)
     made = without_parameters(settings, model.task, dtype)
     known = made.state_dict(keep_vars=True)
     names = [name for name in model.tensors if not name.endswith(_COMPUTED)]

@@ -159,7 +159,7 @@ def _check(folder: Path, terms: Terms, progress: Progress) -> Deployment:
 
     settings = settings_of(model.config, str(folder / CONFIG), ArtifactError)
     vocabulary = int(settings.get_text_config().vocab_size)
-    reads = not subject.task.listens  # what is asked beside the losses is about text that is read
+    reads = not subject.task.has_towers  # what is asked beside the losses is about one text
     context = context_of(settings)
     context = min(context, EXPORTERS[manifest.exporter].context(model.config) or context)
     probes = Probes(subject.task, evaluation.text.windows, context, vocabulary)

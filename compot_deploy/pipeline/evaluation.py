@@ -18,9 +18,9 @@ from compot_deploy.accuracy.gate import Gate
 from compot_deploy.accuracy.listening import Listener, heard
 from compot_deploy.accuracy.outcome import AccuracyReport
 from compot_deploy.accuracy.runners import RUNNERS, TEXT_RUNNERS
-from compot_deploy.accuracy.speech import TorchSpeech
 from compot_deploy.accuracy.texts import TorchTexts, check_texts, measure_texts
 from compot_deploy.accuracy.torch_runner import TorchRunner
+from compot_deploy.accuracy.towers import TorchTowers
 from compot_deploy.cluster import ALONE, Workers
 from compot_deploy.core.grid import Grid
 from compot_deploy.core.matrix import Factorized, Matrix
@@ -244,7 +244,7 @@ def _opening(
         return lambda: ReadElsewhere(TorchRunner(model(), name), workers, windows, size)
     if task.generates:
         return lambda: TorchRunner(model(), name)
-    reader = TorchSpeech if task.listens else TorchTexts
+    reader = TorchTowers if task.has_towers else TorchTexts
     return lambda: reader(model(), task, name)
 
 

@@ -103,7 +103,7 @@ def export(
             scratch=folder,
             workers=workers,
         )
-        if source.task.listens:  # what follows is about text that is read
+        if source.task.has_towers:  # what follows is about models of one text
             report = evaluate_folder(subject, evaluation, gate, progress)
         else:
             report = _evaluated(settings, subject, evaluation, gate, progress)

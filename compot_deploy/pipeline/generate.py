@@ -5,19 +5,23 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compot_deploy.accuracy.onnx_runner import onnx_runner
 from compot_deploy.accuracy.runner import Runner
-from compot_deploy.accuracy.runners import huggingface_runner
+from compot_deploy.accuracy.runners import huggingface_runner, huggingface_texts
+from compot_deploy.accuracy.towers import OnnxTowers
 from compot_deploy.core.json_files import read_object
 from compot_deploy.errors import ArtifactError, InputError
-from compot_deploy.models.configuration import CONFIG, read_config
+from compot_deploy.models.configuration import CONFIG, context_of, read_config, settings_of
 from compot_deploy.models.generation import end_tokens, read_generation
-from compot_deploy.models.tasks import task_of
+from compot_deploy.models.tasks import Task, Utterance, task_of
 from compot_deploy.models.tokens import load_tokenizer
+from compot_deploy.models.writing import load_writer
 from compot_deploy.transformers_plugin.folder import MODEL_TYPE, reveal
 from compot_deploy.transformers_plugin.folder import read_config as read_compressed_config
 
@@ -29,7 +33,7 @@ class Generated:
     Attributes:
         text: what was added to the prompt.
         tokens: its ids.
-        tokens_per_second: decoding speed, reading the prompt left out.
+        tokens_per_second: decoding speed, reading the prompt left out where the same tower continues it.
     """
 
     text: str
@@ -39,6 +43,8 @@ class Generated:
 
 def generate(path: Path, prompt: str, *, tokens: int = 64, threads: int = 1) -> Generated:
     """Continue a prompt greedily, up to a token that ends a text; special tokens in the prompt are read as such.
+
+    A model of two towers reads the prompt with its encoder, and its decoder writes what it makes of it.
 
     Args:
         path: an exported ONNX, GGUF or Hugging Face folder, or a GGUF file.
@@ -65,6 +71,8 @@ def generate(path: Path, prompt: str, *, tokens: int = 64, threads: int = 1) -> 
         )
     config = _config(path)
     task = task_of(config)
+    if task is not None and task.has_towers and not task.listens:
+        return _written(path, task, config, prompt, tokens, threads if onnx else None)
     if task is None or not task.generates:
         raise InputError(
             f"{path} holds a model that gives embeddings or scores and writes no text: read it with onnxruntime or "
@@ -92,6 +100,22 @@ def generate(path: Path, prompt: str, *, tokens: int = 64, threads: int = 1) -> 
     ends = end_tokens(read_generation(path), config)
     added = tuple(itertools.takewhile(lambda token: token not in ends, drawn))
     return Generated(tokenizer.decode(added), added, (len(drawn) - 1) / seconds)
+
+
+def _written(
+    path: Path, task: Task, config: Mapping[str, Any], prompt: str, tokens: int, threads: int | None
+) -> Generated:
+    """What a decoder writes of a prompt that its encoder reads; without threads, in transformers."""
+    tokenizer, writer = load_tokenizer(path), load_writer(path, config)
+    read = tokenizer.whole(prompt, context_of(settings_of(config, str(path / CONFIG), ArtifactError)))
+    begun = Utterance(torch.tensor(writer.beginning), torch.tensor(read), len(writer.beginning), "input_ids")
+    runner: Any = huggingface_texts(path, task) if threads is None else OnnxTowers(path, threads=threads)
+    writer = replace(writer, longest=min(writer.longest, len(writer.beginning) + tokens))
+    runner.write(begun, writer)  # the first call of a session pays for its memory
+    started = time.perf_counter()
+    added = runner.write(begun, writer)
+    seconds = max(1e-9, time.perf_counter() - started)
+    return Generated(tokenizer.decode(added), added, (len(added) + 1) / seconds)
 
 
 def _config(folder: Path) -> Mapping[str, Any]:

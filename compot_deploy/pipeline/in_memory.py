@@ -148,13 +148,13 @@ def collect_grams(
         with mode, torch.no_grad():
             model(**batch)
         mask = batch.get("attention_mask")
-        real = None if mask is None else mask.bool()
+        masks = () if mask is None else (mask.bool(),)
         for seen, values in mode.groups(""):
             sites = tuple(site for site in seen.sites if site.name in wanted)
             if sites and number == 0:
                 groups[sites[0].name] = InputGroup("", sites)
             if sites and sites[0].name in groups:
-                add_gram(sums, sites[0].name, real_rows(values.detach(), real))
+                add_gram(sums, sites[0].name, real_rows(values.detach(), *masks))
     if not groups:
         raise InputError("There are no calibration batches: give at least one.")
     idle = sorted(wanted - {name for group in groups.values() for name in group.names})

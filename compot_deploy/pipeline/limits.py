@@ -18,6 +18,7 @@ _MEASURED: Final[Mapping[TaskKind, frozenset[str]]] = {
     "token-classification": frozenset(("max_kl", "min_top1")),
     "embedding": frozenset(("min_cosine", "min_recovery")),
     "speech": frozenset(("max_kl", "min_top1", "max_wer_increase")),
+    "text-to-text": frozenset(("max_kl", "min_top1")),
 }
 """Limits on the total loss that a task has figures for."""
 

@@ -6,25 +6,20 @@ said is known (``NAME.txt`` beside ``NAME.wav``), word errors are also counted a
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from safetensors.torch import load_file
 
-from compot_deploy.accuracy.speech import TorchSpeech
-from compot_deploy.core.work_files import is_sound, read_value, write_tensors, write_value
+from compot_deploy.core.work_files import write_tensors
 from compot_deploy.errors import InputError
 from compot_deploy.models.audio import Recording, digest_of, files_of, read_recordings
 from compot_deploy.models.listening import Listener, load_listener
 from compot_deploy.models.source import ModelSource
-from compot_deploy.models.tasks import Utterance
-from compot_deploy.models.tokens import TokenWindows, make_windows
-from compot_deploy.models.whole import whole_model
-from compot_deploy.planning.settings import device_of
+from compot_deploy.models.tokens import TokenWindows
+from compot_deploy.pipeline.replies import first_of, windows_of, with_replies
 from compot_deploy.progress import Progress, silent
 from compot_deploy.recipe import Recipe
 
@@ -67,22 +62,7 @@ def evaluation_recordings(
         files = _held_out(files_of(folder))
         origin = f"one of {_HELD_OUT} recordings of {folder.resolve().name}, not calibrated on"
     windows = _windows("evaluation", files, origin, recipe, source, work, progress)
-    kept, tokens = 0, 0
-    for window in windows.windows:
-        if kept and tokens + len(window) > recipe.evaluation_tokens:
-            break
-        kept, tokens = kept + 1, tokens + len(window)
-    return (
-        windows
-        if kept == len(windows.windows)
-        else _heard(
-            windows.recordings[:kept],
-            windows.utterances[:kept],
-            source.vocabulary,
-            windows.source,
-            windows.notes,
-        )
-    )
+    return first_of(windows, recipe.evaluation_tokens, source.vocabulary)
 
 
 def _held_out(files: Sequence[Path]) -> tuple[Path, ...]:
@@ -108,48 +88,9 @@ def _windows(
     listener = load_listener(source.folder, source.config)
     read = read_recordings(files, listener.rate, listener.seconds)
     path = work / f"{name}-{digest_of(read.found)[:12]}.json"
-    if not is_sound(path):
-        write_value(path, _transcripts(read.found, listener, recipe, source, progress))
-    utterances = [
-        listener.utterance(recording, entry["tokens"], entry["given"])
-        for recording, entry in zip(read.found, read_value(path), strict=True)
-    ]
-    return _heard(read.found, utterances, source.vocabulary, origin, read.notes)
-
-
-def _transcripts(
-    recordings: Sequence[Recording],
-    listener: Listener,
-    recipe: Recipe,
-    source: ModelSource,
-    progress: Progress,
-) -> list[dict[str, Any]]:
-    """What the original writes of each recording, its beginning included."""
-    runner = TorchSpeech(whole_model(source, device=device_of(recipe)), source.task, "original")
-    found = []
-    for number, recording in enumerate(recordings):
-        progress(number, len(recordings), "Transcribe with the original")
-        beginning = listener.beginning
-        utterance = listener.utterance(recording, beginning, len(beginning))
-        if listener.languages:
-            beginning = (beginning[0], runner.language(utterance, listener.languages), *beginning[1:])
-            utterance = replace(utterance, tokens=torch.tensor(beginning), given=len(beginning))
-        tokens = [*beginning, *runner.transcribe(utterance, listener)]
-        found.append({"tokens": tokens, "given": len(beginning)})
-    progress(len(recordings), len(recordings), "Transcribe with the original")
-    return found
-
-
-def _heard(
-    recordings: Sequence[Recording],
-    utterances: Sequence[Utterance],
-    vocabulary: int,
-    origin: str,
-    notes: Sequence[str],
-) -> TokenWindows:
-    windows = make_windows([utterance.tokens for utterance in utterances], origin, vocabulary, notes)
-    digest = hashlib.sha256((windows.digest + digest_of(recordings)).encode()).hexdigest()
-    return replace(windows, digest=digest, recordings=tuple(recordings), utterances=tuple(utterances))
+    utterances = [listener.utterance(recording, (), 0) for recording in read.found]
+    replied = with_replies(utterances, listener, path, recipe, source, progress)
+    return windows_of(replied, source.vocabulary, origin, read.notes, read.found)
 
 
 def keep_recordings(folder: Path, windows: TokenWindows) -> None:
@@ -176,4 +117,4 @@ def kept_recordings(folder: Path, stored: dict[str, Any], config: Any, listener:
         listener.utterance(recording, tokens, entry["given"])
         for recording, tokens, entry in zip(recordings, stored["windows"], stored["recordings"], strict=True)
     ]
-    return _heard(recordings, utterances, int(config["vocab_size"]), stored["source"], stored["notes"])
+    return windows_of(utterances, int(config["vocab_size"]), stored["source"], stored["notes"], recordings)

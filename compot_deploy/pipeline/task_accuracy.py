@@ -177,7 +177,7 @@ def questions_of(given: Sequence[str], samples: int | None, task: Task) -> Quest
     if task.generates:
         return Questions(HarnessTasks(find_tasks(given, samples)))
     if task.kind != EMBEDDING.kind:
-        raise RecipeError(f"--tasks asks for text, and a {task.noun} writes none. Leave it out.")
+        raise RecipeError(f"--tasks asks decoders and encoders, and a {task.noun} is neither. Leave it out.")
     for name in given:
         if Path(name).suffix.lower() not in ENDINGS:
             raise RecipeError(

@@ -18,9 +18,10 @@ from compot_deploy.embedded import HELD_OUT_TEXT, TRAINING_TEXT
 from compot_deploy.errors import ArtifactError, InputError
 from compot_deploy.models.configuration import CONFIG, context_of, settings_of
 from compot_deploy.models.generation import end_tokens, read_generation
-from compot_deploy.models.listening import Listener, load_listener
+from compot_deploy.models.listening import load_listener
 from compot_deploy.models.paged import original_to_run
 from compot_deploy.models.source import ModelSource
+from compot_deploy.models.tasks import Utterance
 from compot_deploy.models.text_files import ENDINGS, read_text, read_text_file
 from compot_deploy.models.tokens import (
     HELD_OUT_SHARE,
@@ -35,12 +36,14 @@ from compot_deploy.models.tokens import (
     windows_of_records,
     windows_of_text,
 )
+from compot_deploy.models.writing import Writer, load_writer
 from compot_deploy.pipeline.recordings import (
     calibration_recordings,
     evaluation_recordings,
     keep_recordings,
     kept_recordings,
 )
+from compot_deploy.pipeline.replies import windows_of, with_replies
 from compot_deploy.planning.settings import device_of
 from compot_deploy.progress import Progress, silent
 from compot_deploy.recipe import Recipe
@@ -62,6 +65,13 @@ def calibration_windows(
     """The windows to calibrate on; sampled text is kept in the work folder, other text is read again."""
     if source.task.listens:
         return calibration_recordings(recipe, source, work, progress)
+    if source.task.has_towers:
+        read = _calibration_texts(recipe, source, work, progress)
+        return _with_replies("calibration", read, recipe, source, work, progress)
+    return _calibration_texts(recipe, source, work, progress)
+
+
+def _calibration_texts(recipe: Recipe, source: ModelSource, work: Path, progress: Progress) -> TokenWindows:
     reader = _Reader(recipe, source, work, progress, samples=recipe.samples, seed=recipe.seed)
     text = recipe.calibration
     if text is None and (recipe.model is None or not source.task.generates):
@@ -85,6 +95,25 @@ def evaluation_windows(
     """The windows to evaluate on: never ones that were calibrated on, unless a note says so."""
     if source.task.listens:
         return evaluation_recordings(recipe, source, work, progress)
+    if source.task.has_towers:
+        read = _evaluation_texts(recipe, source, work, progress)
+        return _with_replies("evaluation", read, recipe, source, work, progress)
+    return _evaluation_texts(recipe, source, work, progress)
+
+
+def _with_replies(
+    name: str, read: TokenWindows, recipe: Recipe, source: ModelSource, work: Path, progress: Progress
+) -> TokenWindows:
+    """Texts that an encoder reads, with what the original's decoder writes of them."""
+    writer = load_writer(source.folder, source.config)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    utterances = [Utterance(nothing, window, 0, "input_ids") for window in read.windows]
+    path = work / f"{name}-{read.digest[:12]}.json"
+    replied = with_replies(utterances, writer, path, recipe, source, progress)
+    return windows_of(replied, source.vocabulary, read.source, read.notes)
+
+
+def _evaluation_texts(recipe: Recipe, source: ModelSource, work: Path, progress: Progress) -> TokenWindows:
     length = min(recipe.length, source.context)
     samples = max(1, recipe.evaluation_tokens // length)
     if not source.task.generates:
@@ -169,8 +198,11 @@ def evaluation_of(recipe: Recipe, source: ModelSource, work: Path, progress: Pro
     windows = evaluation_windows(recipe, source, work, progress)
     prompts = _prompts(windows) if source.task.generates else ()
     ends = end_tokens(read_generation(source.folder), source.config)
-    listener = load_listener(source.folder, source.config) if source.task.listens else None
-    return _evaluation(windows, prompts, load_tokenizer(source.folder), source.context, ends, listener)
+    writer: Writer | None = None
+    if source.task.has_towers:
+        load = load_listener if source.task.listens else load_writer
+        writer = load(source.folder, source.config)
+    return _evaluation(windows, prompts, load_tokenizer(source.folder), source.context, ends, writer)
 
 
 def _prompts(windows: TokenWindows) -> tuple[tuple[int, ...], ...]:
@@ -185,7 +217,7 @@ def _evaluation(
     tokenizer: Tokenizer,
     context: int,
     ends: Sequence[int],
-    listener: Listener | None = None,
+    writer: Writer | None = None,
 ) -> Evaluation:
     return Evaluation(
         text=windows,
@@ -193,7 +225,7 @@ def _evaluation(
         decode=tokenizer.decode,
         new_tokens=max(1, min(_NEW_TOKENS, context - _PROMPT_TOKENS)),
         end_tokens=frozenset(ends),
-        listener=listener,
+        writer=writer,
     )
 
 
@@ -207,6 +239,9 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
         "prompts": [list(prompt) for prompt in evaluation.prompts],
     }
     (folder / EVALUATION).parent.mkdir(exist_ok=True)
+    if text.utterances and not text.recordings:
+        kept["read"] = [utterance.features.tolist() for utterance in text.utterances]
+        kept["given"] = [utterance.given for utterance in text.utterances]
     if text.recordings:
         kept["recordings"] = [
             {"name": recording.name, "reference": recording.reference, "given": utterance.given}
@@ -232,6 +267,16 @@ def read_evaluation(folder: Path, tokenizer: Tokenizer, config: Mapping[str, Any
             listener = load_listener(folder, config)
             heard = kept_recordings(folder, stored, config, listener)
             return _evaluation(heard, (), tokenizer, context_of(settings), ends, listener)
+        if "read" in stored:
+            writer = load_writer(folder, config)
+            replied = [
+                Utterance(torch.tensor(tokens), torch.tensor(read), int(given), "input_ids")
+                for tokens, read, given in zip(
+                    stored["windows"], stored["read"], stored["given"], strict=True
+                )
+            ]
+            texts = windows_of(replied, rows, stored["source"], stored["notes"])
+            return _evaluation(texts, (), tokenizer, context_of(settings), ends, writer)
         windows = make_windows(stored["windows"], stored["source"], rows, notes=stored["notes"])
         prompts = tuple(tuple(prompt) for prompt in stored["prompts"])
         return _evaluation(windows, prompts, tokenizer, context_of(settings), ends)

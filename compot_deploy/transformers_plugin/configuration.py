@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from compot_deploy.errors import ArtifactError, first_line
+from compot_deploy.models.configuration import for_model
 from compot_deploy.transformers_plugin.folder import (
     AUTO_MAP,
     BASE_TYPE,
@@ -60,7 +61,7 @@ class CompotConfig(PretrainedConfig):
             ArtifactError: transformers does not know the base model, or refuses its configuration.
         """
         try:
-            return AutoConfig.for_model(**reveal(self.base_config))
+            return for_model(reveal(self.base_config))
         except Exception as error:  # strict validation, KeyError, TypeError: whatever a damaged file provokes
             raise ArtifactError(
                 f"transformers cannot make a configuration of {self.base_config.get(BASE_TYPE)!r} of "

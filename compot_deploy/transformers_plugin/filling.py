@@ -16,8 +16,7 @@ from compot_deploy.transformers_plugin.folder import base_config, door_name
 from compot_deploy.transformers_plugin.layout import (
     entry_of,
     loose_tensors,
-    shares_packed_table,
-    tied_head,
+    sharers,
     to_json,
 )
 from compot_deploy.transformers_plugin.modeling import _linear, compressed_class
@@ -41,9 +40,8 @@ def from_compressed(model: CompressedModel, *, dtype: torch.dtype = torch.float3
             continue
         values[name] = matrix
         entries.append(entry_of(name, matrix, owners))
-    if shares_packed_table(model):
-        entries.append(tied_head(model, entries))
     outline = outline_of(model)
+    entries += sharers(model, outline, entries)
     base = CompotConfig(base_config=base_config(model)).base()
     base_class: Any = type(outline.meta)
     base.compot = to_json(entries, base_class.__name__)
@@ -69,6 +67,6 @@ def fill(module: nn.Module, matrix: Matrix) -> None:
     """Put the numbers of a matrix into its compressed module."""
     if isinstance(module, CompotEmbedding):
         assert isinstance(matrix, Quantized)
-        module.matrix.fill(matrix)
+        module.leaves[0].fill(matrix)
     else:
         _linear(module).fill(matrix)

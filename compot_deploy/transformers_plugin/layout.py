@@ -111,11 +111,31 @@ def shares_packed_table(model: CompressedModel) -> bool:
     return not isinstance(model.matrices[table], Dense)
 
 
-def tied_head(model: CompressedModel, entries: Sequence[Entry]) -> Entry:
-    """The entry of a head that uses the packed table of the embedding."""
-    assert model.head is not None
-    (table,) = (entry for entry in entries if entry.name == model.embedding)
-    return Entry(model.head, table.schemes, owner=table.name)
+def sharers(model: CompressedModel, outline: Outline, entries: Sequence[Entry]) -> list[Entry]:
+    """Entries of modules that use the packed token table under names of their own: a tied head, other towers."""
+    table = next((entry for entry in entries if entry.name == model.embedding), None)
+    if table is None:
+        return []
+    names = _names_of(outline, f"{table.name}.weight")
+    others = [name.removesuffix(".weight") for name in names]
+    return [Entry(other, table.schemes, owner=table.name) for other in others if other != table.name]
+
+
+def dense_places(model: CompressedModel, outline: Outline, name: str) -> tuple[str, ...]:
+    """Under which names the weight of a matrix is stored that is not packed.
+
+    What transformers ties is stored once. Where the head has a table of its own, it ties nothing, and towers that read
+    one token table find it under each of their names.
+    """
+    weight = f"{name}.weight"
+    apart = not model.tied and model.head is not None and name == model.embedding
+    return _names_of(outline, weight) if apart else (weight,)
+
+
+def _names_of(outline: Outline, weight: str) -> tuple[str, ...]:
+    """All names of a parameter in the model."""
+    groups = ((first, *others) for first, others in outline.aliases.items())
+    return next((group for group in groups if weight in group), (weight,))
 
 
 def loose_tensors(model: CompressedModel, outline: Outline) -> Iterator[tuple[str, Tensor]]:

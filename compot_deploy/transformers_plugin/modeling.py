@@ -57,7 +57,7 @@ class CompotMixin:
         for entry in self._compot_entries:
             module = model.get_submodule(entry.name)
             if isinstance(module, CompotEmbedding):
-                found[entry.name] = module.matrix.leaf()
+                found[entry.name] = module.leaves[0].leaf()
             else:
                 found[entry.name] = _linear(module).matrix_of(entry.dictionary or entry.name)
         return found
@@ -158,12 +158,12 @@ def _replace(
             f"is {shape[0]} x {shape[1]}. Export the model again."
         )
     new: CompotLinear | CompotEmbedding
+    owner = made[entry.owner] if entry.owner else None
     if isinstance(old, nn.Embedding):
-        if entry.factorized or entry.owner is not None:
+        if entry.factorized or not isinstance(owner, CompotEmbedding | None):
             raise ArtifactError(f"config.json lists {entry.name} with factors, and it is an embedding.")
-        new = CompotEmbedding(entry.schemes[0], old.padding_idx, old.weight.dtype, row_scale(old))
+        new = CompotEmbedding(entry.schemes[0], old.padding_idx, old.weight.dtype, row_scale(old), owner)
     else:
-        owner = made[entry.owner] if entry.owner else None
         new = CompotLinear(entry.schemes, bias=old.bias is not None, owner=owner)
         if old.bias is not None:
             new.bias = old.bias

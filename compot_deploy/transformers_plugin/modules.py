@@ -238,6 +238,7 @@ class CompotEmbedding(nn.Embedding):
         padding_idx: as in ``nn.Embedding``; kept for whoever asks.
         dtype: of what comes out.
         scale: rows are multiplied with it, as in Gemma; None leaves them.
+        owner: the embedding whose table this one looks up as well.
     """
 
     def __init__(
@@ -246,12 +247,16 @@ class CompotEmbedding(nn.Embedding):
         padding_idx: int | None = None,
         dtype: torch.dtype = torch.float32,
         scale: float | None = None,
+        owner: CompotEmbedding | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = scheme.outputs, scheme.inputs
         self.padding_idx = padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
-        self.matrix = LeafModule(scheme)
+        leaf = LeafModule(scheme) if owner is None else owner.leaves[0]
+        if owner is None:
+            self.add_module("matrix", leaf)
+        self._leaves = [leaf]  # a list hides it from torch, as in `CompotLinear`
         self.scale = scale
         # Holds no number, only follows the model's type and device.
         self._like: Tensor
@@ -261,18 +266,19 @@ class CompotEmbedding(nn.Embedding):
     @property
     def leaves(self) -> tuple[LeafModule, ...]:
         """The table."""
-        return (self.matrix,)
+        return tuple(self._leaves)
 
     @property
     def weight(self) -> Float[Tensor, "vocabulary hidden"]:  # type: ignore[override]
         """The whole table, dequantized; not to be changed."""
-        return self.matrix.rows().detach().to(self._like.dtype).as_subclass(_FrozenWeight)
+        return self.leaves[0].rows().detach().to(self._like.dtype).as_subclass(_FrozenWeight)
 
     def forward(self, input: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch hidden"]:
         """Rows of the table."""
-        scheme = self.matrix.scheme
+        leaf = self.leaves[0]
+        scheme = leaf.scheme
         flat = input.reshape(-1)
-        rows = {name: getattr(self.matrix, name)[flat] for name in scheme.tensors}
+        rows = {name: getattr(leaf, name)[flat] for name in scheme.tensors}
         values = dequantize_rows(rows, scheme)
         found = values.to(self._like.dtype).view(*input.shape, scheme.inputs)
         # Rounded to the type of the model first, as transformers does.

@@ -53,12 +53,12 @@ from compot_deploy.transformers_plugin.folder import (
 )
 from compot_deploy.transformers_plugin.layout import (
     Entry,
+    dense_places,
     entry_of,
     from_json,
     leaf_name,
     loose_tensors,
-    shares_packed_table,
-    tied_head,
+    sharers,
     to_json,
 )
 from compot_deploy.transformers_plugin.modules import looks_up_rows
@@ -169,7 +169,8 @@ class HuggingFaceExporter:
         entries: list[Entry] = []
         for name, matrix in model.matrices.items():
             if isinstance(matrix, Dense) and same_place(name) is None:
-                shards.add(f"{name}.weight", outline.stored(name, matrix.weight))
+                for place in dense_places(model, outline, name):
+                    shards.add(place, outline.stored(name, matrix.weight))
                 continue
             entry = entry_of(name, matrix, owners)
             entries.append(entry)
@@ -178,8 +179,7 @@ class HuggingFaceExporter:
         for name, loose in loose_tensors(model, outline):
             shards.add(name, loose)
         shards.finish()
-        if shares_packed_table(model):
-            entries.append(tied_head(model, entries))
+        entries += sharers(model, outline, entries)
         config = {
             "architectures": [door_name(outline.task.auto_class)],
             "auto_map": AUTO_MAP,
@@ -216,10 +216,11 @@ class HuggingFaceExporter:
         config = read_config(folder)
         entries = from_json(config.get("compot"), where)
         base = {**reveal(config["base_config"]), "architectures": [config["compot"]["architecture"]]}
-        if any(entry.owner is not None and not entry.factorized for entry in entries):
+        outline = outline_of_config(base, where)
+        if any(entry.owner is not None and entry.name == outline.layout.head for entry in entries):
             # The head uses the packed table of the embedding.
             base["tie_word_embeddings"] = True
-        outline = outline_of_config(base, where)
+            outline = outline_of_config(base, where)
         files = check_tensors(folder, entries, where)
         matrices = FolderMatrices(entries, files, outline, where)
         return outline.compressed(base, matrices, FolderTensors(files), str(folder))

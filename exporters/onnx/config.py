@@ -47,7 +47,7 @@ def _causal_class(settings: Any) -> str:
 def generation_config_json(config: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
     """generation_config.json: the original's, with the special tokens of config.json where it has none."""
     result = {key: value for key, value in original.items() if key != "transformers_version"}
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
         if result.get(key) is None and config.get(key) is not None:
             result[key] = config[key]
     return result

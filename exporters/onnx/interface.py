@@ -19,10 +19,13 @@ from compot_deploy.models.skeleton import ValuesUnknown
 
 Task: TypeAlias = Literal["features", "generation", "encoder", "decoder"]
 """What a graph is for: one pass over whole texts, text token by token with a cache; or one of the two towers of a
-model that hears and writes."""
+model whose encoder reads and whose decoder writes."""
 
 HEARD: Final = "encoder_hidden_states"
 """What a decoder reads of an encoder."""
+
+MASK: Final = "encoder_attention_mask"
+"""Which tokens of an encoder's text are no padding; it is as long with a cache as without one."""
 
 BRANCH: Final = "use_cache_branch"
 """Whether the cache that a decoder is given holds what it made of the encoder's output."""
@@ -38,7 +41,7 @@ class Interface:
         output: ``last_hidden_state`` or ``logits``.
         output_sizes: its sizes after the batch, a name where they depend on the input.
         cache: heads and head size of each layer's keys and values; empty without a cache. A decoder that reads an
-            encoder has two caches a layer: of its own text, and of what it heard.
+            encoder has two caches a layer: of its own text, and of what it read there.
         floating: inputs that are no tokens, and their sizes after the batch.
     """
 
@@ -128,17 +131,21 @@ def towers_of(model: nn.Module, task: tasks.Task) -> dict[str, Interface]:
     Raises:
         UnsupportedModelError: see `interface_of`.
     """
-    if not task.listens:
+    if not task.has_towers:
         return {GRAPH: interface_of(model)}
     shown = example_of(model, task, tokens=2)
-    name, sound = next(iter(shown.items()))
+    name, read = next(iter(shown.items()))
     with ValuesUnknown(), torch.inference_mode():
         found = model(**shown, use_cache=True)
     heard = found.encoder_last_hidden_state
-    frames: tuple[str | int, ...] = tuple(sound.shape[1:])
     length: str | int = heard.shape[1]
-    if len(frames) == 1:  # sound as it is, of any length
-        frames, length = ("num_samples",), _FRAMES
+    inputs: tuple[str, ...] = (name,)
+    masks: tuple[str, ...] = ()
+    floating: tuple[tuple[str, tuple[str | int, ...]], ...] = ((name, tuple(read.shape[1:])),)
+    if not read.is_floating_point():
+        inputs, masks, floating, length = ("input_ids", "attention_mask"), (MASK,), (), "sequence_length"
+    elif read.dim() == 2:  # sound as it is, of any length
+        floating, length = ((name, ("num_samples",)),), _FRAMES
     own, crossed = (
         _cache_sizes(cache, type(model).__name__, length)
         for cache, length in (
@@ -148,12 +155,10 @@ def towers_of(model: nn.Module, task: tasks.Task) -> dict[str, Interface]:
     )
     width = int(heard.shape[2])
     return {
-        TOWERS[0]: Interface(
-            "encoder", (name,), "last_hidden_state", (length, width), floating=((name, frames),)
-        ),
+        TOWERS[0]: Interface("encoder", inputs, "last_hidden_state", (length, width), floating=floating),
         TOWERS[1]: Interface(
             "decoder",
-            ("input_ids", HEARD),
+            ("input_ids", HEARD, *masks),
             "logits",
             ("sequence_length", int(found.logits.shape[-1])),
             tuple(sizes for pair in zip(own, crossed, strict=True) for sizes in pair),

@@ -24,7 +24,7 @@ from compot_deploy.exporters.onnx.options import OnnxOptions
 from compot_deploy.exporters.onnx.tensors import GRAPH, TensorWriter, data_of
 from compot_deploy.exporters.onnx.tracing import Trace, traces
 from compot_deploy.models.compressed import CompressedModel, tied_config
-from compot_deploy.models.configuration import read_config
+from compot_deploy.models.configuration import for_model, read_config
 from compot_deploy.models.generation import read_generation
 from compot_deploy.models.outline import outline_of_config
 from compot_deploy.models.rotary import portable_config
@@ -90,9 +90,7 @@ def read_model(folder: Path, matrices: FolderMatrices) -> CompressedModel:
 
 def _write_files(traced: Trace, config: Mapping[str, Any], source: Path | None, folder: Path) -> None:
     """Everything beside the graph."""
-    from transformers import AutoConfig
-
-    settings = AutoConfig.for_model(**config)
+    settings = for_model(config)
     values = _config_json(settings, traced.class_name)
     write_object(folder / "config.json", values)
     if traced.interface.task in ("generation", "encoder"):

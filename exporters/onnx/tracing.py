@@ -24,7 +24,7 @@ import inspect
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,6 +38,7 @@ from torch.overrides import TorchFunctionMode
 from compot_deploy.errors import MissingDependencyError, UnsupportedModelError
 from compot_deploy.exporters.onnx.interface import Interface, towers_of
 from compot_deploy.models.cache import cache_argument, cache_of, cache_tensors
+from compot_deploy.models.configuration import for_model
 from compot_deploy.models.sites import tables_of
 from compot_deploy.models.skeleton import on_meta, without_parameters
 from compot_deploy.models.tasks import Task
@@ -94,9 +95,7 @@ def traces(config: Mapping[str, Any], task: Task) -> Mapping[str, Trace]:
 
 @lru_cache(maxsize=4)
 def _traces(config: str, task: Task) -> Mapping[str, Trace]:
-    from transformers import AutoConfig
-
-    settings = AutoConfig.for_model(**json.loads(config))
+    settings = for_model(json.loads(config))
     return {
         place: _trace(_hollow(without_parameters(settings, task, torch.float32)), interface)
         for place, interface in towers_of(on_meta(settings, task), task).items()
@@ -117,7 +116,8 @@ def _trace(model: Any, interface: Interface) -> Trace:
         for name, value in model.state_dict(keep_vars=True).items()
         if not isinstance(value, nn.Parameter) and value.is_floating_point()
     }
-    shown = {name: value for name, value in {**stored, **buffers}.items() if _belongs(name, model, interface)}
+    belongs = _belonging(model, interface)
+    shown = {name: value for name, value in {**stored, **buffers}.items() if belongs(name, value)}
     names = list(shown)
     wrapper = _WRAPPERS[interface.task](model, interface, names)
     proto = _exported(wrapper, interface, names, list(shown.values()))
@@ -250,15 +250,15 @@ class _Generation(_Wrapper):
 
 
 class _Encoder(_Wrapper):
-    """The tower that hears: sound in, hidden states out."""
+    """The tower that reads: sound or text in, hidden states out."""
 
     def __init__(self, model: Any, interface: Interface, names: Sequence[str]) -> None:
         super().__init__(model, interface, names)
         encoder = model.get_encoder()
-        model.forward = lambda **sound: encoder(**sound)  # what it does in this graph
+        model.forward = lambda **read: encoder(**read)  # what it does in this graph
 
-    def forward(self, sound: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-        found: Tensor = self.run(dict(zip(self.interface.inputs, sound, strict=True)), values)[
+    def forward(self, read: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+        found: Tensor = self.run(dict(zip(self.interface.inputs, read, strict=True)), values)[
             self.interface.output
         ]
         return found
@@ -271,7 +271,12 @@ class _Decoder(_Wrapper):
     """
 
     def forward(
-        self, input_ids: Tensor, heard: Tensor, past: Sequence[Tensor], values: Sequence[Tensor]
+        self,
+        input_ids: Tensor,
+        heard: Tensor,
+        masks: Sequence[Tensor],
+        past: Sequence[Tensor],
+        values: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
         from transformers import DynamicCache, EncoderDecoderCache
         from transformers.modeling_outputs import BaseModelOutput
@@ -289,6 +294,8 @@ class _Decoder(_Wrapper):
             cache_argument(self.traced): cache,
             "use_cache": True,
         }
+        if masks:
+            arguments["attention_mask"] = _hiding(masks[0], input_ids.shape[1])
         found = self.run(arguments, values)
         caches = cache_of(found)
         own_tensors, crossed_tensors = (
@@ -302,6 +309,12 @@ class _Decoder(_Wrapper):
         return found[self.interface.output], *made
 
 
+def _hiding(mask: Tensor, tokens: int) -> Tensor:
+    """What is added to scores at padding, for every token: as a model makes it, but of the cache's length."""
+    hidden = (1.0 - mask.float()) * torch.finfo(torch.float32).min
+    return hidden[:, None, None, :].expand(-1, -1, tokens, -1)
+
+
 _WRAPPERS: Final[Mapping[str, type[_Wrapper]]] = {
     "features": _Features,
     "generation": _Generation,
@@ -310,13 +323,19 @@ _WRAPPERS: Final[Mapping[str, type[_Wrapper]]] = {
 }
 
 
-def _belongs(name: str, model: Any, interface: Interface) -> bool:
-    """Whether a parameter is one of a tower: the encoder's are its own, all others the decoder's."""
+def _belonging(model: Any, interface: Interface) -> Callable[[str, Tensor], bool]:
+    """Whether a tensor is one of a graph: of a tower those that its modules hold, a table perhaps those of both."""
     if not interface.is_tower:
-        return True
+        return lambda name, value: True
     encoder = model.get_encoder()
     (path,) = (path for path, module in model.named_modules() if module is encoder)
-    return name.startswith(f"{path}.") == (interface.task == "encoder")
+    reads = interface.task == "encoder"
+    held = {
+        id(value)
+        for name, value in model.state_dict(keep_vars=True).items()
+        if name.startswith(f"{path}.") == reads
+    }
+    return lambda name, value: id(value) in held
 
 
 def _takes_positions(model: nn.Module) -> bool:
@@ -345,9 +364,11 @@ def _exported(
             torch.zeros(rows, heads, held, size) for (heads, size), held in zip(sizes, lengths, strict=True)
         ]
         ((_, (_, width)),) = interface.floating
-        arguments = (_ones(rows, length), torch.zeros(rows, _HEARD_FRAMES, int(width)), cache, own)
-        shapes = (by_row, by_row, [{0: dynamic, 2: dynamic}] * len(cache), [None] * len(own))
-    elif interface.task == "encoder":
+        masks = [_ones(rows, past + 1 + _HEARD_FRAMES)] * (len(interface.inputs) - 2)
+        arguments = (_ones(rows, length), torch.zeros(rows, _HEARD_FRAMES, int(width)), masks, cache, own)
+        moving = [{0: dynamic, 2: dynamic}] * len(cache)
+        shapes = (by_row, by_row, [by_row] * len(masks), moving, [None] * len(own))
+    elif interface.floating:
         ((_, sizes_of_sound),) = interface.floating
         shown = [size if isinstance(size, int) else _SAMPLES for size in sizes_of_sound]
         changing = {0: dynamic} | {

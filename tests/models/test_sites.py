@@ -186,7 +186,7 @@ def test_padding_is_left_out_where_rows_belong_to_tokens() -> None:
     assert torch.equal(real_rows(values.reshape(6, 2), real), real_rows(values, real))
     pooled = values[:, 0]
     assert torch.equal(real_rows(pooled, real), pooled)
-    assert len(real_rows(values, None)) == 6
+    assert len(real_rows(values)) == 6
 
 
 def test_grams_are_summed_in_double_precision() -> None:

@@ -111,7 +111,7 @@ HEADS = (
     "BertForNextSentencePrediction",
     "BertForMultipleChoice",
     "GPT2DoubleHeadsModel",
-    "T5ForConditionalGeneration",
+    "T5ForQuestionAnswering",
     "ViTForImageClassification",
 )
 

@@ -11,7 +11,7 @@ import pytest
 import spoken
 import torch
 
-from compot_deploy.accuracy.speech import OnnxSpeech, TorchSpeech
+from compot_deploy.accuracy.towers import OnnxTowers, TorchTowers
 from compot_deploy.cli import main
 from compot_deploy.core.matrix import Factorized
 from compot_deploy.exporters import EXPORTERS
@@ -116,11 +116,11 @@ def test_onnxruntime_writes_what_torch_writes_token_by_token_and_side_by_side(ma
     source = open_source(made.model)
     listener = load_listener(folder, model.config)
     evaluation = read_evaluation(folder, load_tokenizer(folder), model.config)
-    torch_runner = TorchSpeech(model_of(model), source.task)
-    onnx_runner = OnnxSpeech(folder, exact=True, threads=1)
+    torch_runner = TorchTowers(model_of(model), source.task)
+    onnx_runner = OnnxTowers(folder, exact=True, threads=1)
     (utterance,) = evaluation.text.utterances
-    wanted = torch_runner.transcribe(utterance, listener)
-    assert onnx_runner.transcribe(utterance, listener) == wanted and len(wanted) >= 3
+    wanted = torch_runner.write(utterance, listener)
+    assert onnx_runner.write(utterance, listener) == wanted and len(wanted) >= 3
     (batch,) = source.task.batches([utterance, utterance[:4]])
     torch.testing.assert_close(onnx_runner.outputs(batch), torch_runner.outputs(batch), rtol=1e-4, atol=1e-4)
 

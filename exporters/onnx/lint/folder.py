@@ -92,7 +92,10 @@ def _tied(subject: Subject) -> Iterator[Diagnostic]:
 
 
 def _files(subject: Subject) -> Iterator[Diagnostic]:
+    hears = "input_ids" not in {value.name for value in subject.model.graph.input}
     for name in _CONSUMER_FILES[subject.task]:
+        if name == "preprocessor_config.json" and not hears:
+            continue
         path = subject.folder / name
         if not path.is_file():
             yield Diagnostic("warning", name, "The file is missing; some consumers need it.")

@@ -87,16 +87,27 @@ def _interface(subject: Subject) -> Iterator[Diagnostic]:
                 yield in_graph("warning", f"{what}s", f"The {what} {name} is none that consumers know.")
 
 
+_DECODER_LAYERS: Final = (
+    "decoder_layers",
+    "decoder_num_hidden_layers",
+    "num_decoder_layers",
+    "num_hidden_layers",
+)
+"""What configurations call the number of a decoder's blocks."""
+
+
 def _tower(subject: Subject, inputs: list[str], outputs: list[str]) -> Iterator[Diagnostic]:
     """One of two towers: what the encoder gives is what the decoder reads, and every cache goes in and comes out."""
     if subject.task == "encoder":
         expected, given = [], ["last_hidden_state"]
-        if len(inputs) != 1:
+        if len(inputs) != 1 and set(inputs) != {"input_ids", "attention_mask"}:
             yield in_graph(
-                "error", "inputs", f"It has the inputs {', '.join(inputs)}; consumers give one, sound."
+                "error",
+                "inputs",
+                f"It has the inputs {', '.join(inputs)}; consumers give sound, or input_ids and attention_mask.",
             )
     else:
-        layers = subject.config.get("decoder_layers", subject.config.get("decoder_num_hidden_layers", 0))
+        layers = next((subject.config[name] for name in _DECODER_LAYERS if name in subject.config), 0)
         caches = [
             f"{layer}.{side}.{kind}"
             for layer in range(layers)

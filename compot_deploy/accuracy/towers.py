@@ -1,4 +1,7 @@
-"""Speech models in torch and in onnxruntime: an encoder that hears once, and a decoder that writes token by token."""
+"""Models of two towers in torch and in onnxruntime: an encoder that reads once, and a decoder that writes on.
+
+The encoder is given sound or text; the decoder writes token by token, through its cache.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +13,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compot_deploy.accuracy.runner import Advance
 from compot_deploy.accuracy.texts import TorchTexts
 from compot_deploy.accuracy.transcripts import written
 from compot_deploy.errors import ArtifactError, first_line
 from compot_deploy.models.cache import cache_argument, cache_of
-from compot_deploy.models.listening import Listener
 from compot_deploy.models.tasks import Batch, Utterance
+from compot_deploy.models.writing import Writer
 
 
-class TorchSpeech(TorchTexts):
-    """A speech model of transformers."""
+class TorchTowers(TorchTexts):
+    """A model of transformers."""
 
-    def transcribe(self, utterance: Utterance, listener: Listener) -> tuple[int, ...]:
-        """See `SpeechRunner.transcribe`."""
-        return written(self._decoder(utterance), utterance, listener)
+    def write(self, utterance: Utterance, writer: Writer) -> tuple[int, ...]:
+        """See `TowersRunner.write`."""
+        return written(self.begun(utterance), utterance, writer)
 
     def language(self, utterance: Utterance, languages: Sequence[int]) -> int:
         """The most likely of some tokens behind the first one of a transcript."""
-        logits, _ = self._decoder(utterance)(utterance.tokens[None, :1], None)
+        logits, _ = self.begun(utterance)(utterance.tokens[None, :1], None)
         return int(languages[int(logits[0, -1, list(languages)].argmax())])
 
-    def _decoder(self, utterance: Utterance) -> Any:
+    def begun(self, utterance: Utterance) -> Advance[Any]:
+        """The decoder, whose encoder has read an utterance."""
         device = self._model.device
         with torch.inference_mode():
             heard = self._model.get_encoder()(**{utterance.argument: utterance.features[None].to(device)})
@@ -44,8 +49,8 @@ class TorchSpeech(TorchTexts):
         return advance
 
 
-class OnnxSpeech:
-    """An exported ONNX folder of a speech model in onnxruntime: the graphs of its two towers.
+class OnnxTowers:
+    """An exported ONNX folder in onnxruntime: the graphs of the two towers.
 
     Args:
         folder: the artifact.
@@ -58,7 +63,7 @@ class OnnxSpeech:
     """
 
     def __init__(self, folder: Path, *, exact: bool = False, threads: int = 0) -> None:
-        from compot_deploy.exporters.onnx.interface import BRANCH
+        from compot_deploy.exporters.onnx.interface import BRANCH, MASK
         from compot_deploy.exporters.onnx.session import open_session, runtime_name
         from compot_deploy.exporters.onnx.tensors import TOWERS
 
@@ -73,24 +78,34 @@ class OnnxSpeech:
             name: entry.shape for name, entry in inputs.items() if name.startswith("past_key_values.")
         }
         self._present = [name.replace("past_key_values.", "present.", 1) for name in self._past]
+        self._read = [entry.name for entry in self._encoder.get_inputs()]
+        self._masks = [name for name in inputs if name == MASK]
 
     def outputs(self, batch: Batch) -> Tensor:
-        """See `SpeechRunner.outputs`."""
-        (argument,) = (name for name in batch.arguments if name != "decoder_input_ids")
-        heard = self._hear(argument, batch.arguments[argument])
-        logits, _ = self._advance(heard, batch.arguments["decoder_input_ids"], None)
+        """See `TowersRunner.outputs`."""
+        logits, _ = self._advance(self._hear(batch.arguments), batch.arguments["decoder_input_ids"], None)
         return logits
 
-    def transcribe(self, utterance: Utterance, listener: Listener) -> tuple[int, ...]:
-        """See `SpeechRunner.transcribe`."""
-        heard = self._hear(utterance.argument, utterance.features[None])
-        return written(lambda tokens, state: self._advance(heard, tokens, state), utterance, listener)
+    def write(self, utterance: Utterance, writer: Writer) -> tuple[int, ...]:
+        """See `TowersRunner.write`."""
+        return written(self.begun(utterance), utterance, writer)
 
-    def _hear(self, argument: str, features: Tensor) -> np.ndarray:
-        return self._run(self._encoder, ["last_hidden_state"], {argument: features.numpy()})[0]
+    def begun(self, utterance: Utterance) -> Advance[Mapping[str, np.ndarray]]:
+        """The decoder, whose encoder has read an utterance."""
+        read = {utterance.argument: utterance.features[None]}
+        heard = self._hear(
+            {"attention_mask": torch.ones_like(utterance.features[None], dtype=torch.int64)} | read
+        )
+        return lambda tokens, state: self._advance(heard, tokens, state)
+
+    def _hear(self, arguments: Mapping[str, Tensor]) -> Mapping[str, np.ndarray]:
+        """What the decoder is given of the encoder at every step."""
+        feed = {name: arguments[name].contiguous().numpy() for name in self._read}
+        (states,) = self._run(self._encoder, ["last_hidden_state"], feed)
+        return {"encoder_hidden_states": states} | dict.fromkeys(self._masks, feed["attention_mask"])
 
     def _advance(
-        self, heard: np.ndarray, tokens: Tensor, past: Mapping[str, np.ndarray] | None
+        self, heard: Mapping[str, np.ndarray], tokens: Tensor, past: Mapping[str, np.ndarray] | None
     ) -> tuple[Tensor, Mapping[str, np.ndarray]]:
         """Logits of some tokens, and the cache behind them; what was made of the encoder's output stays as it is."""
         cached = past is not None
@@ -99,8 +114,8 @@ class OnnxSpeech:
             past = {name: np.zeros(shape, np.float32) for name, shape in empty.items()}
         feed = {
             "input_ids": tokens.contiguous().numpy(),
-            "encoder_hidden_states": heard,
             self._branch: np.array([cached]),
+            **heard,
             **past,
         }
         logits, *present = self._run(self._decoder, ["logits", *self._present], feed)
