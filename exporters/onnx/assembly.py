@@ -316,12 +316,16 @@ def _outputs(interface: Interface) -> list[onnx.ValueInfoProto]:
 
 
 def _caches(interface: Interface, names: Iterable[str], length: str) -> list[onnx.ValueInfoProto]:
-    sizes = [size for size in interface.cache for _ in range(2)]
+    sizes = interface.cache_tensors
+    states = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch_size", *state])
+        for name, (_, _, state) in zip(list(names)[len(sizes) :], interface.states, strict=True)
+    ]
     return [
         helper.make_tensor_value_info(
             name,
             TensorProto.FLOAT,
             ["batch_size", heads, f"encoder_{length}" if ".encoder." in name else length, size],
         )
-        for name, (heads, size) in zip(names, sizes, strict=True)
-    ]
+        for name, (heads, size) in zip(list(names)[: len(sizes)], sizes, strict=True)
+    ] + states
