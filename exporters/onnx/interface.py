@@ -130,6 +130,11 @@ def interface_of(model: nn.Module) -> Interface:
     inputs: tuple[str, ...] = ("input_ids", "attention_mask")
     if task == "generation":
         cache = cache_of(found)
+        if any(one.kind == "recurrent" for one in states_of(cache)):
+            raise UnsupportedModelError(
+                f"{name} cannot be traced for generation: it keeps the state of a recurrence, whose steps cannot be "
+                "traced for texts of any length. Use another --format."
+            )
         states = tuple((one.kind, one.layer, tuple(one.values.shape[1:])) for one in states_of(cache))
         layers = attending(cache) if states else ()
         return Interface(task, inputs, output, sizes, _cache_sizes(cache, name), layers=layers, states=states)

@@ -7,10 +7,12 @@ from pathlib import Path
 import any_models
 import pytest
 import torch
+import transformers
 from cases import nightly
 from exported_models import compressed, some_of_everything, source_of
 
 from compot_deploy.accuracy.onnx_runner import OnnxRunner
+from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.exporters.onnx.interface import interface_of
 from compot_deploy.exporters.onnx.lint.folder import lint_onnx
@@ -31,8 +33,22 @@ def test_what_a_decoder_keeps_is_found_layer_by_layer(tmp_path: Path) -> None:
     assert deepseek.states == () and deepseek.past == ("past_key_values.0.key", "past_key_values.0.value")
 
 
+def test_a_recurrence_is_refused_in_a_sentence() -> None:
+    config = transformers.Qwen3NextConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], mlp_only_layers=[0, 1],
+        intermediate_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=16, linear_num_key_heads=2,
+        linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.Qwen3NextForCausalLM(config).eval()
+    with pytest.raises(
+        UnsupportedModelError, match=r"it keeps the state of a recurrence, .* Use another --format\."
+    ):
+        interface_of(model)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lfm2", *nightly("deepseek")])
+@pytest.mark.parametrize("kind", nightly("lfm2", "deepseek"))
 def test_a_decoder_continues_in_pieces_of_any_length_as_torch_reads_at_once(
     kind: str, tmp_path: Path
 ) -> None:
