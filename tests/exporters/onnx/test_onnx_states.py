@@ -35,10 +35,20 @@ def test_what_a_decoder_keeps_is_found_layer_by_layer(tmp_path: Path) -> None:
 
 def test_a_recurrence_is_refused_in_a_sentence() -> None:
     config = transformers.Qwen3NextConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], mlp_only_layers=[0, 1],
-        intermediate_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=16, linear_num_key_heads=2,
-        linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
+        mlp_only_layers=[0, 1],
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    )
     with torch.device("meta"):
         model = transformers.Qwen3NextForCausalLM(config).eval()
     with pytest.raises(
