@@ -22,6 +22,7 @@ from compot_deploy.errors import InputError, UnsupportedModelError
 from compot_deploy.exporters.onnx.graph import GraphBuilder, TokenTable
 from compot_deploy.exporters.onnx.interface import BRANCH, HEARD, Interface
 from compot_deploy.exporters.onnx.nodes import IR_VERSION, MICROSOFT, TRACED, node_path
+from compot_deploy.exporters.onnx.recurrence import OPERATOR, scan_of
 from compot_deploy.exporters.onnx.tracing import INPUT, OPSET, PLACEHOLDER_DOMAIN, PREFIX, Trace
 
 _ALL: Final = 2**31 - 1
@@ -114,6 +115,11 @@ class _Assembly:
         taken: set[str] = set()
         named = 0
         for node in proto.node:
+            if (node.op_type, node.domain) == (OPERATOR, PLACEHOLDER_DOMAIN):
+                read = [self._read(value, initializers) for value in node.input]
+                name = _unused(f"{_scope(node)}/GatedDelta/Scan", taken)
+                self.graph.nodes.append(scan_of(read, node.output, name))
+                continue
             if node.domain == PLACEHOLDER_DOMAIN:
                 value = self._place(node, self._read(node.input[0], initializers))
                 self.values[node.output[0]] = value

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from compot_deploy.errors import UnsupportedModelError
+from compot_deploy.exporters.onnx.recurrence import known_rules
 from compot_deploy.exporters.onnx.tensors import GRAPH, TOWERS
 from compot_deploy.models import tasks
 from compot_deploy.models.cache import attending, cache_of, cache_tensors, states_of
@@ -130,7 +131,7 @@ def interface_of(model: nn.Module) -> Interface:
     inputs: tuple[str, ...] = ("input_ids", "attention_mask")
     if task == "generation":
         cache = cache_of(found)
-        if any(one.kind == "recurrent" for one in states_of(cache)):
+        if any(one.kind == "recurrent" for one in states_of(cache)) and not known_rules(model):
             raise UnsupportedModelError(
                 f"{name} cannot be traced for generation: it keeps the state of a recurrence, whose steps cannot be "
                 "traced for texts of any length. Use another --format."

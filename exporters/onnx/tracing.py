@@ -37,6 +37,7 @@ from torch.overrides import TorchFunctionMode
 
 from compot_deploy.errors import MissingDependencyError, UnsupportedModelError
 from compot_deploy.exporters.onnx.interface import Interface, towers_of
+from compot_deploy.exporters.onnx.recurrence import left_out
 from compot_deploy.models.cache import (
     State,
     cache_argument,
@@ -222,7 +223,7 @@ class _Wrapper(nn.Module):
 
     def run(self, arguments: Mapping[str, Any], values: Sequence[Tensor]) -> Any:
         parameters = dict(zip(self.names, values, strict=True))
-        with _Placeholders(parameters, self.table):
+        with _Placeholders(parameters, self.table), left_out(self.traced):
             return torch.func.functional_call(self.traced, parameters, (), dict(arguments))
 
 

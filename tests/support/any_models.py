@@ -181,6 +181,24 @@ def _lfm2() -> Any:
     )
 
 
+def _qwen3_5() -> Any:
+    """A block with a recurrence: the gated delta rule."""
+    return transformers.Qwen3_5TextConfig(
+        **_SIZES,
+        **_LARGE,
+        **_TOKENS,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        max_position_embeddings=256,
+        head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
+    )
+
+
 def _deepseek() -> Any:
     """Keys of another size than values, no experts in its only block."""
     return transformers.DeepseekV3Config(
@@ -218,6 +236,7 @@ _MADE: Final[Mapping[str, tuple[Callable[[], Any], str]]] = MappingProxyType(
         "opt projected": (_opt_projected, "OPTForCausalLM"),
         "gpt2 narrow": (_gpt2_narrow, "GPT2LMHeadModel"),
         "lfm2": (_lfm2, "Lfm2ForCausalLM"),
+        "qwen3_5": (_qwen3_5, "Qwen3_5ForCausalLM"),
         "deepseek": (_deepseek, "DeepseekV3ForCausalLM"),
         "qwen2_moe": (_qwen2_moe, "Qwen2MoeForCausalLM"),
         "mixtral": (_mixtral, "MixtralForCausalLM"),

@@ -21,6 +21,9 @@ from compot_deploy.models.whole import model_of
 
 TOKENS = torch.randint(3, any_models.VOCABULARY, (1, 17), generator=torch.Generator().manual_seed(0))
 
+ROUNDING = 5e-5
+"""Torch computes a recurrence by blocks of tokens, the file token by token."""
+
 
 def test_what_a_decoder_keeps_is_found_layer_by_layer(tmp_path: Path) -> None:
     lfm2 = interface_of(source_of("lfm2", tmp_path / "lfm2").meta)
@@ -34,23 +37,17 @@ def test_what_a_decoder_keeps_is_found_layer_by_layer(tmp_path: Path) -> None:
 
 
 def test_a_recurrence_is_refused_in_a_sentence() -> None:
-    config = transformers.Qwen3NextConfig(
+    config = transformers.Mamba2Config(
         vocab_size=64,
         hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        num_hidden_layers=1,
+        num_heads=4,
         head_dim=16,
-        layer_types=["linear_attention", "full_attention"],
-        mlp_only_layers=[0, 1],
-        linear_num_key_heads=2,
-        linear_num_value_heads=2,
-        linear_key_head_dim=16,
-        linear_value_head_dim=16,
+        state_size=16,
+        n_groups=1,
     )
     with torch.device("meta"):
-        model = transformers.Qwen3NextForCausalLM(config).eval()
+        model = transformers.Mamba2ForCausalLM(config).eval()
     with pytest.raises(
         UnsupportedModelError, match=r"it keeps the state of a recurrence, .* Use another --format\."
     ):
@@ -58,7 +55,7 @@ def test_a_recurrence_is_refused_in_a_sentence() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", nightly("lfm2", "deepseek"))
+@pytest.mark.parametrize("kind", nightly("lfm2", "qwen3_5", "deepseek"))
 def test_a_decoder_continues_in_pieces_of_any_length_as_torch_reads_at_once(
     kind: str, tmp_path: Path
 ) -> None:
@@ -77,7 +74,7 @@ def test_a_decoder_continues_in_pieces_of_any_length_as_torch_reads_at_once(
     runner = OnnxRunner(folder, 0, threads=1)
     for chunk in (17, 5, 2, 1):
         found = torch.cat(list(runner.logits(TOKENS, chunk)), 1)
-        assert float((found - wanted).abs().max()) < 1e-5 * float(wanted.std()), chunk
+        assert float((found - wanted).abs().max()) < ROUNDING * float(wanted.std()), chunk
     # A row that is padded on the left gives what it gives alone.
     session = open_session(folder, 0, 1)
     feeds = {"input_ids": torch.cat((torch.zeros(1, 4, dtype=torch.int64), TOKENS), 1)}
@@ -89,4 +86,4 @@ def test_a_decoder_continues_in_pieces_of_any_length_as_torch_reads_at_once(
         )
     (logits,) = session.run(["logits"], {name: value.numpy() for name, value in feeds.items()})
     padded = torch.from_numpy(logits)[:1, 4:]
-    assert float((padded - wanted).abs().max()) < 1e-5 * float(wanted.std())
+    assert float((padded - wanted).abs().max()) < ROUNDING * float(wanted.std())
