@@ -260,7 +260,7 @@ def _save_tokenizer(folder: Path) -> None:
     )
 
 
-def write_text(path: Path, lines: int = 120) -> Path:
+def write_text(path: Path, lines: int = 240) -> Path:
     """Lines of several lengths, no two alike."""
     rows = (
         " ".join(WORDS[(7 * at + 3 * word) % len(WORDS)] for word in range(5 + at % 10))

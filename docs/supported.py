@@ -22,17 +22,19 @@ START: Final = "<!-- written by docs/supported.py -->\n"
 END: Final = "<!-- end of what docs/supported.py writes -->\n"
 
 TEXT_TO_TEXT: Final = ("t5", "mt5", "bart", "mbart", "marian", "pegasus", "m2m_100")
-
-OTHERS: Final = (
-    "opt",
+DECODERS: Final = ("opt", "gptj", "gemma3n_text", "gemma4_text", "qwen3_5_text", "phimoe", "deepseek_v3")
+ENCODERS: Final = (
     "bert",
     "distilbert",
     "roberta",
     "xlm-roberta",
+    "mpnet",
+    "modernbert",
+    "nomic_bert",
+    "deberta-v2",
     "albert",
-    "whisper",
-    *TEXT_TO_TEXT,
 )
+OTHERS: Final = (*DECODERS, *ENCODERS, "whisper", *TEXT_TO_TEXT)
 """Types that GGUF does not have, and that people ask for."""
 
 _SIZES: Final = {
@@ -72,6 +74,45 @@ _CHANGES: Final[dict[str, dict[str, Any]]] = {
         "norm_topk_prob": True,
     },
     "mixtral": {"num_local_experts": 4},
+    "gptj": {"rotary_dim": 8},
+    "phimoe": {"num_local_experts": 4},
+    "deepseek_v3": {
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "qwen3_5_text": {
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
+    "gemma3n_text": {
+        "head_dim": 16,
+        "vocab_size_per_layer_input": 320,
+        "hidden_size_per_layer_input": 16,
+        "num_kv_shared_layers": 0,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "intermediate_size": [128] * 4,
+    },
+    "gemma4_text": {
+        "head_dim": 16,
+        "global_head_dim": 16,
+        "vocab_size_per_layer_input": 320,
+        "hidden_size_per_layer_input": 16,
+        "num_kv_shared_layers": 0,
+    },
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": {
         "num_local_experts": 4,
@@ -96,7 +137,7 @@ def row(model_type: str) -> Supported:
         mappings = (
             auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES if model_type == "whisper" else {},
             auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES if model_type in TEXT_TO_TEXT else {},
-            auto.MODEL_MAPPING_NAMES if model_type in OTHERS[1:6] else {},
+            auto.MODEL_MAPPING_NAMES if model_type in ENCODERS else {},
             auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         )
         name = next(mapping[model_type] for mapping in mappings if model_type in mapping)

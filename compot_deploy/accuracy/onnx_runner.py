@@ -57,8 +57,11 @@ class OnnxRunner:
         inputs = {entry.name: entry for entry in self._session.get_inputs()}
         outputs = {entry.name: entry for entry in self._session.get_outputs()}
         self._positions = "position_ids" in inputs
-        self._past = [past for past in inputs if past.startswith("past_key_values.")]
-        self._present = [past.replace("past_key_values.", "present.", 1) for past in self._past]
+        self._past = [past for past in inputs if past.startswith("past_")]
+        self._present = [
+            past.replace("past_key_values.", "present.", 1).replace("past_", "present_", 1)
+            for past in self._past
+        ]
         self._check_names(inputs, outputs)
         self._empty = [_empty_cache(inputs[past], self._path) for past in self._past]
         config = _read_config(folder)
@@ -109,7 +112,9 @@ class OnnxRunner:
         batch, length = tokens.shape
         past_length, past = state or (0, None)
         if past is None:
-            past = [self._value(empty.expand(batch, -1, -1, -1).numpy()) for empty in self._empty]
+            past = [
+                self._value(empty.repeat(batch, *[1] * (empty.dim() - 1)).numpy()) for empty in self._empty
+            ]
         total = past_length + length
         feed = {
             "input_ids": self._value(tokens.contiguous().numpy()),
@@ -134,10 +139,14 @@ def onnx_runner(folder: Path, *, exact: bool = False, threads: int = 0) -> OnnxR
 
 
 def _empty_cache(entry: Any, path: Path) -> Tensor:
-    """A cache of no tokens for one window: (1, heads, 0, head size)."""
+    """A cache of no tokens for one window, (1, heads, 0, head size); states of one size begin with zeros."""
     types = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
     if entry.type not in types:
         raise ArtifactError(f"{path}: {entry.name} is a {entry.type}, not a float or float16 tensor.")
+    if not entry.name.startswith("past_key_values.") and all(
+        isinstance(size, int) for size in entry.shape[1:]
+    ):
+        return torch.zeros(1, *entry.shape[1:], dtype=types[entry.type])
     if len(entry.shape) != 4 or not all(isinstance(entry.shape[axis], int) for axis in (1, 3)):
         raise ArtifactError(
             f"{path}: {entry.name} has the shape {entry.shape}, not (batch, heads, past, head size) with "

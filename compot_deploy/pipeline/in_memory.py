@@ -18,6 +18,7 @@ from compot_deploy.core.matrix import Dense, Matrix
 from compot_deploy.core.packed import PackedStorage
 from compot_deploy.core.storage import matrix_bytes
 from compot_deploy.errors import InputError, RecipeError, UnsupportedModelError
+from compot_deploy.models.experts import routers, unstack
 from compot_deploy.models.sites import Gram, InputGroup, Products, Site, add_gram, real_rows, tables_of
 from compot_deploy.numerics.spectrum import singular_spectrum
 from compot_deploy.numerics.whiten import whiten
@@ -93,6 +94,7 @@ def factorize(
     if recipe.quantizer == "bnb":
         require_bitsandbytes()
     base, door = type(model), _door(model)
+    unstack(model)
     grams = collect_grams(model, calibration, skip)
     sites = [site for group in grams for site in group.sites]
     weights = {site.name: _weight(model, site) for site in sites}
@@ -137,6 +139,7 @@ def collect_grams(
     embedding, head, tied = tables_of(model)
     tables = [path for path in (embedding, head if tied else None) if path is not None]
     left_out = [model.get_submodule(path).weight for path in tables]
+    skip = (*skip, *routers(model))
     wanted = {name for name in linears_of(model) if name not in skip and not (tied and name == head)}
     if not wanted:
         raise UnsupportedModelError(f"{type(model).__name__} has no linears to factorize.")

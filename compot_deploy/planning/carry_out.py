@@ -250,7 +250,7 @@ def _make_in_a_stream(context: PlanningContext, blocks: _Blocks, label: str) -> 
             if context.sequential:
                 stream.advance(replacements=blocks.going_on(block))
             elif number in missing:
-                blocks.make(block, {name: gram.matrix for name, gram in stream.advance().items()})
+                blocks.make_of(block, stream.advance())
             else:
                 stream.advance(capture=False)
 
@@ -303,10 +303,15 @@ class _Blocks:
 
         def make_and_go_on(grams: Mapping[str, Gram]) -> Mapping[str, Tensor]:
             if not self.finished(block):
-                self.make(block, {name: gram.matrix for name, gram in grams.items()})
+                self.make_of(block, grams)
             return {name: matrix.dequantize() for name, matrix in load_matrices(self.path(block)).items()}
 
         return make_and_go_on
+
+    def make_of(self, block: str, grams: Mapping[str, Gram]) -> None:
+        """All matrices of a block, and a note of experts that no token reached."""
+        self.context.keep_unreached(block, grams)
+        self.make(block, {name: gram.matrix for name, gram in grams.items()})
 
     def make(self, block: str, grams: Mapping[str, Tensor]) -> None:
         """All matrices of a block from the Grams of its inputs."""

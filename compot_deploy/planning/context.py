@@ -196,8 +196,12 @@ class PlanningContext:
     def keep_grams(self, block: str, grams: Mapping[str, Gram]) -> None:
         """Put the Grams of a block into the work folder."""
         self.keep_importance(block, {name: gram.matrix for name, gram in grams.items()})
-        write_value(self._unreached_file(block), [name for name, gram in grams.items() if gram.tokens == 0])
+        self.keep_unreached(block, grams)
         write_tensors(self._gram_file(block), {name: gram.matrix for name, gram in grams.items()}, {})
+
+    def keep_unreached(self, block: str, grams: Mapping[str, Gram]) -> None:
+        """Put names of the inputs of a block that no token reached into the work folder."""
+        write_value(self._unreached_file(block), [name for name, gram in grams.items() if gram.tokens == 0])
 
     def unreached(self) -> list[str]:
         """Inputs of experts that no token of the calibration text reached, as far as their Grams are kept."""

@@ -22,6 +22,7 @@ from compot_deploy.errors import InputError, UnsupportedModelError
 from compot_deploy.exporters.onnx.graph import GraphBuilder, TokenTable
 from compot_deploy.exporters.onnx.interface import BRANCH, HEARD, Interface
 from compot_deploy.exporters.onnx.nodes import IR_VERSION, MICROSOFT, TRACED, node_path
+from compot_deploy.exporters.onnx.recurrence import OPERATOR, scan_of
 from compot_deploy.exporters.onnx.tracing import INPUT, OPSET, PLACEHOLDER_DOMAIN, PREFIX, Trace
 
 _ALL: Final = 2**31 - 1
@@ -114,6 +115,11 @@ class _Assembly:
         taken: set[str] = set()
         named = 0
         for node in proto.node:
+            if (node.op_type, node.domain) == (OPERATOR, PLACEHOLDER_DOMAIN):
+                read = [self._read(value, initializers) for value in node.input]
+                name = _unused(f"{_scope(node)}/GatedDelta/Scan", taken)
+                self.graph.nodes.append(scan_of(read, node.output, name))
+                continue
             if node.domain == PLACEHOLDER_DOMAIN:
                 value = self._place(node, self._read(node.input[0], initializers))
                 self.values[node.output[0]] = value
@@ -316,12 +322,16 @@ def _outputs(interface: Interface) -> list[onnx.ValueInfoProto]:
 
 
 def _caches(interface: Interface, names: Iterable[str], length: str) -> list[onnx.ValueInfoProto]:
-    sizes = [size for size in interface.cache for _ in range(2)]
+    sizes = interface.cache_tensors
+    states = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch_size", *state])
+        for name, (_, _, state) in zip(list(names)[len(sizes) :], interface.states, strict=True)
+    ]
     return [
         helper.make_tensor_value_info(
             name,
             TensorProto.FLOAT,
             ["batch_size", heads, f"encoder_{length}" if ".encoder." in name else length, size],
         )
-        for name, (heads, size) in zip(names, sizes, strict=True)
-    ]
+        for name, (heads, size) in zip(list(names)[: len(sizes)], sizes, strict=True)
+    ] + states

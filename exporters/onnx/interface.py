@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from compot_deploy.errors import UnsupportedModelError
+from compot_deploy.exporters.onnx.recurrence import known_rules
 from compot_deploy.exporters.onnx.tensors import GRAPH, TOWERS
 from compot_deploy.models import tasks
-from compot_deploy.models.cache import cache_of, cache_tensors
+from compot_deploy.models.cache import attending, cache_of, cache_tensors, states_of
 from compot_deploy.models.example import example_of
 from compot_deploy.models.skeleton import ValuesUnknown
 
@@ -40,8 +41,11 @@ class Interface:
         inputs: names, in order; without the cache.
         output: ``last_hidden_state`` or ``logits``.
         output_sizes: its sizes after the batch, a name where they depend on the input.
-        cache: heads and head size of each layer's keys and values; empty without a cache. A decoder that reads an
-            encoder has two caches a layer: of its own text, and of what it read there.
+        cache: heads and head size of each layer's keys and values, where values have a size of their own that too;
+            empty without a cache. A decoder that reads an encoder has two caches a layer: of its own text, and of what
+            it read there.
+        layers: numbers of the layers that have such a cache, where others have states.
+        states: what those keep: kind, number of the layer, sizes after the batch.
         floating: inputs that are no tokens, and their sizes after the batch.
     """
 
@@ -49,7 +53,9 @@ class Interface:
     inputs: tuple[str, ...]
     output: str
     output_sizes: tuple[str | int, ...]
-    cache: tuple[tuple[int, int], ...] = ()
+    cache: tuple[tuple[int, ...], ...] = ()
+    layers: tuple[int, ...] = ()
+    states: tuple[tuple[str, int, tuple[int, ...]], ...] = ()
     floating: tuple[tuple[str, tuple[str | int, ...]], ...] = ()
 
     @property
@@ -65,17 +71,25 @@ class Interface:
     @property
     def past(self) -> tuple[str, ...]:
         """Names of the cache on its way in."""
-        return tuple(f"past_key_values.{name}" for name in self._caches)
+        states = (f"past_{kind}.{layer}" for kind, layer, _ in self.states)
+        return (*(f"past_key_values.{name}" for name in self._caches), *states)
 
     @property
     def present(self) -> tuple[str, ...]:
         """Names of the cache on its way out."""
-        return tuple(f"present.{name}" for name in self._caches)
+        states = (f"present_{kind}.{layer}" for kind, layer, _ in self.states)
+        return (*(f"present.{name}" for name in self._caches), *states)
+
+    @property
+    def cache_tensors(self) -> tuple[tuple[int, int], ...]:
+        """Heads and size of each tensor of the cache: keys and values in turn."""
+        return tuple((sizes[0], sizes[at]) for sizes in self.cache for at in (1, -1))
 
     @property
     def _caches(self) -> Iterator[str]:
         for number in range(len(self.cache)):
-            place = f"{number // 2}.{('decoder', 'encoder')[number % 2]}" if self.hears else str(number)
+            layer = self.layers[number] if self.layers else number
+            place = f"{number // 2}.{('decoder', 'encoder')[number % 2]}" if self.hears else str(layer)
             yield from (f"{place}.{kind}" for kind in ("key", "value"))
 
 
@@ -119,7 +133,15 @@ def interface_of(model: nn.Module) -> Interface:
         sizes = ("sequence_length", sizes[1])
     inputs: tuple[str, ...] = ("input_ids", "attention_mask")
     if task == "generation":
-        return Interface(task, inputs, output, sizes, _cache_sizes(cache_of(found), name))
+        cache = cache_of(found)
+        if any(one.kind == "recurrent" for one in states_of(cache)) and not known_rules(model):
+            raise UnsupportedModelError(
+                f"{name} cannot be traced for generation: it keeps the state of a recurrence, whose steps cannot be "
+                "traced for texts of any length. Use another --format."
+            )
+        states = tuple((one.kind, one.layer, tuple(one.values.shape[1:])) for one in states_of(cache))
+        layers = attending(cache) if states else ()
+        return Interface(task, inputs, output, sizes, _cache_sizes(cache, name), layers=layers, states=states)
     if "token_type_ids" in parameters and int(getattr(config, "type_vocab_size", 0) or 0) > 1:
         inputs = (*inputs, "token_type_ids")
     return Interface(task, inputs, output, sizes)
@@ -176,11 +198,11 @@ def decodes(model: nn.Module) -> bool:
     return can_generate is not None and bool(can_generate())
 
 
-def _cache_sizes(cache: Any, name: str, length: int = 2) -> tuple[tuple[int, int], ...]:
-    """Heads and head size by layer, of a cache that holds so many tokens."""
+def _cache_sizes(cache: Any, name: str, length: str | int = 2) -> tuple[tuple[int, ...], ...]:
+    """Heads and head size by layer, and that of values where it differs, of a cache that holds so many tokens."""
     tensors = cache_tensors(cache)
     for keys, values in zip(tensors[::2], tensors[1::2], strict=True):
-        if keys.dim() != 4 or keys.shape != values.shape or keys.shape[2] != length:
+        if keys.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[2] != length:
             raise UnsupportedModelError(
                 f"{name} cannot be traced for generation: its cache holds tensors of the shapes "
                 f"{tuple(keys.shape)} and {tuple(values.shape)}, not keys and values of every token."
@@ -190,7 +212,10 @@ def _cache_sizes(cache: Any, name: str, length: int = 2) -> tuple[tuple[int, int
             f"{name} cannot be traced for generation: it keeps no keys and values (its cache is a "
             f"{type(cache).__name__})."
         )
-    return tuple((int(keys.shape[1]), int(keys.shape[3])) for keys in tensors[::2])
+    return tuple(
+        (int(keys.shape[1]), *dict.fromkeys((int(keys.shape[3]), int(values.shape[3]))))
+        for keys, values in zip(tensors[::2], tensors[1::2], strict=True)
+    )
 
 
 def config_of(model: nn.Module) -> Any:

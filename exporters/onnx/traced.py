@@ -119,11 +119,13 @@ def _config_json(settings: Any, class_name: str) -> dict[str, Any]:
 
 
 def _genai_decoder(settings: Any, interface: Interface) -> GenaiDecoder | None:
-    """What onnxruntime-genai wants to know; None for layers of different sizes, which it cannot run."""
+    """What onnxruntime-genai wants to know; None for layers of different sizes or with states, which it cannot run."""
     sizes, context = set(interface.cache), getattr(settings, "max_position_embeddings", None)
-    if len(sizes) != 1 or not isinstance(context, int):
+    if len(sizes) != 1 or interface.states or not isinstance(context, int):
         return None
-    ((key_value_heads, head_size),) = sizes
+    ((key_value_heads, head_size, *of_values),) = sizes
+    if of_values:
+        return None
     return GenaiDecoder(
         model_type="decoder",
         context=context,

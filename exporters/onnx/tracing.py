@@ -37,7 +37,15 @@ from torch.overrides import TorchFunctionMode
 
 from compot_deploy.errors import MissingDependencyError, UnsupportedModelError
 from compot_deploy.exporters.onnx.interface import Interface, towers_of
-from compot_deploy.models.cache import cache_argument, cache_of, cache_tensors
+from compot_deploy.exporters.onnx.recurrence import left_out
+from compot_deploy.models.cache import (
+    State,
+    cache_argument,
+    cache_of,
+    cache_tensors,
+    cache_with_states,
+    states_of,
+)
 from compot_deploy.models.configuration import for_model
 from compot_deploy.models.sites import tables_of
 from compot_deploy.models.skeleton import on_meta, without_parameters
@@ -215,7 +223,7 @@ class _Wrapper(nn.Module):
 
     def run(self, arguments: Mapping[str, Any], values: Sequence[Tensor]) -> Any:
         parameters = dict(zip(self.names, values, strict=True))
-        with _Placeholders(parameters, self.table):
+        with _Placeholders(parameters, self.table), left_out(self.traced):
             return torch.func.functional_call(self.traced, parameters, (), dict(arguments))
 
 
@@ -237,16 +245,25 @@ class _Generation(_Wrapper):
     ) -> tuple[Tensor, ...]:
         from transformers import DynamicCache
 
+        interface = self.interface
+        keys_and_values, states = past[: 2 * len(interface.cache)], past[2 * len(interface.cache) :]
         cache = DynamicCache()
-        for layer in range(len(self.interface.cache)):
-            cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        if states:
+            held = zip(interface.states, states, strict=True)
+            config = self.traced.config
+            cache = cache_with_states(config, [State(kind, layer, value) for (kind, layer, _), value in held])
+        for number, layer in enumerate(interface.layers or range(len(interface.cache))):
+            cache.update(keys_and_values[2 * number], keys_and_values[2 * number + 1], layer)
         arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if _takes_positions(self.traced):
             positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
             arguments["position_ids"] = positions[:, -input_ids.shape[1] :]
         arguments |= {cache_argument(self.traced): cache, "use_cache": True}
         found = self.run(arguments, values)
-        return found[self.interface.output], *cache_tensors(cache_of(found))
+        kept = cache_of(found)
+        now = {(state.kind, state.layer): state.values for state in states_of(kept)}
+        after = (now[kind, layer] for kind, layer, _ in interface.states)
+        return found[interface.output], *cache_tensors(kept), *after
 
 
 class _Encoder(_Wrapper):
@@ -354,12 +371,14 @@ def _exported(
     arguments: tuple[Any, ...]
     shapes: tuple[Any, ...]
     if interface.task == "generation":
-        cache = [torch.zeros(rows, heads, past, size) for heads, size in interface.cache for _ in range(2)]
+        cache = [torch.zeros(rows, heads, past, size) for heads, size in interface.cache_tensors]
+        changing = [{0: dynamic, 2: dynamic}] * len(cache) + [{0: dynamic}] * len(interface.states)
+        cache += [torch.zeros(rows, *sizes) for _, _, sizes in interface.states]
         arguments = (_ones(rows, length), _ones(rows, past + length), cache, own)
-        shapes = (by_row, by_row, [{0: dynamic, 2: dynamic}] * len(cache), [None] * len(own))
+        shapes = (by_row, by_row, changing, [None] * len(own))
     elif interface.task == "decoder":
         lengths = [one for _ in interface.cache[::2] for one in (past, past, past + 1, past + 1)]
-        sizes = [size for size in interface.cache for _ in range(2)]
+        sizes = interface.cache_tensors
         cache = [
             torch.zeros(rows, heads, held, size) for (heads, size), held in zip(sizes, lengths, strict=True)
         ]
@@ -371,11 +390,11 @@ def _exported(
     elif interface.floating:
         ((_, sizes_of_sound),) = interface.floating
         shown = [size if isinstance(size, int) else _SAMPLES for size in sizes_of_sound]
-        changing = {0: dynamic} | {
+        of_sound = {0: dynamic} | {
             axis: dynamic for axis, size in enumerate(sizes_of_sound, start=1) if isinstance(size, str)
         }
         arguments = ([torch.zeros(rows, *shown)], own)
-        shapes = ([changing], [None] * len(own))
+        shapes = ([of_sound], [None] * len(own))
     else:
         arguments = ([_ones(rows, length) for _ in interface.inputs], own)
         shapes = ([by_row] * len(interface.inputs), [None] * len(own))

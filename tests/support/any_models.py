@@ -167,6 +167,56 @@ def _gpt_oss() -> Any:
     )
 
 
+def _lfm2() -> Any:
+    """A block that keeps the last inputs of a convolution, and one that keeps keys and values."""
+    return transformers.Lfm2Config(
+        **_SIZES,
+        **_LARGE,
+        **_TOKENS,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        block_auto_adjust_ff_dim=False,
+        max_position_embeddings=256,
+        layer_types=["conv", "full_attention"],
+    )
+
+
+def _qwen3_5() -> Any:
+    """A block with a recurrence: the gated delta rule."""
+    return transformers.Qwen3_5TextConfig(
+        **_SIZES,
+        **_LARGE,
+        **_TOKENS,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        max_position_embeddings=256,
+        head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
+    )
+
+
+def _deepseek() -> Any:
+    """Keys of another size than values, no experts in its only block."""
+    return transformers.DeepseekV3Config(
+        **{**_SIZES, "num_hidden_layers": 1},
+        **_LARGE,
+        **_TOKENS,
+        intermediate_size=96,
+        max_position_embeddings=256,
+        num_key_value_heads=4,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        first_k_dense_replace=1,
+    )
+
+
 _MADE: Final[Mapping[str, tuple[Callable[[], Any], str]]] = MappingProxyType(
     {
         "gpt2": (_gpt2, "GPT2LMHeadModel"),
@@ -185,6 +235,9 @@ _MADE: Final[Mapping[str, tuple[Callable[[], Any], str]]] = MappingProxyType(
         "llama classes": (_llama_classes, "LlamaForSequenceClassification"),
         "opt projected": (_opt_projected, "OPTForCausalLM"),
         "gpt2 narrow": (_gpt2_narrow, "GPT2LMHeadModel"),
+        "lfm2": (_lfm2, "Lfm2ForCausalLM"),
+        "qwen3_5": (_qwen3_5, "Qwen3_5ForCausalLM"),
+        "deepseek": (_deepseek, "DeepseekV3ForCausalLM"),
         "qwen2_moe": (_qwen2_moe, "Qwen2MoeForCausalLM"),
         "mixtral": (_mixtral, "MixtralForCausalLM"),
         "gpt_oss": (_gpt_oss, "GptOssForCausalLM"),

@@ -65,19 +65,29 @@ def _interface(subject: Subject) -> Iterator[Diagnostic]:
         yield from _tower(subject, inputs, outputs)
         return
     declared = subject.config.get("num_hidden_layers")
-    layers = -(-sum(name.startswith("past_key_values.") for name in inputs) // 2)
+    states = [name for name in inputs if name.startswith(("past_conv.", "past_recurrent."))]
+    stateful = {int(name.rpartition(".")[2]) for name in states}
+    layers = -(-sum(name.startswith("past_key_values.") for name in inputs) // 2) + len(stateful)
     if isinstance(declared, int) and declared != layers:
         yield in_graph(
             "error", "inputs", f"There are caches of {layers} layers, and config.json says {declared}."
         )
-    caches = [(layer, kind) for layer in range(layers) for kind in ("key", "value")]
+    caches = [(layer, kind) for layer in range(layers) if layer not in stateful for kind in ("key", "value")]
     for found, expected, what in (
         (
             inputs,
-            ["input_ids", "attention_mask", *(f"past_key_values.{i}.{kind}" for i, kind in caches)],
+            ["input_ids", "attention_mask", *(f"past_key_values.{i}.{kind}" for i, kind in caches), *states],
             "input",
         ),
-        (outputs, ["logits", *(f"present.{i}.{kind}" for i, kind in caches)], "output"),
+        (
+            outputs,
+            [
+                "logits",
+                *(f"present.{i}.{kind}" for i, kind in caches),
+                *(name.replace("past_", "present_", 1) for name in states),
+            ],
+            "output",
+        ),
     ):
         for name in expected:
             if name not in found:
