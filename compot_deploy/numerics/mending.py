@@ -41,7 +41,7 @@ def mended(
     size = float(gram.diagonal().mean()) if len(gram) else 0.0
     if (cross is None and lacking is None) or not size > 0.0:
         return dict(weights)
-    joined = torch.cat([weight.double() for weight in weights.values()], 1)
+    joined = torch.cat([weight.to(gram) for weight in weights.values()], 1)
     asked = lacking
     if asked is None:
         assert cross is not None
@@ -54,6 +54,6 @@ def mended(
     joined += torch.cholesky_solve(asked, factor)
     parts = joined.split([weight.shape[1] for weight in weights.values()], 1)
     return {
-        name: part.to(weight.dtype).contiguous()
+        name: part.to(weight).contiguous()
         for (name, weight), part in zip(weights.items(), parts, strict=True)
     }
