@@ -182,7 +182,7 @@ def run_pair(work: Pair, pair: PairOfParts) -> PartOfSums:
         if work.writers:
             lacks = hidden_of(one) - hidden_of(other)
             for writer in work.writers:
-                lacks = lacks + (_product(before, writer) - _product(after, writer))
+                lacks = lacks + (_product(before, writer) - _product(after, writer)).reshape(lacks.shape)
             asked = real_rows(lacks, real)
         total = _add_product(total, rows, asked)
     gram = grams.get(site.name)
@@ -208,14 +208,17 @@ def writers_of(work: BlockAtWork, groups: Sequence[InputGroup], given: Given) ->
     found = [
         one
         for one in mode.seen
-        if one.site in alone and one.product is not None and one.product.shape == hidden.shape
+        if one.site in alone
+        and one.product is not None
+        and one.site.outputs == hidden.shape[-1]
+        and one.product.numel() == hidden.numel()
     ]
     if not outputs or not found or len({one.site for one in found}) != len(found):
         return frozenset()
     total = hidden.float()
     for one in found:
         assert one.product is not None
-        total = total + one.product.float()
+        total = total + one.product.reshape(hidden.shape).float()
     if total.shape != outputs[0].shape:
         return frozenset()
     error, size = (total - outputs[0].float()).square().mean(), outputs[0].float().square().mean()
