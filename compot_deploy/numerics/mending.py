@@ -19,7 +19,16 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 DAMPING: Final = 0.01
-"""λ, in times of the mean of the diagonal; GPTQ's own."""
+"""λ, in times of the mean of the diagonal, at least; GPTQ's own."""
+
+
+def damping_of(inputs: int, tokens: int) -> float:
+    """λ, in times of the mean of the diagonal: the less text there is for every input, the less it is believed.
+
+    On a model of 384 inputs at 2 bits, 4,096 tokens lost 0.107 nats with 0.01 and 0.098 with 0.1 (0.119 unmended);
+    32,768 tokens 0.0754 with 0.01 and 0.0765 with 0.1.
+    """
+    return max(DAMPING, inputs / max(1, tokens))
 
 
 def mended(
@@ -27,7 +36,7 @@ def mended(
     gram: Float64[Tensor, "inputs inputs"],
     cross: Float64[Tensor, "inputs inputs"] | None,
     lacking: Float64[Tensor, "inputs outputs"] | None,
-    damping: float = DAMPING,
+    damping: float,
 ) -> dict[str, Float[Tensor, "inputs _"]]:
     """Weights of one input to go on with, in the type of the given ones.
 

@@ -24,7 +24,7 @@ from compot_deploy.core.store import StoredMatrices, load_matrices, save_matrice
 from compot_deploy.core.work_files import is_sound, read_value, write_value
 from compot_deploy.models.side_by_side import Disturbed
 from compot_deploy.models.sites import WHOLE, InputGroup
-from compot_deploy.numerics.mending import mended
+from compot_deploy.numerics.mending import damping_of, mended
 from compot_deploy.planning.context import PlanningContext, collect_grams
 from compot_deploy.planning.knapsack import Chosen, Plan, knapsack, smallest_bytes
 from compot_deploy.planning.making import MadeInput, Order, Wanted, make_input
@@ -251,7 +251,9 @@ def _make_side_by_side(context: PlanningContext, blocks: _Blocks, count: int, la
                 made: dict[str, MadeInput] = made,
             ) -> Mapping[str, Tensor]:
                 order = _order(context, felt.gram.matrix, blocks.wanted(group))
-                weights = mended(order.numbers.weights, felt.gram.matrix, felt.cross, felt.lacking)
+                gram = felt.gram.matrix
+                damping = damping_of(len(gram), felt.gram.tokens)
+                weights = mended(order.numbers.weights, gram, felt.cross, felt.lacking, damping)
                 order = replace(order, numbers=replace(order.numbers, weights=weights))
                 (made[group.name],) = context.workers.map(make_input, context.search, [order])
                 grams[group.name] = felt.gram.matrix

@@ -29,11 +29,11 @@ def test_weights_are_those_of_least_squares_on_the_disturbed_input() -> None:
 def test_an_input_that_nobody_disturbed_leaves_weights_as_they_are() -> None:
     x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gram, weights = x.T @ x, {"a": torch.randn(6, 3)}
-    assert torch.equal(mended(weights, gram, gram, None)["a"], weights["a"])
+    assert torch.equal(mended(weights, gram, gram, None, 0.01)["a"], weights["a"])
 
 
 @pytest.mark.parametrize("size", [0.0, float("nan")])
 def test_an_input_that_says_nothing_leaves_weights_as_they_are(size: float) -> None:
     gram, weights = torch.full((6, 6), size, dtype=torch.float64), {"a": torch.randn(6, 3)}
-    assert torch.equal(mended(weights, gram, gram, None)["a"], weights["a"])
-    assert torch.equal(mended(weights, gram, None, None)["a"], weights["a"])
+    assert torch.equal(mended(weights, gram, gram, None, 0.01)["a"], weights["a"])
+    assert torch.equal(mended(weights, gram, None, None, 0.01)["a"], weights["a"])
