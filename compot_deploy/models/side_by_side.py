@@ -188,7 +188,8 @@ def run_pair(work: Pair, pair: PairOfParts) -> PartOfSums:
     gram = grams.get(site.name)
     if not comparable or total is None:
         return PartOfSums(gram, None, None, comparable)
-    return PartOfSums(gram, *((None, total) if work.writers else (total, None)), comparable)
+    cross, lacking = (None, total) if work.writers else (total, None)
+    return PartOfSums(gram, cross, lacking, comparable)
 
 
 def writers_of(work: BlockAtWork, groups: Sequence[InputGroup], given: Given) -> frozenset[Site]:
