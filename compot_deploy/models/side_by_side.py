@@ -2,7 +2,8 @@
 
 Both stand in front of the same block. For every input of it, in running order, both are run as far as what reads it:
 what the compressed model has there, what the original had, and what a residual stream lacks by then, are summed. Then
-the matrices that read it are replaced, and the next input of the block already feels them.
+the matrices that read it are replaced, and the next input of the block already feels them. Experts come last and all at
+once, each for the tokens that the compressed model sends to it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,18 @@ from torch import Tensor, nn
 
 from compot_deploy.cluster import ALONE, Workers
 from compot_deploy.errors import UnsupportedModelError
-from compot_deploy.models.block_run import BlockAtWork, Given, Part, at_work, hidden_of, outputs_of
+from compot_deploy.models.block_run import (
+    BlockAtWork,
+    Given,
+    Part,
+    add_grams,
+    at_work,
+    fill_unreached,
+    hidden_of,
+    outputs_of,
+    run_part,
+)
+from compot_deploy.models.experts import same_place
 from compot_deploy.models.sites import Gram, InputGroup, Products, Seen, Site, add_gram, real_rows
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.streaming import BlockStream
@@ -92,12 +104,32 @@ class SideBySide:
         groups = self._source.layout.of(path)
         first = next(self._original.parts())
         writers = writers_of(at_work(original, path, (), goes_on=True), groups, first.given[0])
+        apart = [group for group in groups if same_place(group.sites[0].name) is not None]
         for number, group in enumerate(groups):
+            if group in apart:
+                continue
             own = [site for one in groups[: number + 1] for site in one.sites if site in writers]
             weights = make(group, self._disturbed(original, changed, path, group, own))
             self._source.replace(changed, path, weights, dtype=self._dtype)
+        if apart:
+            self._replace_experts(changed, path, apart, make)
         self._original.run_through()
         self._changed.run_through()
+
+    def _replace_experts(
+        self, changed: nn.Module, path: str, groups: Sequence[InputGroup], make: Make
+    ) -> None:
+        """All experts from one run: both models send other tokens to them, so there is nothing to compare."""
+        grams: dict[str, Gram] = {}
+        work = at_work(changed, path, groups, goes_on=False)
+        for ran in self._workers.map(run_part, work, self._changed.parts()):
+            add_grams(grams, ran.grams)
+        fill_unreached(grams, groups)
+        for group in groups:
+            known = grams.get(group.name)
+            gram = _nothing(group) if known is None else Gram(known.matrix.cpu(), known.tokens)
+            weights = make(group, Disturbed(gram, None, None))
+            self._source.replace(changed, path, weights, dtype=self._dtype)
 
     def pass_over(self, weights: Mapping[str, Tensor]) -> None:
         """Move both models through the next block, whose matrices were made before."""
@@ -116,7 +148,7 @@ class SideBySide:
             group,
             tuple(writers) if group.sites[0] in writers else (),
         )
-        sums = _Sums(group.sites[0].inputs)
+        sums = _Sums(_nothing(group))
         for found in self._workers.map(run_pair, work, self._pairs()):
             sums.add(found)
         return sums.total()
@@ -169,7 +201,7 @@ def run_pair(work: Pair, pair: PairOfParts) -> PartOfSums:
     comparable = True
     for one, other, real in zip(pair.original.given, pair.changed.given, pair.changed.real, strict=True):
         before, after = _run_until(work.original, one, site), _run_until(work.changed, other, site)
-        if not (before and after):  # an expert that nothing was sent to
+        if not (before and after):  # not asked for these texts
             comparable = False
             continue
         reads = [seen[-1].values for seen in (before, after)]
@@ -229,8 +261,8 @@ def writers_of(work: BlockAtWork, groups: Sequence[InputGroup], given: Given) ->
 class _Sums:
     """Parts of sums, one after the other."""
 
-    def __init__(self, inputs: int) -> None:
-        self._gram = Gram(torch.zeros(inputs, inputs, dtype=torch.float64), 0)
+    def __init__(self, gram: Gram) -> None:
+        self._gram = gram
         self._rest: dict[str, Tensor] = {}
         self._comparable = True
 
@@ -249,6 +281,11 @@ class _Sums:
         """Of all parts."""
         rest = self._rest if self._comparable else {}
         return Disturbed(self._gram, rest.get("cross"), rest.get("lacking"))
+
+
+def _nothing(group: InputGroup) -> Gram:
+    inputs = group.sites[0].inputs
+    return Gram(torch.zeros(inputs, inputs, dtype=torch.float64), 0)
 
 
 class _Reached(BaseException):
