@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compot_deploy.core.matrix import Dense
+from compot_deploy.models.experts import same_place
 from compot_deploy.models.side_by_side import Disturbed, SideBySide
 from compot_deploy.models.sites import InputGroup
 from compot_deploy.models.source import ModelSource, open_source
@@ -65,6 +66,26 @@ def test_sums_are_those_of_two_whole_models(kind: str, tmp_path: Path) -> None:
         )
         assert isinstance(lacks, Tensor)
         torch.testing.assert_close(found.lacking, (y.T @ lacks).double(), rtol=1e-3, atol=1e-3)
+
+
+def test_experts_come_last_for_the_tokens_that_are_sent_to_them(tmp_path: Path) -> None:
+    source = open_source(any_models.save(tmp_path / "model", "mixtral"))
+    batches = source.task.batches(list(torch.randint(3, 300, (3, 20))))
+    felt: dict[str, Disturbed] = {}
+
+    def make(group: InputGroup, found: Disturbed) -> Mapping[str, Tensor]:
+        felt[group.name] = found
+        return {name: source.weight(name).float() for name in group.names}
+
+    with SideBySide(source, batches) as both:
+        both.advance(make)
+    groups = {group.name: group for group in source.layout.of(source.layout.blocks[0])}
+    assert set(felt) == set(groups)
+    apart = [same_place(groups[name].names[0]) is not None for name in felt]
+    assert apart == sorted(apart) and any(apart) and not all(apart)
+    sent = [found.gram.tokens for name, found in felt.items() if groups[name].names[0].endswith("down_proj")]
+    assert sum(sent) == 60 * source.config["num_experts_per_tok"]
+    assert all(felt[name].cross is None for name, expert in zip(felt, apart, strict=True) if expert)
 
 
 def _names(source: ModelSource, block: int) -> list[str]:
