@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import assert_never
 
 from compot_deploy.core.matrix import Dense, Factorized, FactorPair, Leaf, Matrix, Quantized
@@ -44,6 +44,37 @@ def weight_of(name: str, matrix: Matrix, scales: Mapping[str, Tensor]) -> Float[
             for product in products[1:]:
                 total = total + product
             return total
+        case _:
+            assert_never(matrix)
+
+
+def scale_gradients(
+    name: str, matrix: Matrix, scales: Mapping[str, Tensor], gradient: Float[Tensor, "inputs outputs"]
+) -> dict[str, Tensor]:
+    """Gradients at the scales of a matrix, by key, from the one at its values.
+
+    Args:
+        name: of the matrix.
+        matrix: its integers.
+        scales: by key, float32; see `weight_of`.
+        gradient: of a loss at the values.
+    """
+    match matrix:
+        case Dense() | Quantized():
+            return {name: _summed(matrix, gradient)} if name in scales else {}
+        case Factorized():
+            found: dict[str, Tensor] = {}
+            for position, pair in enumerate(matrix.pairs):
+                keys = _dictionary_key(pair, position), _codes_key(name, position)
+                dictionary, codes = (
+                    _values(leaf, scales.get(key), gradient.device)
+                    for key, leaf in zip(keys, (pair.dictionary, pair.codes), strict=True)
+                )
+                if keys[0] in scales:
+                    found[keys[0]] = _summed(pair.dictionary, gradient @ codes.T)
+                if keys[1] in scales:
+                    found[keys[1]] = _summed(pair.codes, dictionary.T @ gradient)
+            return found
         case _:
             assert_never(matrix)
 
@@ -89,10 +120,28 @@ def _codes_key(name: str, position: int) -> str:
 def _values(leaf: Leaf, scales: Tensor | None, device: torch.device) -> Tensor:
     if isinstance(leaf, Dense) or scales is None:
         return leaf.dequantize().to(device)
-    table, grid = leaf.grid.table, leaf.grid
-    integers = leaf.integers.to(device)
-    units = integers.float() if table is None else scales.new_tensor(table)[integers.long() - grid.lowest]
-    return units * scales.repeat_interleave(grid.group, dim=0)[: leaf.shape[0]]
+    units, group = _units(leaf, device), leaf.grid.group
+    if leaf.shape[0] % group:
+        return units * scales.repeat_interleave(group, dim=0)[: leaf.shape[0]]
+    return (units.view(-1, group, leaf.shape[1]) * scales[:, None]).view(leaf.shape)
+
+
+def _units(leaf: Quantized, device: torch.device) -> Float[Tensor, "inputs outputs"]:
+    """What is multiplied by scales."""
+    integers, table = leaf.integers.to(device), leaf.grid.table
+    if table is None:
+        return integers.float()
+    return torch.tensor(table, dtype=torch.float32, device=device)[integers.long() - leaf.grid.lowest]
+
+
+def _summed(leaf: Leaf, gradient: Float[Tensor, "inputs outputs"]) -> Float[Tensor, "groups outputs"]:
+    """From the gradient at values to the one at scales: each scale has the sum over what it multiplies."""
+    assert isinstance(leaf, Quantized)
+    inputs, outputs = leaf.shape
+    products, group = _units(leaf, gradient.device).mul_(gradient), leaf.grid.group
+    if inputs % group:
+        products = nn.functional.pad(products, (0, 0, 0, -inputs % group))
+    return products.view(-1, group, outputs).sum(1)
 
 
 def _stored(leaf: Leaf, scales: Tensor | None) -> Leaf:

@@ -26,7 +26,6 @@ from compot_deploy.core.store import StoredMatrices, save_matrices
 from compot_deploy.core.work_files import digest_of, is_sound, open_tensors, read_tensors, write_tensors
 from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.healing.cost import EVERY
-from compot_deploy.healing.distance import distance
 from compot_deploy.healing.parameters import with_scales
 from compot_deploy.healing.steps import NotFiniteError, part_of_rate
 from compot_deploy.healing.student import Student, tuning_of
@@ -200,11 +199,10 @@ class _Healing:
         total = sum(len(batch.real) if task.pools else int(batch.compared.sum()) for batch in batches)
 
         def judge(output: Tensor, place: int) -> Tensor:
-            original, own = both.split(output, numbers[place])
-            found = distance(task, original, own, batches[place])
+            found = both.distance(output, numbers[place])
             if not math.isfinite(found.loss.total):
                 raise NotFiniteError
-            return both.whole(found.gradient / total)
+            return found.gradient / total
 
         reached = False
         part = part_of_rate(number, self._steps)
@@ -237,8 +235,7 @@ class _Healing:
         write_tensors(self._state_file, self._tuning.state(), {"told": json.dumps(told)})
 
     def _held_out(self, both: Both) -> float:
-        student, task = self._student, self._patient.source.task
-        numbers = self._texts.held_out
+        student, numbers = self._student, self._texts.held_out
         batches = [self._texts.batches[number].to(torch.device(self._patient.device)) for number in numbers]
         total = LossSum(0.0, 0)
         left = iter(numbers)
@@ -246,9 +243,7 @@ class _Healing:
         def add(output: Tensor, batch: object, *_: object) -> None:
             nonlocal total
             number = next(left)
-            total += task.loss(
-                *both.split(output, number), self._texts.batches[number].compared.to(output.device)
-            )
+            total += both.distance(output, number).loss
 
         with (
             both.reading(numbers),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compot_deploy.core.matrix import Matrix
-from compot_deploy.healing.parameters import grids_of, weight_of
+from compot_deploy.healing.parameters import grids_of, scale_gradients, weight_of
 from compot_deploy.healing.steps import Tuned, Tuning, tuned_scales, tuned_vector
 from compot_deploy.models.sites import Site
 from compot_deploy.models.source import ModelSource
@@ -86,14 +86,9 @@ class Student:
             site, matrix = self.original.sites[name], self.matrices[name]
             if site.parameter not in gradients:
                 continue
-            scales = {key: tuned[key].value.requires_grad_(True) for key in grids_of(name, matrix)}
-            if not scales:
-                continue
-            with torch.enable_grad():
-                weight = weight_of(name, matrix, scales)
+            scales = {key: tuned[key].value for key in grids_of(name, matrix)}
             at_weight = oriented(gradients[site.parameter], site)
-            parts = torch.autograd.grad(weight, list(scales.values()), at_weight)
-            for key, part in zip(scales, parts, strict=True):
+            for key, part in scale_gradients(name, matrix, scales, at_weight).items():
                 found[key] = found[key] + part if key in found else part
         return found
 

@@ -1,21 +1,21 @@
 """The original beside the tuned model: what it says to every window is asked once, and given where it is needed.
 
 What is kept is what its output head reads, see `compot_deploy.models.answers`. What stands behind the head is computed
-when it is needed: while the tuned model runs, its head multiplies what the original's head read with the original's
-weights as well, and whatever the model does behind its head, it does to both.
+when it is needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compot_deploy.core.memory import give_back_freed_memory
+from compot_deploy.healing.distance import Distance, Head, distance, distance_before_heads
 from compot_deploy.healing.texts import Texts
 from compot_deploy.models.answers import Answers
 from compot_deploy.models.source import ModelSource
@@ -86,7 +86,11 @@ class Teacher:
 
 
 class Both:
-    """Lets a model give the original's outputs beside its own.
+    """Compares a model with the original while it runs.
+
+    Where the model ends with its head, the head is left out of the run: what it would read is compared, see
+    `compot_deploy.healing.distance.distance_before_heads`. Elsewhere it gives the original's logits beside its own, and
+    whatever comes behind it does the same to both.
 
     Args:
         teacher: whose answers are given.
@@ -107,24 +111,34 @@ class Both:
         module, queue, original = self._model.get_submodule(path), iter(numbers), self._original
         linear = nn.functional.linear
 
-        def forward(values: Tensor) -> Tensor:
+        def beside(values: Tensor) -> Tensor:
             with torch.no_grad():
                 right = linear(self._teacher.answer(next(queue)), original.weight, original.bias)
             return torch.cat([linear(values, module.weight, module.bias), right])
 
-        module.forward = forward
+        module.forward = _as_it_is if self._teacher.texts.before_head else beside
         try:
             yield
         finally:
             del module.forward
 
-    def split(self, output: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """The original's outputs and the model's own for a batch."""
-        if self._original is None:
-            return self._teacher.answer(number), output
-        own, right = output.split(len(output) // 2)
-        return right, own
+    def distance(self, output: Tensor, number: int) -> Distance:
+        """Between the original's outputs and those that a model gave while it was `reading`, for a batch.
 
-    def whole(self, gradient: Tensor) -> Tensor:
-        """A gradient at the model's own outputs, at all that it gives."""
-        return gradient if self._original is None else torch.cat([gradient, torch.zeros_like(gradient)])
+        Its gradient is at all that the model gave.
+        """
+        texts, task = self._teacher.texts, self._teacher.source.task
+        batch = texts.batches[number].to(output.device)
+        if self._original is None:
+            return distance(task, self._teacher.answer(number), output, batch)
+        if texts.before_head:
+            own = self._model.get_submodule(self._teacher.source.layout.head)
+            heads = Head(self._original.weight, self._original.bias), Head(own.weight, own.bias)
+            return distance_before_heads(heads, self._teacher.answer(number), output, batch)
+        own, original = output.split(len(output) // 2)
+        found = distance(task, original, own, batch)
+        return replace(found, gradient=torch.cat([found.gradient, torch.zeros_like(found.gradient)]))
+
+
+def _as_it_is(values: Tensor) -> Tensor:
+    return values

@@ -8,6 +8,7 @@ from typing import Final
 
 import torch
 
+from compot_deploy.models.ending import ends_with_head
 from compot_deploy.models.sites import WHOLE
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.tasks import TOKENS_PER_BATCH, Batch, Window
@@ -25,7 +26,8 @@ TOKENS_PER_STEP: Final = 1024
 """Tokens that the gradient of one step is of, at least."""
 
 _LOGITS: Final = 2**24
-"""Outputs of a batch, at most, where one window has less: 64 MB in float32, of which a step holds some five."""
+"""Outputs of a batch, at most, where one window has less and a model does not end with its head: 64 MB in float32, of
+which a step holds some five."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,13 @@ class Texts:
         batches: all of them.
         windows: numbers of the windows of each batch, in the calibration text.
         learned: how many of the batches are learned from; the others are held out.
+        before_head: whether models are compared by what their heads read, since they end with them.
     """
 
     batches: Sequence[Batch]
     windows: Sequence[tuple[int, ...]]
     learned: int
+    before_head: bool
 
     @property
     def held_out(self) -> range:
@@ -79,21 +83,21 @@ def split_texts(source: ModelSource, windows: Sequence[Window]) -> Texts:
     every = _HELD_OUT // 2 if source.task.pools else _HELD_OUT
     count = max(_FEWEST_HELD_OUT, len(windows) // every)
     chosen = {len(windows) * (2 * number + 1) // (2 * count) for number in range(count)}
-    numbers = range(len(windows))
-    learned = _batches(source, windows, [number for number in numbers if number not in chosen])
-    held_out = _batches(source, windows, [number for number in numbers if number in chosen])
+    numbers, before_head = range(len(windows)), ends_with_head(source)
+    most = TOKENS_PER_BATCH
+    if source.task.kind in ("generation", "masked") and not before_head:
+        most = min(most, max(1, _LOGITS // source.vocabulary))
+    learned = _batches(source, windows, [number for number in numbers if number not in chosen], most)
+    held_out = _batches(source, windows, [number for number in numbers if number in chosen], most)
     both = [*learned, *held_out]
-    return Texts([batch for batch, _ in both], [own for _, own in both], len(learned))
+    return Texts([batch for batch, _ in both], [own for _, own in both], len(learned), before_head)
 
 
 def _batches(
-    source: ModelSource, windows: Sequence[Window], numbers: Sequence[int]
+    source: ModelSource, windows: Sequence[Window], numbers: Sequence[int], most: int
 ) -> list[tuple[Batch, tuple[int, ...]]]:
-    """Batches of few enough tokens that what a model says to one fits into memory several times, and their windows."""
+    """Batches of at most so many tokens, where one window has less, and their windows."""
     task = source.task
-    most = TOKENS_PER_BATCH
-    if task.kind in ("generation", "masked"):
-        most = min(most, max(1, _LOGITS // source.vocabulary))
     found: list[tuple[Batch, tuple[int, ...]]] = []
     rows: list[int] = []
 

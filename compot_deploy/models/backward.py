@@ -21,10 +21,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from compot_deploy.errors import UnsupportedModelError
-from compot_deploy.models.block_run import Given
+from compot_deploy.models.block_run import Given, hidden_of, outputs_of
 from compot_deploy.models.sites import Products
 from compot_deploy.models.source import ModelSource
-from compot_deploy.models.streaming import BlockStream, hidden_of, outputs_of
+from compot_deploy.models.streaming import BlockStream
 from compot_deploy.models.tasks import Batch
 
 Scalar = Callable[[Tensor, Batch], Tensor]

@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import Tensor, nn
 
+from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.models.experts import same_place
 from compot_deploy.models.sites import Gram, InputGroup, Products, add_gram, real_rows
 
@@ -46,6 +47,21 @@ class Given:
 def has_numbers(value: Any) -> bool:
     """Whether something is a tensor of numbers."""
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def hidden_of(given: Given) -> Tensor:
+    """The hidden states that a block is called with: its first argument."""
+    found = given.args[0] if given.args else given.kwargs.get("hidden_states")
+    if not isinstance(found, Tensor):
+        raise UnsupportedModelError(
+            "A block that is not called with hidden states first has no gradients here."
+        )
+    return found
+
+
+def outputs_of(result: Any) -> list[Tensor]:
+    """The tensors of numbers that a block gives: its result, or those of several."""
+    return [value for value in (result if isinstance(result, tuple) else (result,)) if has_numbers(value)]
 
 
 @dataclass(frozen=True)

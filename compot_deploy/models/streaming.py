@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Final, TypeAlias
 
@@ -22,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 
 from compot_deploy.cluster import ALONE, Workers
 from compot_deploy.core.memory import give_back_freed_memory
-from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.models.block_run import (
     Given,
     Part,
@@ -30,7 +29,7 @@ from compot_deploy.models.block_run import (
     add_seen,
     at_work,
     fill_unreached,
-    has_numbers,
+    outputs_of,
     parts_of,
     run_part,
 )
@@ -42,24 +41,7 @@ Replacements: TypeAlias = Callable[[Mapping[str, Gram]], Mapping[str, Tensor]]
 """Grams of a block, by name of the input group, to the weights (in, out) that it goes on with, by site name."""
 
 
-_HIDDEN: Final = "hidden_states"
 _HEAD: Final = "head"
-
-
-def hidden_of(given: Given) -> Tensor:
-    """The hidden states that a block is called with: its first argument."""
-    found = given.args[0] if given.args else given.kwargs.get(_HIDDEN)
-    if not isinstance(found, Tensor):
-        raise UnsupportedModelError(
-            "A block that is not called with hidden states first has no gradients here."
-        )
-    return found
-
-
-def outputs_of(result: Any) -> list[Tensor]:
-    """The tensors of numbers that a block gives: its result, or those of several."""
-    return [value for value in (result if isinstance(result, tuple) else (result,)) if has_numbers(value)]
-
 
 Finish: TypeAlias = Callable[[Tensor, Batch, list[Tensor], tuple[Tensor, Tensor] | None], None]
 """Output of a batch, what the last block gave, and what the head multiplied and gave."""
@@ -135,14 +117,7 @@ class BlockStream:
         Raises:
             InputError: the weights of the block are damaged.
         """
-        if not self._passes:
-            self._start()
-        path = self._source.layout.blocks[self._next]
-        block = self._model.get_submodule(path)
-        self._source.load(self._model, path, device=self._device, dtype=self._dtype)
-        for one in self._passes:
-            if one.at != path:
-                raise RuntimeError(f"A batch stands in front of {one.at!r} where {path!r} was expected.")
+        path, block = self.open_next()
         # A model without blocks is one itself, and ends where a pass is: it is run there.
         run = self._run_here if self._finish or not path else self._run_in_parts
         grams = run(block, path, capture, replacements is None)
@@ -152,6 +127,38 @@ class BlockStream:
             weights = replacements({name: _on_cpu(gram) for name, gram in grams.items()})
             self._source.replace(block, path, weights, dtype=self._dtype)
             run(block, path, False, True)
+        self._leave(block)
+        return {name: _on_cpu(gram) for name, gram in grams.items()}
+
+    def open_next(self) -> tuple[str, nn.Module]:
+        """Load the block that all batches stand in front of; its path, and itself.
+
+        Raises:
+            InputError: the weights of the block are damaged.
+        """
+        if not self._passes:
+            self._start()
+        path = self._source.layout.blocks[self._next]
+        block = self._model.get_submodule(path)
+        self._source.load(self._model, path, device=self._device, dtype=self._dtype)
+        for one in self._passes:
+            if one.at != path:
+                raise RuntimeError(f"A batch stands in front of {one.at!r} where {path!r} was expected.")
+        return path, block
+
+    def parts(self) -> Iterator[Part]:
+        """The batches in front of the block, in parts, with what it is going to be called with."""
+        for part in parts_of(list(zip(self._passes, self._batches, strict=True))):
+            yield Part(tuple(one.given for one, _ in part), tuple(batch.masks for _, batch in part))
+
+    def run_through(self) -> None:
+        """Run the block that was opened, as it is now, and leave it."""
+        path = self._source.layout.blocks[self._next]
+        block = self._model.get_submodule(path)
+        self._run_in_parts(block, path, False, True)
+        self._leave(block)
+
+    def _leave(self, block: nn.Module) -> None:
         self._source.unload(block)
         self._next += 1
         if self._next == len(self._source.layout.blocks) and not self._finish:
@@ -159,20 +166,15 @@ class BlockStream:
             if self._at_head is not None:
                 found = self._head.get(_HEAD)
                 self._at_head(None if found is None else _on_cpu(found))
-        return {name: _on_cpu(gram) for name, gram in grams.items()}
 
     def _run_in_parts(self, block: nn.Module, path: str, capture: bool, goes_on: bool) -> dict[str, Gram]:
         grams: dict[str, Gram] = {}
         work = at_work(block, path, self._source.layout.of(path) if capture else (), goes_on=goes_on)
-        parts = parts_of(list(zip(self._passes, self._batches, strict=True)))
-        given = (
-            Part(tuple(one.given for one, _ in part), tuple(batch.masks for _, batch in part))
-            for part in parts
-        )
-        for part, ran in zip(parts, self._workers.map(run_part, work, given), strict=True):
+        passes = iter(self._passes)
+        for ran in self._workers.map(run_part, work, self.parts()):
             add_grams(grams, ran.grams)
-            for (one, _), result in zip(part, ran.results, strict=False):
-                one.take(result)
+            for result in ran.results:
+                next(passes).take(result)
         return grams
 
     def _run_here(self, block: nn.Module, path: str, capture: bool, goes_on: bool) -> dict[str, Gram]:

@@ -23,12 +23,13 @@ from compot_deploy.pipeline.size import fit_size, other_bytes
 from compot_deploy.pipeline.tables import make_tables
 from compot_deploy.pipeline.texts import calibration_windows
 from compot_deploy.planning.by_rule import plan_by_rule
-from compot_deploy.planning.carry_out import Extras, LinearRecord, Outcome, carry_out, choose
+from compot_deploy.planning.carry_out import Extras, Outcome, carry_out, choose
 from compot_deploy.planning.context import PlanningContext, collect_grams
 from compot_deploy.planning.draft import Draft
 from compot_deploy.planning.knapsack import Plan, plain_plan, smallest_bytes
 from compot_deploy.planning.measure import check_budget, measure_chosen, measure_rate_points, notes_on
 from compot_deploy.planning.rate_points import RatePoints
+from compot_deploy.planning.records import LinearRecord
 from compot_deploy.planning.schemes import Joint
 from compot_deploy.planning.sensitivity import measure_sensitivities
 from compot_deploy.planning.settings import Settings, resolve

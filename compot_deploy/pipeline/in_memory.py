@@ -24,7 +24,7 @@ from compot_deploy.numerics.spectrum import singular_spectrum
 from compot_deploy.numerics.whiten import whiten
 from compot_deploy.planning.by_rule import allocate, chosen_of
 from compot_deploy.planning.candidates import Search, realize
-from compot_deploy.planning.carry_out import LinearRecord, linear_record
+from compot_deploy.planning.records import LinearRecord, linear_record
 from compot_deploy.planning.schemes import GridChoice
 from compot_deploy.planning.sizing import MatrixSize
 from compot_deploy.progress import Progress, silent

@@ -9,9 +9,9 @@ from pathlib import Path
 from compot_deploy.core.matrix import Dense, Quantized
 from compot_deploy.core.store import load_matrices, save_matrices
 from compot_deploy.core.work_files import is_sound
-from compot_deploy.planning.carry_out import LinearRecord
 from compot_deploy.planning.context import PlanningContext
 from compot_deploy.planning.knapsack import Plan
+from compot_deploy.planning.records import LinearRecord
 from compot_deploy.planning.settings import Settings
 from compot_deploy.planning.table_effects import known_effects
 from compot_deploy.planning.tables import FINE, TablePoints, head_gram, round_table, table_error

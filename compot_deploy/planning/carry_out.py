@@ -22,15 +22,15 @@ from compot_deploy.core.matrix import Dense, Matrix
 from compot_deploy.core.memory import give_back_freed_memory
 from compot_deploy.core.store import StoredMatrices, load_matrices, save_matrices
 from compot_deploy.core.work_files import is_sound, read_value, write_value
-from compot_deploy.models.sites import Gram, InputGroup
-from compot_deploy.models.streaming import Replacements
-from compot_deploy.numerics.whiten import Whitening
-from compot_deploy.planning.candidates import Realized
+from compot_deploy.models.side_by_side import Disturbed
+from compot_deploy.models.sites import WHOLE, InputGroup
+from compot_deploy.numerics.mending import damping_of, mended
 from compot_deploy.planning.context import PlanningContext, collect_grams
 from compot_deploy.planning.knapsack import Chosen, Plan, knapsack, smallest_bytes
 from compot_deploy.planning.making import MadeInput, Order, Wanted, make_input
 from compot_deploy.planning.rate_points import RatePoints
-from compot_deploy.planning.schemes import Plain, Scheme, Separate, describe, scheme_to_data
+from compot_deploy.planning.records import LinearRecord, linear_record
+from compot_deploy.planning.schemes import Plain, Scheme, Separate, scheme_to_data
 from compot_deploy.planning.sensitivity import ReplacedLoss
 from compot_deploy.planning.tables import TablePoints, split_tables, table_weights
 
@@ -38,30 +38,6 @@ _FINAL: Final = 2
 """Times as much text for the last choice among finished plans: they are few, and come close to each other."""
 
 _LARGEST_HALF: Final = 6e4
-
-
-@dataclass(frozen=True)
-class LinearRecord:
-    """What happened to one matrix, for reports.
-
-    Attributes:
-        name: module path.
-        error: relative whitened error ``‖X(W − Ŵ)‖ / ‖X W‖`` of the final matrix.
-        unquantized_error: the same before quantization; 0 for a matrix that stays plain, None where the
-            factors were made on their grids and never existed without.
-        ridge: what whitening added to the Gram's diagonal, relative to its mean.
-        ridge_escalated: the Gram was singular at the first ridge.
-        reason: why the matrix stays plain; empty if it is factorized.
-        unused: its input was zero on all calibration text.
-    """
-
-    name: str
-    error: float
-    unquantized_error: float | None
-    ridge: float
-    ridge_escalated: bool
-    reason: str = ""
-    unused: bool = False
 
 
 @dataclass(frozen=True)
@@ -241,18 +217,51 @@ def _make_in_a_stream(context: PlanningContext, blocks: _Blocks, label: str) -> 
     missing = [number for number, block in enumerate(context.blocks) if not blocks.finished(block)]
     if not missing:
         return
+    if context.sequential and context.source.layout.blocks != (WHOLE,):
+        _make_side_by_side(context, blocks, missing[-1] + 1, label)
+        return
     with context.stream() as stream:
         for number in range(missing[0], missing[-1] + 1):
             context.progress(number, len(context.blocks), label)
-            going_on = blocks.going_on if context.sequential else None
-            stream.skip_to(number, going_on)
+            stream.skip_to(number)
             block = context.blocks[number]
-            if context.sequential:
-                stream.advance(replacements=blocks.going_on(block))
-            elif number in missing:
+            if number in missing:
                 blocks.make_of(block, stream.advance())
             else:
                 stream.advance(capture=False)
+
+
+def _make_side_by_side(context: PlanningContext, blocks: _Blocks, count: int, label: str) -> None:
+    """Each input for what the matrices before it give, and for the outputs that the original gave."""
+    with context.side_by_side() as both:
+        for number, block in enumerate(context.blocks[:count]):
+            context.progress(number, len(context.blocks), label)
+            if blocks.finished(block):
+                both.pass_over(
+                    {name: matrix.dequantize() for name, matrix in load_matrices(blocks.path(block)).items()}
+                )
+                continue
+            grams: dict[str, Tensor] = {}
+            made: dict[str, MadeInput] = {}
+
+            def make(
+                group: InputGroup,
+                felt: Disturbed,
+                grams: dict[str, Tensor] = grams,
+                made: dict[str, MadeInput] = made,
+            ) -> Mapping[str, Tensor]:
+                order = _order(context, felt.gram.matrix, blocks.wanted(group))
+                gram = felt.gram.matrix
+                damping = damping_of(len(gram), felt.gram.tokens)
+                weights = mended(order.numbers.weights, gram, felt.cross, felt.lacking, damping)
+                order = replace(order, numbers=replace(order.numbers, weights=weights))
+                (made[group.name],) = context.workers.map(make_input, context.search, [order])
+                grams[group.name] = felt.gram.matrix
+                own = blocks.matrices(group, made[group.name])
+                return {name: matrix.dequantize() for name, matrix in own.items()}
+
+            both.advance(make)
+            blocks.keep(block, grams, made)
 
 
 def _digest(plan: Plan, context: PlanningContext, extras: Extras) -> str:
@@ -264,7 +273,7 @@ def _digest(plan: Plan, context: PlanningContext, extras: Extras) -> str:
         ]
     )
     named += repr((context.quantizer, context.search.rounds, context.search.alternation))
-    named += "sequential" * context.sequential + "factors" * extras.factors
+    named += "side by side" * context.sequential + "factors" * extras.factors
     named += "" if extras.baseline is None else f"beside {extras.baseline_quantizer}"
     return hashlib.sha256(named.encode()).hexdigest()[:12]
 
@@ -298,16 +307,6 @@ class _Blocks:
         """Matrices of a block, in running order."""
         return tuple(name for group in self.context.source.layout.of(block) for name in group.names)
 
-    def going_on(self, block: str) -> Replacements:
-        """Make the block where it is not made yet; what flows on is what it gives then."""
-
-        def make_and_go_on(grams: Mapping[str, Gram]) -> Mapping[str, Tensor]:
-            if not self.finished(block):
-                self.make_of(block, grams)
-            return {name: matrix.dequantize() for name, matrix in load_matrices(self.path(block)).items()}
-
-        return make_and_go_on
-
     def make_of(self, block: str, grams: Mapping[str, Gram]) -> None:
         """All matrices of a block, and a note of experts that no token reached."""
         self.context.keep_unreached(block, grams)
@@ -336,6 +335,17 @@ class _Blocks:
     def _entries_beside(self) -> Mapping[str, Chosen]:
         beside = self.extras.baseline
         return {} if beside is None else {entry.names[0]: entry for entry in beside.chosen}
+
+    def matrices(self, group: InputGroup, made: MadeInput) -> dict[str, Matrix]:
+        """The plan's own of what was made of an input."""
+        return {
+            name: matrix
+            for first in group.names
+            if first in self._entries
+            for name, matrix in made.realized[
+                _wanted(self._entries[first], self.context.quantizer)
+            ].matrices.items()
+        }
 
     def keep(self, block: str, grams: Mapping[str, Tensor], made: Mapping[str, MadeInput]) -> None:
         """Write the files of a block from what was made of its inputs."""
@@ -400,26 +410,6 @@ class _Blocks:
 
 def _wanted(entry: Chosen, quantizer: str) -> Wanted:
     return Wanted(entry.names, entry.candidate.scheme, quantizer)
-
-
-def linear_record(name: str, entry: Chosen, made: Realized, whitening: Whitening | MadeInput) -> LinearRecord:
-    """What happened to one matrix of an entry of a plan."""
-    scheme = entry.candidate.scheme
-    unquantized = made.unquantized_errors.get(name)
-    if isinstance(scheme, Plain) and not entry.candidate.errors:
-        unquantized = 0.0  # nothing was factorized, so nothing was lost by it
-    reason = entry.reason
-    if isinstance(scheme, Plain) and not reason and entry.candidate.errors:
-        reason = f"the plan chose {describe(scheme)}"
-    return LinearRecord(
-        name=name,
-        error=made.errors[name] ** 0.5,
-        unquantized_error=None if unquantized is None else unquantized**0.5,
-        ridge=whitening.ridge,
-        ridge_escalated=whitening.escalated,
-        reason=reason,
-        unused=whitening.empty,
-    )
 
 
 def _halved(matrix: Dense) -> Dense:

@@ -23,6 +23,7 @@ from compot_deploy.core.work_files import (
     write_value,
 )
 from compot_deploy.models.answers import Answers
+from compot_deploy.models.side_by_side import SideBySide
 from compot_deploy.models.sites import Gram, InputGroup, importance
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.streaming import BlockStream
@@ -77,7 +78,7 @@ class PlanningContext:
         quantizer: of plain grids.
         device: where to compute.
         dtype: of the forward pass.
-        sequential: make the matrices of a block for what the compressed blocks before it give.
+        sequential: make matrices for what the compressed ones before them give, and for what the original gave.
         progress: told how far the work is.
         workers: who computes what can be divided.
         answers: what the original says is kept there on the way, for healing; None where nobody asks.
@@ -163,6 +164,12 @@ class PlanningContext:
             at_head=self._keep_head_gram if original or not self.sequential else None,
             heard=None if self.answers is None else self._keep_answer,
             workers=self.workers,
+        )
+
+    def side_by_side(self) -> SideBySide:
+        """The original and a model that is being compressed, in front of their first blocks."""
+        return SideBySide(
+            self.source, self.batches, device=self.device, dtype=self.dtype, workers=self.workers
         )
 
     @property

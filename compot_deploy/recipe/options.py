@@ -169,7 +169,8 @@ class Recipe:
     )
     sequential: bool = _option(
         False,
-        "calibrate each block on what the compressed blocks before it give, not on what the original ones do",
+        "make each matrix for the inputs that the compressed ones before it give and for the outputs that the original "
+        "gave: closer at the same bytes, for some five forward passes more",
         group="calibration",
     )
     seed: int = _option(0, "seed of everything that is drawn at random", group="calibration")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import any_models
+import gguf_models
 import pytest
 import tiny
 import torch
@@ -19,15 +20,18 @@ from compot_deploy.core.store import load_matrices, save_matrices
 from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.exporters import EXPORTERS
 from compot_deploy.healing import Healed, Patient, heal, objection, split_texts
+from compot_deploy.healing import distance as distances
 from compot_deploy.healing import run as healing
 from compot_deploy.healing import steps as sizes
 from compot_deploy.healing import texts as reading
-from compot_deploy.healing.distance import distance
-from compot_deploy.healing.parameters import grids_of, weight_of, with_scales
+from compot_deploy.healing.distance import Head, distance, distance_before_heads
+from compot_deploy.healing.parameters import grids_of, scale_gradients, weight_of, with_scales
 from compot_deploy.healing.student import tuning_of
 from compot_deploy.healing.teacher import Teacher
 from compot_deploy.models.answers import Answers
+from compot_deploy.models.ending import ends_with_head
 from compot_deploy.models.source import ModelSource, open_source
+from compot_deploy.models.tasks import Batch, Task
 from compot_deploy.models.tokens import make_windows
 from compot_deploy.models.weight_gradients import OUTSIDE, gradients_backwards
 from compot_deploy.models.whole import put_in, whole_model
@@ -79,6 +83,13 @@ def test_every_kind_of_matrix_has_its_values_and_their_gradients_from_its_scales
     )
     own = with_scales("m", matrix, {key: values.detach() for key, values in scales.items()})
     assert same_matrix(own, matrix)
+    if scales:
+        way = torch.randn(weight.shape)
+        by_graph = torch.autograd.grad(weight, list(scales.values()), way, retain_graph=True)
+        found = scale_gradients("m", matrix, {key: one.detach() for key, one in scales.items()}, way)
+        assert list(found) == list(scales)
+        for one, other_one in zip(found.values(), by_graph, strict=True):
+            torch.testing.assert_close(one, other_one, rtol=1e-4, atol=1e-4)
     # Along the scales themselves a plain matrix grows by itself, a product of two by twice itself.
     if scales:
         gradients = torch.autograd.grad(weight, list(scales.values()), matrix.dequantize())
@@ -188,6 +199,34 @@ def test_the_gradient_of_a_distance_is_the_slope_of_the_loss(source: ModelSource
     assert found.loss.mean == pytest.approx(task.loss(one, other, batch.compared).mean, rel=1e-4)
     ahead, behind = (distance(task, one, other + step * way, batch).loss.total for step in (1e-2, -1e-2))
     assert float((found.gradient * way).sum()) == pytest.approx((ahead - behind) / 2e-2, rel=0.02, abs=1e-3)
+
+
+def test_a_model_ends_with_its_head_unless_it_does_something_behind_it(
+    source: ModelSource, tmp_path: Path
+) -> None:
+    assert ends_with_head(source) == (source.layout.head is not None)
+    for kind in ("gemma2", "cohere"):
+        assert not ends_with_head(open_source(gguf_models.save(tmp_path / kind, kind)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_heads_read_is_compared_as_what_they_give(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distances, "_LOGITS", 3 * 11)
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(2, 5, 4, generator=generator) for _ in range(2))
+    heads = [
+        Head(torch.randn(11, 4, generator=generator), torch.randn(11, generator=generator)),
+        Head(torch.randn(11, 4, generator=generator), None),
+    ]
+    real = torch.ones(2, 5, dtype=torch.bool)
+    if masked:
+        real[0, 3:] = False
+    batch = Batch({}, real)
+    found = distance_before_heads((heads[0], heads[1]), one, other, batch)
+    wanted = distance(Task("generation", "", ""), heads[0](one), heads[1](other), batch)
+    assert found.loss.count == wanted.loss.count == int(real.sum())
+    assert found.loss.total == pytest.approx(wanted.loss.total, rel=1e-5)
+    torch.testing.assert_close(found.gradient, wanted.gradient @ heads[1].weight)
 
 
 def test_healing_gains_on_held_out_text_with_integers_as_they_are(
