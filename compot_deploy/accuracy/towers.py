@@ -17,6 +17,7 @@ from compot_deploy.accuracy.runner import Advance
 from compot_deploy.accuracy.texts import TorchTexts
 from compot_deploy.accuracy.transcripts import written
 from compot_deploy.errors import ArtifactError, first_line
+from compot_deploy.exporters.onnx.interface import MASK
 from compot_deploy.models.cache import cache_argument, cache_of
 from compot_deploy.models.tasks import Batch, Utterance
 from compot_deploy.models.writing import Writer
@@ -63,7 +64,7 @@ class OnnxTowers:
     """
 
     def __init__(self, folder: Path, *, exact: bool = False, threads: int = 0) -> None:
-        from compot_deploy.exporters.onnx.interface import BRANCH, MASK
+        from compot_deploy.exporters.onnx.interface import BRANCH
         from compot_deploy.exporters.onnx.session import open_session, runtime_name
         from compot_deploy.exporters.onnx.tensors import TOWERS
 
@@ -79,7 +80,7 @@ class OnnxTowers:
         }
         self._present = [name.replace("past_key_values.", "present.", 1) for name in self._past]
         self._read = [entry.name for entry in self._encoder.get_inputs()]
-        self._masks = [name for name in inputs if name == MASK]
+        self._masked = MASK in inputs
 
     def outputs(self, batch: Batch) -> Tensor:
         """See `TowersRunner.outputs`."""
@@ -102,7 +103,8 @@ class OnnxTowers:
         """What the decoder is given of the encoder at every step."""
         feed = {name: arguments[name].contiguous().numpy() for name in self._read}
         (states,) = self._run(self._encoder, ["last_hidden_state"], feed)
-        return {"encoder_hidden_states": states} | dict.fromkeys(self._masks, feed["attention_mask"])
+        masks = {MASK: feed["attention_mask"]} if self._masked else {}
+        return {"encoder_hidden_states": states} | masks
 
     def _advance(
         self, heard: Mapping[str, np.ndarray], tokens: Tensor, past: Mapping[str, np.ndarray] | None

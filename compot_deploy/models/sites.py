@@ -292,7 +292,19 @@ def tables_of(model: Any) -> tuple[str | None, str | None, bool]:
     embedding = paths.get(id(table)) if isinstance(table, nn.Embedding) else None
     found = paths.get(id(head)) if head is not None else None
     tied = embedding is not None and found is not None and head.weight is table.weight
-    return embedding, found, tied
+    return _first_name(model, table) or embedding, found, tied
+
+
+def _first_name(model: Any, table: Any) -> str | None:
+    """Of the embeddings that look one table up, the first: checkpoints store it under that name."""
+    if not isinstance(table, nn.Embedding) or table._parameters.get("weight") is None:
+        return None
+    own = table._parameters["weight"]
+    return next(
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module._parameters.get("weight") is own
+    )
 
 
 def _asked(model: Any, question: str) -> Any:

@@ -20,7 +20,7 @@ from compot_deploy import __version__
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.errors import InputError, UnsupportedModelError
 from compot_deploy.exporters.onnx.graph import GraphBuilder, TokenTable
-from compot_deploy.exporters.onnx.interface import BRANCH, HEARD, Interface
+from compot_deploy.exporters.onnx.interface import BRANCH, HEARD, MASK, Interface
 from compot_deploy.exporters.onnx.nodes import IR_VERSION, MICROSOFT, TRACED, node_path
 from compot_deploy.exporters.onnx.recurrence import OPERATOR, scan_of
 from compot_deploy.exporters.onnx.tracing import INPUT, OPSET, PLACEHOLDER_DOMAIN, PREFIX, Trace
@@ -298,7 +298,9 @@ def _unused(name: str, taken: set[str]) -> str:
 
 def _inputs(interface: Interface) -> list[onnx.ValueInfoProto]:
     decodes = interface.task == "generation"
-    lengths = {"attention_mask": "total_sequence_length"} if decodes else {}
+    lengths = {MASK: "encoder_sequence_length"} | (
+        {"attention_mask": "total_sequence_length"} if decodes else {}
+    )
     floating = dict(interface.floating)
     made = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch_size", *floating[name]])
