@@ -199,23 +199,23 @@ def run_pair(work: Pair, pair: PairOfParts) -> PartOfSums:
     site, grams = work.group.sites[0], dict[str, Gram]()
     total: Tensor | None = None
     comparable = True
-    for one, other, real in zip(pair.original.given, pair.changed.given, pair.changed.real, strict=True):
+    for one, other, masks in zip(pair.original.given, pair.changed.given, pair.changed.masks, strict=True):
         before, after = _run_until(work.original, one, site), _run_until(work.changed, other, site)
         if not (before and after):  # not asked for these texts
             comparable = False
             continue
         reads = [seen[-1].values for seen in (before, after)]
-        rows = real_rows(reads[1], real)
+        rows = real_rows(reads[1], *masks)
         add_gram(grams, site.name, rows)
-        comparable = comparable and _token_by_token(reads[0], reads[1], real)
+        comparable = comparable and _token_by_token(reads[0], reads[1], masks)
         if not comparable:
             continue
-        asked = real_rows(reads[0], real)
+        asked = real_rows(reads[0], *masks)
         if work.writers:
             lacks = hidden_of(one) - hidden_of(other)
             for writer in work.writers:
                 lacks = lacks + (_product(before, writer) - _product(after, writer)).reshape(lacks.shape)
-            asked = real_rows(lacks, real)
+            asked = real_rows(lacks, *masks)
         total = _add_product(total, rows, asked)
     gram = grams.get(site.name)
     if not comparable or total is None:
@@ -324,11 +324,12 @@ def _product(seen: Sequence[Seen], site: Site) -> Tensor:
     return found
 
 
-def _token_by_token(one: Tensor, other: Tensor, real: Tensor) -> bool:
+def _token_by_token(one: Tensor, other: Tensor, masks: Sequence[Tensor]) -> bool:
     """Whether rows of two inputs belong to the same places of the text."""
     if one.shape != other.shape:
         return False
-    return one.shape[:-1].numel() == real.numel() or (one.dim() > 2 and len(one) == len(real))
+    rows = one.shape[:-1].numel()
+    return any(rows == real.numel() or (one.dim() > 2 and len(one) == len(real)) for real in masks)
 
 
 def _add_product(

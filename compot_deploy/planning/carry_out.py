@@ -23,7 +23,7 @@ from compot_deploy.core.memory import give_back_freed_memory
 from compot_deploy.core.store import StoredMatrices, load_matrices, save_matrices
 from compot_deploy.core.work_files import is_sound, read_value, write_value
 from compot_deploy.models.side_by_side import Disturbed
-from compot_deploy.models.sites import WHOLE, InputGroup
+from compot_deploy.models.sites import WHOLE, Gram, InputGroup
 from compot_deploy.numerics.mending import damping_of, mended
 from compot_deploy.planning.context import PlanningContext, collect_grams
 from compot_deploy.planning.knapsack import Chosen, Plan, knapsack, smallest_bytes
@@ -241,13 +241,13 @@ def _make_side_by_side(context: PlanningContext, blocks: _Blocks, count: int, la
                     {name: matrix.dequantize() for name, matrix in load_matrices(blocks.path(block)).items()}
                 )
                 continue
-            grams: dict[str, Tensor] = {}
+            grams: dict[str, Gram] = {}
             made: dict[str, MadeInput] = {}
 
             def make(
                 group: InputGroup,
                 felt: Disturbed,
-                grams: dict[str, Tensor] = grams,
+                grams: dict[str, Gram] = grams,
                 made: dict[str, MadeInput] = made,
             ) -> Mapping[str, Tensor]:
                 order = _order(context, felt.gram.matrix, blocks.wanted(group))
@@ -256,12 +256,13 @@ def _make_side_by_side(context: PlanningContext, blocks: _Blocks, count: int, la
                 weights = mended(order.numbers.weights, gram, felt.cross, felt.lacking, damping)
                 order = replace(order, numbers=replace(order.numbers, weights=weights))
                 (made[group.name],) = context.workers.map(make_input, context.search, [order])
-                grams[group.name] = felt.gram.matrix
+                grams[group.name] = felt.gram
                 own = blocks.matrices(group, made[group.name])
                 return {name: matrix.dequantize() for name, matrix in own.items()}
 
             both.advance(make)
-            blocks.keep(block, grams, made)
+            context.keep_unreached(block, grams)
+            blocks.keep(block, {name: gram.matrix for name, gram in grams.items()}, made)
 
 
 def _digest(plan: Plan, context: PlanningContext, extras: Extras) -> str:
