@@ -28,6 +28,7 @@ FIGURES = {
     "token-classification": {"max_kl", "min_top1"},
     "embedding": {"min_cosine", "min_recovery"},
     "speech": {"max_kl", "min_top1", "max_wer_increase"},
+    "text-to-text": {"max_kl", "min_top1"},
 }
 
 
