@@ -117,7 +117,7 @@ def test_encoders_are_asked_about_pairs_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_file_that_changes_nothing_keeps_the_order_and_one_that_does_fails(tmp_path: Path) -> None:
+def test_a_file_that_changes_nothing_keeps_the_order_and_a_limit_above_it_fails(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
     model = any_models.save(tmp_path / "bert", "bert")
     source, pairs = open_source(str(model)), Pairs("pairs", sentences(40), tuple(range(40)))
@@ -137,7 +137,3 @@ def test_a_file_that_changes_nothing_keeps_the_order_and_one_that_does_fails(tmp
     assert figures.exported.value == pytest.approx(1.0, abs=1e-3)
     coarse = check(same.folder, reference=str(model), tasks=[str(table)], limits={"min_recovery": 1.01})
     assert not coarse.passed
-    (worse,) = deploy(
-        str(model), **small, **plain, quant="int4", embeddings="int4", out=str(tmp_path / "worse")
-    )
-    assert not worse.passed and worse.report.tasks[0].exported.value < 0.999

@@ -11,6 +11,7 @@ import gguf_models
 import pytest
 import tiny
 import torch
+from cases import nightly
 from matrices import same_matrix
 from torch import Tensor
 
@@ -105,7 +106,7 @@ def _few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "TOKENS_PER_STEP", 200)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[*KINDS[:-2], *nightly(*KINDS[-2:])])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     save = tiny.save if request.param in tiny.KINDS else any_models.save
     return open_source(save(tmp_path_factory.mktemp("model") / "model", request.param))

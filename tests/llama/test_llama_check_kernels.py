@@ -12,6 +12,7 @@ SCRIPT = Path(__file__).parents[2] / "compot_deploy" / "llama" / "check_kernels.
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("what", ["native", "neon", "neon-dotprod"])
 def test_kernels_agree_with_the_slow_product_and_read_nothing_else(what: str) -> None:
     needed = ["cc"] if what == "native" else ["aarch64-linux-gnu-gcc", "qemu-aarch64"]

@@ -26,6 +26,7 @@ def with_idle_experts(folder: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_experts_are_planned_like_all_matrices_and_idle_ones_are_counted(tmp_path: Path) -> None:
     model, text = with_idle_experts(tmp_path / "m"), write_lines(tmp_path / "text.txt")
     out, limits = tmp_path / "out", {"max_kl": 1e3}

@@ -29,7 +29,7 @@ from compot_deploy.pipeline.evaluation import REPORT
 from compot_deploy.pipeline.texts import read_evaluation
 from compot_deploy.report.json import from_json
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 FORMATS = ("onnx", "huggingface")
 
 
@@ -147,7 +147,6 @@ def test_a_graph_that_computes_something_else_is_noticed_before_any_work(
     towers_gate._difference.cache_clear()
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize("kind", [kind for kind in translators.CONFIGS if kind != "t5"])
 def test_every_kind_computes_in_onnxruntime_what_it_computes_in_torch(kind: str, tmp_path: Path) -> None:
     source = open_source(translators.save(tmp_path / "m", kind))
