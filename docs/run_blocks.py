@@ -3,10 +3,10 @@
     python docs/run_blocks.py [--list] [PAGE …]
 
 ``console`` and ``python`` blocks of README.md and docs/*.md are run in order, each page in a temporary folder of
-its own. ``MODEL`` stands for the model that ships, ``ENCODER`` and ``WHISPER`` for small random ones, ``DIR`` for a
-folder, ``text.txt`` for a text. Every block stands by itself, but for the files that earlier blocks of its page wrote.
-``make demo`` runs with this environment in place of one of its own. A block that cannot be run has a comment in the
-line before it, which says why, and which test or make target does what it says::
+its own. ``MODEL`` stands for the model that ships, ``ENCODER``, ``WHISPER`` and ``T5`` for small random ones, ``DIR``
+for a folder, ``text.txt`` for a text. Every block stands by itself, but for the files that earlier blocks of its page
+wrote. ``make demo`` runs with this environment in place of one of its own. A block that cannot be run has a comment
+in the line before it, which says why, and which test or make target does what it says::
 
     <!-- not run: serves for ever; tests/cli/test_serve.py::test_ctrl_c_ends_it_cleanly_and_frees_the_port -->
 
@@ -127,6 +127,9 @@ def run(block: Block, folder: Path, tools: Path) -> str:
     if re.search(r"\bWHISPER\b", text):
         text = re.sub(r"\bWHISPER\b", "whisper", text)
         _write_speech(folder)
+    if re.search(r"\bT5\b", text):
+        text = re.sub(r"\bT5\b", "t5", text)
+        _write_translator(folder)
     if block.before:
         made = run(Block(block.page, block.line, "console", block.before), folder, tools)
         if made:
@@ -178,6 +181,16 @@ def _write_speech(folder: Path) -> None:
 
     spoken.save(folder / "whisper")
     spoken.record(folder / "recordings", 8)
+
+
+def _write_translator(folder: Path) -> None:
+    """A tiny T5 of random weights, and lines that it could read."""
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    import translators
+
+    translators.save(folder / "t5", "t5")
+    lines = (f"the quick brown fox jumps over {number} lazy dogs of the river\n" for number in range(80))
+    (folder / "lines.txt").write_text("".join(lines), encoding="utf-8")
 
 
 def wrapper(folder: Path) -> Path:

@@ -68,7 +68,7 @@ class Head:
     weight: Float[Tensor, "classes width"]
     bias: Float[Tensor, " classes"] | None
 
-    def __call__(self, values: Float[Tensor, "rows width"]) -> Float[Tensor, "rows classes"]:
+    def __call__(self, values: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows classes"]:
         """Logits."""
         return nn.functional.linear(values, self.weight, self.bias)
 
