@@ -23,7 +23,8 @@ from compot_deploy.exporters.onnx.graph import GraphBuilder, TokenTable
 from compot_deploy.exporters.onnx.interface import BRANCH, HEARD, MASK, Interface
 from compot_deploy.exporters.onnx.nodes import IR_VERSION, MICROSOFT, TRACED, node_path
 from compot_deploy.exporters.onnx.recurrence import OPERATOR, scan_of
-from compot_deploy.exporters.onnx.tracing import INPUT, OPSET, PLACEHOLDER_DOMAIN, PREFIX, Trace
+from compot_deploy.exporters.onnx.tracing import INPUT, OPSET, PREFIX, Trace
+from compot_deploy.exporters.onnx.wrappers import PLACEHOLDER_DOMAIN
 
 _ALL: Final = 2**31 - 1
 """Where a slice ends that takes everything."""

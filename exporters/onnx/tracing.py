@@ -20,7 +20,6 @@ Sources: the documentation of torch.onnx (``torch.onnx.ops.symbolic``); the ONNX
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import warnings
@@ -33,28 +32,16 @@ from typing import Any, Final
 import torch
 from onnx import ModelProto, inliner
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from compot_deploy.errors import MissingDependencyError, UnsupportedModelError
 from compot_deploy.exporters.onnx.interface import Interface, towers_of
-from compot_deploy.exporters.onnx.recurrence import left_out
-from compot_deploy.models.cache import (
-    State,
-    cache_argument,
-    cache_of,
-    cache_tensors,
-    cache_with_states,
-    states_of,
-)
+from compot_deploy.exporters.onnx.wrappers import WRAPPERS, takes_positions
 from compot_deploy.models.configuration import for_model
 from compot_deploy.models.sites import tables_of
 from compot_deploy.models.skeleton import on_meta, without_parameters
 from compot_deploy.models.tasks import Task
 
 OPSET: Final = 23
-
-PLACEHOLDER_DOMAIN: Final = "compot"
-"""Of the placeholders; nothing of it is left in a finished graph."""
 
 INPUT: Final = "compot:"
 """Stands before the names of parameters that are inputs of a trace."""
@@ -127,14 +114,14 @@ def _trace(model: Any, interface: Interface) -> Trace:
     belongs = _belonging(model, interface)
     shown = {name: value for name, value in {**stored, **buffers}.items() if belongs(name, value)}
     names = list(shown)
-    wrapper = _WRAPPERS[interface.task](model, interface, names)
+    wrapper = WRAPPERS[interface.task](model, interface, names)
     proto = _exported(wrapper, interface, names, list(shown.values()))
     return Trace(
         proto=proto,
         interface=interface,
         class_name=type(model).__name__,
         head=head,
-        positioned=interface.task == "generation" and _takes_positions(model),
+        positioned=interface.task == "generation" and takes_positions(model),
         shapes={name: tuple(value.shape) for name, value in shown.items()},
         buffers=buffers,
     )
@@ -154,192 +141,6 @@ def _hollow(model: nn.Module) -> Any:
 # --- what is traced ----------------------------------------------------------------------------------
 
 
-class _Placeholders(TorchFunctionMode):
-    """Sees every product with a parameter and every look-up of tokens, and leaves a placeholder in its place.
-
-    Args:
-        parameters: by name, the objects that the model will multiply with.
-        table: name of the token table's parameter.
-    """
-
-    def __init__(self, parameters: Mapping[str, Tensor], table: str | None) -> None:
-        super().__init__()
-        self._names = {id(value): name for name, value in parameters.items() if value.dim() == 2}
-        self._table = table
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """See `torch.overrides.TorchFunctionMode`."""
-        kwargs = kwargs or {}
-        if function is nn.functional.linear:
-            values, weight, bias = _bound(args, kwargs, ("input", "weight", "bias"))
-            if id(weight) in self._names:
-                return _plus(self._product(values, weight, weight.shape[0], turned=True), bias)
-        elif function is torch.addmm and not kwargs:
-            bias, values, weight = args
-            if id(weight) in self._names:
-                return _plus(self._product(values, weight, weight.shape[1], turned=False), bias)
-        elif function is nn.functional.embedding:
-            tokens, weight = _bound(args, kwargs, ("input", "weight"))
-            if self._names.get(id(weight), "") == self._table:
-                return _symbol(
-                    "Embedding", tokens, (*tokens.shape, weight.shape[1]), {"parameter": self._table}
-                )
-        return function(*args, **kwargs)
-
-    def _product(self, values: Tensor, weight: Tensor, outputs: int, *, turned: bool) -> Tensor:
-        attributes = {"parameter": self._names[id(weight)], "turned": int(turned)}
-        return _symbol("Linear", values, (*values.shape[:-1], outputs), attributes)
-
-
-def _bound(args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, ...]:
-    """Arguments by position or name."""
-    return tuple(args[place] if place < len(args) else kwargs.get(name) for place, name in enumerate(names))
-
-
-def _plus(value: Tensor, bias: Tensor | None) -> Tensor:
-    return value if bias is None else value + bias
-
-
-def _symbol(operator: str, values: Tensor, shape: Sequence[Any], attributes: Mapping[str, Any]) -> Tensor:
-    """The output of a node that computes nothing yet."""
-    return torch.onnx.ops.symbolic(
-        f"{PLACEHOLDER_DOMAIN}::{operator}",
-        (values,),
-        dict(attributes),
-        dtype=torch.float32,
-        shape=tuple(shape),
-        version=1,
-    )
-
-
-class _Wrapper(nn.Module):
-    """A model whose parameters are arguments."""
-
-    def __init__(self, model: nn.Module, interface: Interface, names: Sequence[str]) -> None:
-        super().__init__()
-        self.traced, self.interface, self.names = model, interface, names
-        table, _, _ = tables_of(model)
-        self.table = None if table is None else f"{table}.weight"
-
-    def run(self, arguments: Mapping[str, Any], values: Sequence[Tensor]) -> Any:
-        parameters = dict(zip(self.names, values, strict=True))
-        with _Placeholders(parameters, self.table), left_out(self.traced):
-            return torch.func.functional_call(self.traced, parameters, (), dict(arguments))
-
-
-class _Features(_Wrapper):
-    """Tensors in and one tensor out."""
-
-    def forward(self, tokens: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-        found: Tensor = self.run(dict(zip(self.interface.inputs, tokens, strict=True)), values)[
-            self.interface.output
-        ]
-        return found
-
-
-class _Generation(_Wrapper):
-    """A decoder with tensors in and tensors out: its cache as a list, its positions from the mask."""
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, past: Sequence[Tensor], values: Sequence[Tensor]
-    ) -> tuple[Tensor, ...]:
-        from transformers import DynamicCache
-
-        interface = self.interface
-        keys_and_values, states = past[: 2 * len(interface.cache)], past[2 * len(interface.cache) :]
-        cache = DynamicCache()
-        if states:
-            held = zip(interface.states, states, strict=True)
-            config = self.traced.config
-            cache = cache_with_states(config, [State(kind, layer, value) for (kind, layer, _), value in held])
-        for number, layer in enumerate(interface.layers or range(len(interface.cache))):
-            cache.update(keys_and_values[2 * number], keys_and_values[2 * number + 1], layer)
-        arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if _takes_positions(self.traced):
-            positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-            arguments["position_ids"] = positions[:, -input_ids.shape[1] :]
-        arguments |= {cache_argument(self.traced): cache, "use_cache": True}
-        found = self.run(arguments, values)
-        kept = cache_of(found)
-        now = {(state.kind, state.layer): state.values for state in states_of(kept)}
-        after = (now[kind, layer] for kind, layer, _ in interface.states)
-        return found[interface.output], *cache_tensors(kept), *after
-
-
-class _Encoder(_Wrapper):
-    """The tower that reads: sound or text in, hidden states out."""
-
-    def __init__(self, model: Any, interface: Interface, names: Sequence[str]) -> None:
-        super().__init__(model, interface, names)
-        encoder = model.get_encoder()
-        model.forward = lambda **read: encoder(**read)  # what it does in this graph
-
-    def forward(self, read: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-        found: Tensor = self.run(dict(zip(self.interface.inputs, read, strict=True)), values)[
-            self.interface.output
-        ]
-        return found
-
-
-class _Decoder(_Wrapper):
-    """The tower that writes. What it makes of the encoder's output joins what its cache holds of it.
-
-    So one graph serves the first token, with an empty cache, and all others, with an encoder's output of no frames.
-    """
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        heard: Tensor,
-        masks: Sequence[Tensor],
-        past: Sequence[Tensor],
-        values: Sequence[Tensor],
-    ) -> tuple[Tensor, ...]:
-        from transformers import DynamicCache, EncoderDecoderCache
-        from transformers.modeling_outputs import BaseModelOutput
-
-        own, crossed = DynamicCache(), DynamicCache()
-        for layer in range(len(self.interface.cache) // 2):
-            key, value, heard_key, heard_value = past[4 * layer : 4 * layer + 4]
-            own.update(key, value, layer)
-            crossed.update(heard_key, heard_value, layer)
-        cache = EncoderDecoderCache(own, crossed)
-        cache.is_updated = dict.fromkeys(cache.is_updated, False)
-        arguments = {
-            "encoder_outputs": BaseModelOutput(last_hidden_state=heard),
-            "decoder_input_ids": input_ids,
-            cache_argument(self.traced): cache,
-            "use_cache": True,
-        }
-        if masks:
-            arguments["attention_mask"] = _hiding(masks[0], input_ids.shape[1])
-        found = self.run(arguments, values)
-        caches = cache_of(found)
-        own_tensors, crossed_tensors = (
-            cache_tensors(one) for one in (caches.self_attention_cache, caches.cross_attention_cache)
-        )
-        made = [
-            tensor
-            for at in range(0, len(own_tensors), 2)
-            for tensor in (*own_tensors[at : at + 2], *crossed_tensors[at : at + 2])
-        ]
-        return found[self.interface.output], *made
-
-
-def _hiding(mask: Tensor, tokens: int) -> Tensor:
-    """What is added to scores at padding, for every token: as a model makes it, but of the cache's length."""
-    hidden = (1.0 - mask.float()) * torch.finfo(torch.float32).min
-    return hidden[:, None, None, :].expand(-1, -1, tokens, -1)
-
-
-_WRAPPERS: Final[Mapping[str, type[_Wrapper]]] = {
-    "features": _Features,
-    "generation": _Generation,
-    "encoder": _Encoder,
-    "decoder": _Decoder,
-}
-
-
 def _belonging(model: Any, interface: Interface) -> Callable[[str, Tensor], bool]:
     """Whether a tensor is one of a graph: of a tower those that its modules hold, a table perhaps those of both."""
     if not interface.is_tower:
@@ -353,10 +154,6 @@ def _belonging(model: Any, interface: Interface) -> Callable[[str, Tensor], bool
         if name.startswith(f"{path}.") == reads
     }
     return lambda name, value: id(value) in held
-
-
-def _takes_positions(model: nn.Module) -> bool:
-    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def _exported(
