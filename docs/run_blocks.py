@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tests" / "support"))  # tiny models
 LANGUAGES = ("console", "python")
 SMALL = {"samples": 8, "length": 64, "evaluation_tokens": 512}
 """Options that make a run short, and its figures coarse."""
@@ -176,7 +177,6 @@ def _write_encoder(target: Path, model: Path) -> None:
 
 def _write_speech(folder: Path) -> None:
     """A tiny speech model of random weights, and recordings of tones, as the tests have them."""
-    sys.path.insert(0, str(ROOT / "tests" / "support"))
     import spoken
 
     spoken.save(folder / "whisper")
@@ -185,7 +185,6 @@ def _write_speech(folder: Path) -> None:
 
 def _write_translator(folder: Path) -> None:
     """A tiny T5 of random weights, and lines that it could read."""
-    sys.path.insert(0, str(ROOT / "tests" / "support"))
     import translators
 
     translators.save(folder / "t5", "t5")

@@ -27,7 +27,7 @@ _LOCAL_DATA: Final = ("json", "csv", "parquet", "text", "arrow")
 _PREFERRED: Final = ("acc_norm", "acc", "exact_match")
 """Metrics that stand for a task, the first that it has; otherwise the first of its own."""
 
-_RESAMPLES: Final = 1000
+RESAMPLES: Final = 1000
 """Draws for the standard error of metrics that have none in closed form."""
 
 _SEED: Final = 1234
@@ -175,7 +175,7 @@ def score_tasks(runner: Any, tokenizer: Any, tasks: Tasks) -> tuple[TaskScore, .
                 RunnerModel(runner, tokenizer),
                 tasks.loaded,
                 limit=tasks.samples,
-                bootstrap_iters=_RESAMPLES,
+                bootstrap_iters=RESAMPLES,
                 log_samples=True,
             )
     except CompotDeployError:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from jaxtyping import Float64, Int64
 
-from compot_deploy.accuracy.harness import TaskFigures
+from compot_deploy.accuracy.harness import RESAMPLES, TaskFigures
 from compot_deploy.accuracy.metrics import Estimate
 from compot_deploy.accuracy.texts import TextRunner
 from compot_deploy.core.parsing import UnreadableError, json_of
@@ -47,8 +47,8 @@ _LONGEST: Final = 256
 _AT_ONCE: Final = 16
 """Texts."""
 
-_RESAMPLES: Final = 1000
 _SEED: Final = 1234
+"""Of the pairs that are drawn for standard errors."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def compare_pairs(
         original: those of the original; None where it was not there.
     """
     scores = np.asarray(pairs.scores)
-    drawn = np.random.default_rng(_SEED).integers(0, len(scores), (_RESAMPLES, len(scores)))
+    drawn = np.random.default_rng(_SEED).integers(0, len(scores), (RESAMPLES, len(scores)))
     of_file = _correlations(scores, exported, drawn)
     if original is None:
         return TaskFigures(pairs.name, METRIC, len(scores), _estimate(*of_file))

@@ -23,6 +23,7 @@ from torch import Tensor
 from compot_deploy.errors import UnsupportedModelError
 from compot_deploy.models.block_run import Given, hidden_of, outputs_of
 from compot_deploy.models.sites import Products
+from compot_deploy.models.skeleton import unload
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.streaming import BlockStream
 from compot_deploy.models.tasks import Batch
@@ -155,7 +156,7 @@ def products_backwards(
         found: list[Product] = []
         for flow, batch in zip(flows, batches, strict=True):
             found += _through(model, block, flow, batch)
-        source.unload(model.get_submodule(block))
+        unload(model.get_submodule(block))
         step()
         yield block, found
     if watch is not None:

@@ -14,6 +14,8 @@ from torch import nn
 
 from compot_deploy.core.matrix import Matrix
 from compot_deploy.models.compressed import CompressedModel
+from compot_deploy.models.sites import WHOLE
+from compot_deploy.models.skeleton import unload
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.whole import fill, model_of, put_in, unfilled, whole_model
 
@@ -37,19 +39,19 @@ def original_to_run(
         held: bytes up to which it is held as a whole.
     """
     given = matrices or {}
-    if _bytes_of(source.meta) <= held or source.layout.blocks == ("",):
+    if _bytes_of(source.meta) <= held or source.layout.blocks == (WHOLE,):
         return put_in(whole_model(source, device=device), source.sites, given)
     place = torch.device(device)
     model = source.skeleton(device=place, dtype=torch.float32, head=True)
     blocks = source.layout.blocks
     put_in(model, source.sites, {name: given[name] for name in given if not _inside(name, blocks)})
 
-    def known(path: str) -> list[str]:
-        return [name for name in given if name in source.sites and _inside(name, (path,))]
+    sites = [name for name in given if name in source.sites]
+    names = {path: [name for name in sites if _inside(name, (path,))] for path in blocks}
 
     def load(path: str) -> None:
         source.load(model, path, device=place, dtype=torch.float32)
-        weights = {name: given[name].dequantize() for name in known(path)}
+        weights = {name: given[name].dequantize() for name in names[path]}
         source.replace(model.get_submodule(path), path, weights, torch.float32)
 
     return _paged(model, blocks, load)
@@ -84,21 +86,15 @@ def _paged(model: Any, blocks: Sequence[str], load: Callable[[str], None]) -> An
             try:
                 return run(*args, **kwargs)
             finally:
-                _forget(block)
+                unload(block)
 
         return forward
 
     for path in blocks:
         block = model.get_submodule(path)
-        _forget(block)
+        unload(block)
         block.forward = paged(path, block)
     return model
-
-
-def _forget(block: nn.Module) -> None:
-    for part in block.modules():
-        for name, parameter in part.named_parameters(recurse=False):
-            setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
 def _blocks_of(model: nn.Module) -> Iterator[str]:

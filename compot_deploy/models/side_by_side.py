@@ -31,13 +31,19 @@ from compot_deploy.models.block_run import (
     run_part,
 )
 from compot_deploy.models.experts import same_place
-from compot_deploy.models.sites import Gram, InputGroup, Products, Seen, Site, add_gram, real_rows
+from compot_deploy.models.sites import (
+    MULTIPLIED_AT_ONCE,
+    Gram,
+    InputGroup,
+    Products,
+    Seen,
+    Site,
+    add_gram,
+    real_rows,
+)
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.streaming import BlockStream
 from compot_deploy.models.tasks import Batch
-
-_ROWS = 1024
-"""Of a product in float32, whose sums are in float64; see `compot_deploy.models.sites.add_gram`."""
 
 
 @dataclass(frozen=True)
@@ -337,6 +343,6 @@ def _add_product(
 ) -> Float64[Tensor, "inputs outputs"]:
     if total is None:
         total = rows.new_zeros(rows.shape[1], asked.shape[1], dtype=torch.float64)
-    for one, other in zip(rows.split(_ROWS), asked.split(_ROWS), strict=True):
+    for one, other in zip(rows.split(MULTIPLIED_AT_ONCE), asked.split(MULTIPLIED_AT_ONCE), strict=True):
         total += one.float().T @ other.float()
     return total

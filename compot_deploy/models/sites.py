@@ -239,12 +239,13 @@ def add_gram(sums: dict[str, Gram], name: str, rows: Float[Tensor, "rows inputs"
     known = sums.get(name)
     inputs = rows.shape[1]
     total = rows.new_zeros(inputs, inputs, dtype=torch.float64) if known is None else known.matrix
-    for part in rows.split(_ROWS):
+    for part in rows.split(MULTIPLIED_AT_ONCE):
         total += _second_moments(part if part.dtype == torch.float64 else part.float())
     sums[name] = Gram(total, len(rows) + (known.tokens if known else 0))
 
 
-_ROWS: Final = 1024
+MULTIPLIED_AT_ONCE: Final = 1024
+"""Rows of a product in float32, whose sums are in float64."""
 _CUT: Final = 256
 
 

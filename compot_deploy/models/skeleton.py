@@ -36,6 +36,13 @@ def without_parameters(config: Any, task: Task, dtype: torch.dtype) -> Any:
         return _made(config, task, dtype)
 
 
+def unload(module: nn.Module) -> None:
+    """Forget the weights of a module: its parameters are on ``meta`` then."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+
 class ValuesUnknown(TorchFunctionMode):
     """Lets a model on ``meta`` ask for the value of a tensor, which nobody knows there: it is told zero.
 

@@ -256,12 +256,6 @@ class ModelSource:
             else:
                 parameter.data[site.index] = values
 
-    def unload(self, module: nn.Module) -> None:
-        """Forget the weights of a block."""
-        for part in module.modules():
-            for name, parameter in part.named_parameters(recurse=False):
-                setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
-
 
 def open_source(model: str | Path, *, allow_pickle: bool = False, ask_hub: bool = True) -> ModelSource:
     """Open a local folder or a hub id; reads names and configuration, no weights.

@@ -34,6 +34,7 @@ from compot_deploy.models.block_run import (
     run_part,
 )
 from compot_deploy.models.sites import Gram, Products, add_gram, real_rows
+from compot_deploy.models.skeleton import unload
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.tasks import Batch
 
@@ -159,7 +160,7 @@ class BlockStream:
         self._leave(block)
 
     def _leave(self, block: nn.Module) -> None:
-        self._source.unload(block)
+        unload(block)
         self._next += 1
         if self._next == len(self._source.layout.blocks) and not self._finish:
             self.close()
@@ -249,7 +250,7 @@ class BlockStream:
             one.result = None
         if watched is not None:
             watched.remove()
-        self._source.unload(self._model.get_submodule(path))
+        unload(self._model.get_submodule(path))
         self._next += 1
 
     def outputs(self) -> list[Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from compot_deploy.models.backward import Flow, run_again, run_forwards
+from compot_deploy.models.skeleton import unload
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.streaming import BlockStream
 from compot_deploy.models.tasks import Batch
@@ -118,7 +119,7 @@ def _through(
         _add(sums, dict(zip(parameters, parts[len(again.own) :], strict=True)))
     for parameter in parameters.values():
         parameter.requires_grad_(False)
-    source.unload(module)
+    unload(module)
     return sums
 
 

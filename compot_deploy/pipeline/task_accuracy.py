@@ -27,10 +27,10 @@ from compot_deploy.accuracy.runners import RUNNERS, TEXT_RUNNERS
 from compot_deploy.accuracy.texts import TextRunner, TorchTexts
 from compot_deploy.accuracy.torch_runner import torch_runner
 from compot_deploy.errors import InputError, RecipeError
+from compot_deploy.models.paged import original_to_run
 from compot_deploy.models.source import ModelSource
 from compot_deploy.models.tasks import EMBEDDING, Task
 from compot_deploy.models.tokens import load_tokenizer, open_tokenizer
-from compot_deploy.models.whole import whole_model
 from compot_deploy.progress import Progress
 from compot_deploy.report.document import Report, with_criteria
 
@@ -146,7 +146,7 @@ class ScoredPairs:
 
     def of_original(self, original: ModelSource, context: int) -> list[np.ndarray]:
         """See `Asking`."""
-        return self._cosines(TorchTexts(whole_model(original), self._task), original.folder, context)
+        return self._cosines(TorchTexts(original_to_run(original), self._task), original.folder, context)
 
     def _cosines(self, runner: TextRunner, folder: Path, context: int) -> list[np.ndarray]:
         tokenizer = load_tokenizer(folder)
